@@ -1,0 +1,40 @@
+"""What can go wrong, by name.
+
+Every exception of the package derives from :class:`PartialFCError`, so a trainer can tell a mistake that this package
+explains from anything else. Errors that one rank detects inside the head travel to all ranks with the batch: the same
+exception, with the same words, is raised everywhere, and no rank is left waiting in a collective.
+"""
+
+from __future__ import annotations
+
+
+class PartialFCError(Exception):
+    """Base of all errors raised by partialfc."""
+
+
+class ConfigError(PartialFCError, ValueError):
+    """A config key or a command's option is unknown, of the wrong type, or out of range."""
+
+
+class DataError(PartialFCError):
+    """A data set is missing, incomplete, or does not match its index."""
+
+
+class MissingDependency(PartialFCError, ImportError):
+    """A program or package that this feature needs is not installed; the message says how to get it."""
+
+
+class BatchMismatch(PartialFCError, ValueError):
+    """Embeddings and labels do not fit each other, the head, or what the other ranks passed."""
+
+
+class LabelOutOfRange(PartialFCError, ValueError):
+    """A label is neither -1 (ignore) nor a class id in [0, num_classes)."""
+
+
+class NonFiniteEmbeddings(PartialFCError, ArithmeticError):
+    """An embedding holds NaN or Inf."""
+
+
+class RankLost(PartialFCError, RuntimeError):
+    """A collective failed: another rank died, hangs, or cannot be reached."""

@@ -1,0 +1,8 @@
+"""The sharded classifier: depends on torch and partialfc.losses only."""
+
+from partialfc.head.center_loss import CenterLoss
+from partialfc.head.partial_fc import HeadOutput, PartialFC
+from partialfc.head.partition import ClassPartition
+from partialfc.head.row_optim import RowSGD
+
+__all__ = ["CenterLoss", "ClassPartition", "HeadOutput", "PartialFC", "RowSGD"]

@@ -1,0 +1,91 @@
+"""Every collective of a step, in one place.
+
+A training step of the head does three: ``gather`` (the packed batch), ``sum`` (per-sample statistics) and
+``start_reduce_scatter`` (the embeddings' gradient); a loss with unbounded logits adds one ``maximum``. Their sizes
+follow the batch, never the number of classes. Without a process group all of them are the identity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from partialfc.errors import RankLost
+
+# torch 2.13 renamed these two and warns about the old names, which are all that torch 2.11 has.
+_OLD_NAMES = {"all_gather_single": "all_gather_into_tensor", "reduce_scatter_single": "reduce_scatter_tensor"}
+
+
+def _torch(name: str) -> Callable[..., Any]:
+    return getattr(dist, name if hasattr(dist, name) else _OLD_NAMES[name])
+
+
+class Collectives:
+    """The ranks that share a head, and what they exchange.
+
+    Args:
+        group: the process group; ``None`` takes the default group if there is one, else a single process.
+
+    Raises:
+        RankLost: from every method, where the collective fails because another rank is gone or silent.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        initialized = dist.is_available() and dist.is_initialized()
+        self.group = group if group is not None else (dist.group.WORLD if initialized else None)
+        self.rank = dist.get_rank(self.group) if self.group is not None else 0
+        self.world_size = dist.get_world_size(self.group) if self.group is not None else 1
+        if self.rank < 0:
+            raise ValueError("this process is not a member of the head's process group")
+
+    @property
+    def distributed(self) -> bool:
+        """Whether there is a process group, of whatever size."""
+        return self.group is not None
+
+    def gather(self, message: Tensor) -> Tensor:
+        """Messages of all ranks, [world_size, len(message)], in rank order."""
+        if self.group is None:
+            return message[None]
+        gathered = torch.empty(self.world_size * len(message), dtype=message.dtype, device=message.device)
+        self._run("all-gather of the batch", _torch("all_gather_single"), gathered, message, group=self.group)
+        return gathered.view(self.world_size, len(message))
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum ``values`` over ranks, in place."""
+        if self.group is not None:
+            self._run("all-reduce of sums", dist.all_reduce, values, op=dist.ReduceOp.SUM, group=self.group)
+        return values
+
+    def maximum(self, values: Tensor) -> Tensor:
+        """Maximum of ``values`` over ranks, in place."""
+        if self.group is not None:
+            self._run("all-reduce of maxima", dist.all_reduce, values, op=dist.ReduceOp.MAX, group=self.group)
+        return values
+
+    def start_reduce_scatter(self, values: Tensor) -> Callable[[], Tensor]:
+        """Begin to sum ``values [world_size·n, …]`` over ranks; the returned function waits and gives rank's [n, …]."""
+        if self.group is None:
+            return lambda: values
+        share = torch.empty_like(values[: len(values) // self.world_size])
+        what = "reduce-scatter of the embeddings' gradient"
+        work = self._run(what, _torch("reduce_scatter_single"), share, values, group=self.group, async_op=True)
+
+        def wait() -> Tensor:
+            self._run(what, work.wait)
+            return share
+
+        return wait
+
+    def _run(self, what: str, collective: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        try:
+            return collective(*args, **kwargs)
+        except RuntimeError as error:  # what torch raises when a peer is gone or the group's timeout has passed
+            raise RankLost(
+                f"rank {self.rank} of {self.world_size}: the {what} failed; another rank has died, hangs or cannot be "
+                f"reached ({type(error).__name__}: {error})"
+            ) from error

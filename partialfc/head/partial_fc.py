@@ -1,0 +1,397 @@
+"""PartialFC: the classifier whose classes are sharded over ranks."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from partialfc.errors import BatchMismatch, ConfigError, LabelOutOfRange
+from partialfc.head import packing
+from partialfc.head.center_loss import CenterLoss
+from partialfc.head.class_chunks import ActiveRows
+from partialfc.head.collectives import Collectives
+from partialfc.head.hashing import normal_rows, stream_key
+from partialfc.head.optimizer_hooks import follow
+from partialfc.head.partition import ClassPartition
+from partialfc.head.sampling import merge_rows, sampled_negatives
+from partialfc.head.sharded_softmax import ShardedSoftmax, ShardStep
+from partialfc.losses import Loss
+
+_INITIAL_WEIGHT = 2  # the purpose that tells this stream of random numbers from the others
+_INITIAL_STD = 0.01
+
+
+@dataclass(frozen=True)
+class HeadOutput:
+    """What a step of the head gives. All but ``active_rows`` are equal on all ranks, and all but ``loss`` detached."""
+
+    loss: Tensor  # []: mean over the samples of the global batch that count, center loss included
+    softmax_loss: Tensor  # []
+    center_loss: Tensor  # []: its weight included; 0 without one
+    target_cosine: Tensor  # []: mean cosine between an embedding and its own class
+    num_samples: Tensor  # [] int64: samples of the global batch whose label is not -1
+    active_rows: int  # classes of this rank's shard that took part
+
+
+class PartialFC(nn.Module):
+    """A margin-softmax classifier over very many classes, its weight sharded by class over the ranks of a group.
+
+    Each rank passes its own part of the batch; the ranks exchange embeddings and per-sample statistics, never weights
+    or logits. See An et al., "Killing two birds with one stone: Partial FC", CVPR 2022, arXiv:2203.15565.
+
+    Args:
+        num_classes: C, classes of all shards together; ≥ 1. It may be smaller than the number of ranks.
+        embedding_dim: D.
+        loss: e.g. ``losses.ArcFace(scale=64.0, margin=0.5)``.
+        sample_rate: share of the classes, in (0, 1], drawn as negatives in a step, besides the batch's own classes; or
+            a function of the step. Evaluation always uses all classes.
+        seed: of the initial weights and the negatives. Both are functions of the class id, whatever the world size.
+        center_loss: e.g. ``CenterLoss(weight=0.003, alpha=0.5)``; owned by this head from now on.
+        filter_threshold: negatives whose cosine exceeds it, in [-1, 1], are left out of the denominator (interclass
+            filtering, for data sets in which one identity occurs under several ids).
+        correct_sampling: weight classes that take part only because they were drawn by 1/sample_rate in the
+            denominator, so that its expectation is that of all classes.
+        on_nonfinite: ``"raise"`` checks embeddings for NaN and Inf and raises NonFiniteEmbeddings on every rank;
+            ``"propagate"`` lets them through, and makes loss and gradients NaN on every rank, so that loss scalers
+            and the like decide alike everywhere.
+        weight_dtype: of the weight, float32 or float64.
+        compute_dtype: of logits and gradients, float32 or float64; default: ``weight_dtype``.
+        memory_budget_mb: MiB for logits and working copies of the weight within a step. More lets backward reuse the
+            forward pass's exponentials instead of forming them again.
+        process_group: default: the default group if ``torch.distributed`` is initialised, else a single process.
+        device: of the weight.
+
+    Parameters: ``weight [C_local, D]`` and, with ``losses.Softmax(bias=True)``, ``bias [C_local]``. Buffer: ``step``,
+    int64, which advances once per optimizer step, applied or skipped.
+
+    Raises:
+        ConfigError: an argument is out of its range.
+    """
+
+    step: Tensor
+
+    def __init__(
+        self,
+        num_classes: int,
+        embedding_dim: int,
+        loss: Loss,
+        sample_rate: float | Callable[[int], float] = 1.0,
+        seed: int = 0,
+        center_loss: CenterLoss | None = None,
+        filter_threshold: float | None = None,
+        correct_sampling: bool = False,
+        on_nonfinite: Literal["raise", "propagate"] = "raise",
+        weight_dtype: torch.dtype = torch.float32,
+        compute_dtype: torch.dtype | None = None,
+        memory_budget_mb: float = 256,
+        process_group: dist.ProcessGroup | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        compute_dtype = compute_dtype or weight_dtype
+        _check_arguments(num_classes, embedding_dim, loss, sample_rate, filter_threshold, on_nonfinite)
+        for name, dtype in (("weight_dtype", weight_dtype), ("compute_dtype", compute_dtype)):
+            if dtype not in (torch.float32, torch.float64):
+                raise ConfigError(f"{name} must be torch.float32 or torch.float64, got {dtype}")
+        if not memory_budget_mb > 0:
+            raise ConfigError(f"memory_budget_mb must be positive, got {memory_budget_mb}")
+        self.num_classes, self.embedding_dim, self.loss = num_classes, embedding_dim, loss
+        self.sample_rate, self.seed, self.center_loss = sample_rate, seed, center_loss
+        self.filter_threshold, self.correct_sampling = filter_threshold, correct_sampling
+        self.on_nonfinite, self.compute_dtype, self.memory_budget_mb = on_nonfinite, compute_dtype, memory_budget_mb
+
+        self.collectives = Collectives(process_group)
+        self.partition = ClassPartition(num_classes, self.collectives.world_size)
+        self.first_class, last = self.partition.range(self.collectives.rank)
+        rows = last - self.first_class
+        self.weight = nn.Parameter(torch.empty(rows, embedding_dim, dtype=weight_dtype, device=device))
+        self.bias = None
+        if getattr(loss, "bias", False) and "raw_logits" in loss.needs:
+            self.bias = nn.Parameter(torch.zeros(rows, dtype=weight_dtype, device=device))
+        if center_loss is not None:
+            center_loss.allocate(rows, embedding_dim, weight_dtype, self.weight.device)
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        self._next_step: int | None = 0  # what `step` holds, where reading the buffer would wait for a device
+        self._batch_format: packing.BatchFormat | None = None
+        self._in_step = False  # a backward has run since the last optimizer step
+        self._unread: tuple[Tensor, Any] | None = None  # headers on their way to the host, and the event to wait for
+        self.register_state_dict_pre_hook(lambda module, *_: module._close_skipped_step())
+        self.register_load_state_dict_post_hook(lambda module, _: module._forget_step())
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the initial weight: N(0, 0.01²), a function of (seed, class id)."""
+        if not self.weight.is_meta:
+            ids = torch.arange(self.first_class, self.first_class + len(self.weight), device=self.weight.device)
+            normal_rows(stream_key(self.seed, _INITIAL_WEIGHT), ids, self.embedding_dim, _INITIAL_STD, self.weight)
+
+    def forward(self, embeddings: Tensor, labels: Tensor, step: int | None = None) -> HeadOutput:
+        """The loss of the global batch. A collective: every rank calls it, in the same mode.
+
+        Args:
+            embeddings: [B_local, D], float32, float64, float16 or bfloat16; need not be normalised. B_local may differ
+                between ranks and steps, and be 0, up to the largest of the first call.
+            labels: [B_local] int64 in [0, num_classes), or -1 for a sample that does not count.
+            step: seeds the negatives; default: the head's own counter.
+
+        Returns:
+            The output; after ``loss.backward()``, ``embeddings.grad`` is world_size · ∂loss/∂embeddings, and
+            ``weight.grad`` the exact sparse gradient of the active rows.
+
+        Raises:
+            BatchMismatch, LabelOutOfRange, NonFiniteEmbeddings: on every rank, whichever rank is at fault; on a GPU at
+                the next call of the head or of its optimizer's ``step()``, and nothing is updated until then.
+            RankLost: another rank has died or cannot be reached.
+        """
+        self._raise_unread()
+        if self.training:
+            self._close_skipped_step()
+        # What is no tensor at all is refused like a tensor of the wrong shape: on every rank, after the exchange.
+        embeddings = embeddings if isinstance(embeddings, Tensor) else torch.empty(())
+        labels = labels if isinstance(labels, Tensor) else torch.empty(())
+        step = self._current_step() if step is None else int(step)
+        wants_grad = torch.is_grad_enabled() and (embeddings.requires_grad or self.weight.requires_grad)
+
+        x, y = self._gather(embeddings, labels, step, wants_grad)  # collective 1: [B, D], [B]
+        active = self._active_rows(y, step)
+        shard = ShardStep(
+            loss=self.loss,
+            collectives=self.collectives,
+            embeddings=x.to(self.compute_dtype),
+            labels=y,
+            local_count=len(embeddings),
+            first_class=self.first_class,
+            active=active,
+            step=step,
+            seed=self.seed,
+            filter_threshold=self.filter_threshold,
+            memory_budget=int(self.memory_budget_mb * 2**20),
+            center_loss=self.center_loss,
+            wants_grad=wants_grad,
+            training=self.training,
+        )
+        loss = ShardedSoftmax.apply(embeddings, self.weight, self.bias, shard)  # collectives 2 and, backward, 3
+        if wants_grad and self.training:
+            follow(self)
+            loss.register_hook(self._enter_step)
+        found = shard.statistics
+        assert found is not None
+        return HeadOutput(
+            loss, found.softmax_loss, found.center_loss, found.target_cosine, found.num_samples, active.count
+        )
+
+    @torch.no_grad()
+    def rows(self, class_ids: Tensor) -> Tensor:
+        """Weights of any classes, [n, D], on every rank. A collective: every rank passes the same ``class_ids``.
+
+        Raises:
+            LabelOutOfRange: an id is outside [0, num_classes), on any rank.
+            BatchMismatch: the ranks passed different ids.
+        """
+        ids = torch.as_tensor(class_ids, dtype=torch.int64, device=self.weight.device).flatten()
+        outside = ids[(ids < 0) | (ids >= self.num_classes)]
+        digest = zlib.crc32(ids.cpu().numpy().tobytes())
+        mine = torch.tensor([len(ids), digest, len(outside), int(outside[0]) if len(outside) else 0])
+        asked = self.collectives.gather(mine.to(ids.device)).tolist()
+        for rank, (_, _, wrong, example) in enumerate(asked):
+            if wrong:
+                raise LabelOutOfRange(f"rank {rank}: class id {example} is outside [0, {self.num_classes})")
+        if any(other[:2] != asked[0][:2] for other in asked):
+            raise BatchMismatch("rows() needs the same class ids on every rank; gather them first")
+        local = ids - self.first_class
+        mine_too = (local >= 0) & (local < len(self.weight))
+        found = self.weight.new_zeros(len(ids), self.embedding_dim)
+        found[mine_too] = self.weight[local[mine_too]]
+        return self.collectives.sum(found)
+
+    @torch.no_grad()
+    def grad_norm(self) -> Tensor:
+        """Euclidean norm of the weight's gradient over all shards, []. A collective."""
+        total = torch.zeros((), dtype=torch.float64, device=self.weight.device)
+        for parameter in (self.weight, self.bias):
+            if parameter is not None and parameter.grad is not None:
+                gradient = parameter.grad.coalesce().values() if parameter.grad.is_sparse else parameter.grad
+                total += torch.linalg.vector_norm(gradient, dtype=torch.float64).square()
+        return self.collectives.sum(total).sqrt()
+
+    def reset_batch_format(self) -> None:
+        """Forget the largest batch and the dtype agreed at the first call: the next one, on every rank, agrees anew."""
+        self._batch_format = None
+
+    def extra_repr(self) -> str:
+        rate = self.sample_rate if isinstance(self.sample_rate, float | int) else "schedule"
+        return (
+            f"num_classes={self.num_classes}, embedding_dim={self.embedding_dim}, sample_rate={rate}, "
+            f"classes {self.first_class}–{self.first_class + len(self.weight)} on rank {self.collectives.rank} "
+            f"of {self.collectives.world_size}"
+        )
+
+    # --- the batch -------------------------------------------------------------------------------------------------
+
+    def _gather(self, embeddings: Tensor, labels: Tensor, step: int, wants_grad: bool) -> tuple[Tensor, Tensor]:
+        """The global batch, [B, D] and [B]; raises the same error on every rank if any rank's part is wrong."""
+        device = self.weight.device
+        flags = packing.FLAG_TRAINING * self.training | packing.FLAG_BACKWARD * wants_grad
+        agreed = self._agree_on_format(embeddings)
+        problem = packing.find_problem(embeddings, labels, self.embedding_dim, device, agreed)
+        header = packing.make_header(embeddings, labels, problem, flags, step, device)
+        found_by_host = problem[0] is not packing.Problem.NONE
+        if not found_by_host:
+            packing.check_values(header, embeddings, labels, self.num_classes, self.on_nonfinite == "raise")
+        if agreed is None:  # a single process: nothing to send
+            headers, x, y = header[None], embeddings.detach(), labels
+        else:
+            message = packing.pack(header, embeddings, labels, agreed, found_by_host)
+            headers, y, x = packing.unpack(self.collectives.gather(message), agreed)
+        if (agreed is None and found_by_host) or not self._errors_are_deferred():
+            packing.raise_problem(headers.tolist(), self.num_classes, self.embedding_dim, agreed)
+            return x, y
+        self._read_later(headers)
+        failed = packing.any_problem(headers)  # then no sample counts, and nothing is updated
+        return torch.where(failed, torch.zeros_like(x), x), torch.where(failed, torch.full_like(y, -1), y)
+
+    def _agree_on_format(self, embeddings: Tensor) -> packing.BatchFormat | None:
+        """At the first call: check that the ranks' heads are the same, and agree on batch size and dtype."""
+        if self._batch_format is None and self.collectives.distributed:
+            settings = (self.num_classes, self.embedding_dim, self.seed, self.loss, self.center_loss)
+            rate = None if callable(self.sample_rate) else self.sample_rate
+            filters = (rate, self.filter_threshold, self.correct_sampling, self.on_nonfinite, self.compute_dtype)
+            identity = zlib.crc32(repr(settings + filters).encode())
+            count = embeddings.shape[0] if embeddings.dim() else 0
+            mine = torch.tensor([count, packing.dtype_code(embeddings.dtype), identity], device=self.weight.device)
+            ranks = self.collectives.gather(mine).tolist()
+            for rank, (_, dtype, other) in enumerate(ranks):
+                if other != ranks[0][2]:
+                    raise BatchMismatch(
+                        f"the heads of rank 0 and rank {rank} differ: num_classes, embedding_dim, loss, "
+                        "sample_rate, seed and all other arguments must be the same on every rank"
+                    )
+                if dtype != ranks[0][1]:
+                    raise BatchMismatch(f"embeddings of rank 0 and rank {rank} differ in dtype; use one dtype")
+            capacity = max(1, *(count for count, _, _ in ranks))
+            dtype = ranks[0][1]
+            # A dtype that is no float is refused right after, from the headers; any float will do to carry them.
+            carried = packing.dtype_of(dtype) if dtype >= 0 and packing.dtype_of(dtype).is_floating_point else None
+            agreed = packing.BatchFormat(capacity, self.embedding_dim, carried or torch.float32)
+            if carried is None:
+                return agreed
+            self._batch_format = agreed
+        return self._batch_format
+
+    def _active_rows(self, labels: Tensor, step: int) -> ActiveRows:
+        """The rows of this shard that take part: all, or the batch's classes and the step's negatives."""
+        rate = self._rate(step)
+        rows = len(self.weight)
+        if rate >= 1.0 or not self.training:
+            return ActiveRows(None, rows)
+        device = self.weight.device
+        negatives = sampled_negatives(self.first_class, self.first_class + rows, rate, self.seed, step, device)
+        local = labels - self.first_class
+        positives = local[(local >= 0) & (local < rows) & (labels >= 0)]
+        active = merge_rows(negatives, positives)
+        log_weight = None
+        if self.correct_sampling:
+            log_weight = torch.full((len(active),), -math.log(rate), dtype=self.compute_dtype, device=device)
+            log_weight[torch.searchsorted(active, positives)] = 0.0
+        return ActiveRows(active, len(active), log_weight, 0.0 if log_weight is None else -math.log(rate))
+
+    def _rate(self, step: int) -> float:
+        rate = self.sample_rate(step) if callable(self.sample_rate) else self.sample_rate
+        if not 0.0 < rate <= 1.0:
+            raise ConfigError(f"sample_rate must lie in (0, 1], got {rate} at step {step}")
+        return rate
+
+    # --- the step counter, and errors that arrive late ---------------------------------------------------------------
+
+    def _current_step(self) -> int:
+        if self._next_step is None:
+            self._next_step = int(self.step)
+        return self._next_step
+
+    def _forget_step(self) -> None:
+        self._next_step = None
+        self._in_step = False
+
+    def _enter_step(self, grad: Tensor) -> None:
+        self._in_step = True
+
+    def _close_skipped_step(self) -> None:
+        """A backward whose gradient was cleared without an optimizer step (a loss scaler does that) ends its step."""
+        if self._in_step and self.weight.grad is None:
+            self._end_step(applied=False)
+
+    def _end_step(self, applied: bool) -> None:
+        if self.center_loss is not None:
+            if applied:
+                self.center_loss.apply_pending()
+            else:
+                self.center_loss.drop_pending()
+        self._next_step = self._current_step() + 1
+        self.step.fill_(self._next_step)
+        self._in_step = False
+
+    def before_optimizer_step(self) -> None:
+        """Called before the step of the optimizer that holds the weight: raises what a GPU has found meanwhile."""
+        self._raise_unread()
+
+    def after_optimizer_step(self) -> None:
+        """Called after that step: moves the centers and advances the counter."""
+        if self._in_step:
+            self._end_step(applied=True)
+
+    def _errors_are_deferred(self) -> bool:
+        return self.weight.device.type != "cpu"
+
+    def _read_later(self, headers: Tensor) -> None:
+        if headers.device.type == "cuda":
+            host = torch.empty(headers.shape, dtype=headers.dtype, pin_memory=True)
+            host.copy_(headers, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+            self._unread = (host, event)
+        else:
+            self._unread = (headers.cpu(), None)
+
+    def _raise_unread(self) -> None:
+        """Raise what the headers of the last call report. Waits for their copy only, not for the work behind it."""
+        if self._unread is not None:
+            headers, event = self._unread
+            self._unread = None
+            if event is not None:
+                event.synchronize()
+            try:
+                packing.raise_problem(headers.tolist(), self.num_classes, self.embedding_dim, self._batch_format)
+            except Exception:
+                if self.center_loss is not None:
+                    self.center_loss.drop_pending()
+                raise
+
+
+def _check_arguments(
+    num_classes: int,
+    embedding_dim: int,
+    loss: Loss,
+    sample_rate: float | Callable[[int], float],
+    filter_threshold: float | None,
+    on_nonfinite: str,
+) -> None:
+    if num_classes < 1 or embedding_dim < 1:
+        raise ConfigError(f"num_classes and embedding_dim must be at least 1, got {num_classes} and {embedding_dim}")
+    if not isinstance(loss, Loss):
+        raise ConfigError(f"loss must be a partialfc.losses.Loss, e.g. losses.ArcFace(), got {loss!r}")
+    if not callable(sample_rate) and not 0.0 < sample_rate <= 1.0:
+        raise ConfigError(f"sample_rate must lie in (0, 1], got {sample_rate}")
+    if filter_threshold is not None and not -1.0 <= filter_threshold <= 1.0:
+        raise ConfigError(f"filter_threshold is a cosine, in [-1, 1], got {filter_threshold}")
+    if filter_threshold is not None and "raw_logits" in loss.needs:
+        raise ConfigError("filter_threshold compares cosines, but this loss works on raw logits: leave it out")
+    if on_nonfinite not in ("raise", "propagate"):
+        raise ConfigError(f'on_nonfinite must be "raise" or "propagate", got {on_nonfinite!r}')

@@ -1,0 +1,1 @@
+"""Console progress, metrics.jsonl and figures of a run."""

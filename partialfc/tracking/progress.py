@@ -1,0 +1,81 @@
+"""The one progress display: a live bar on a terminal, a line with an ETA now and then where output goes to a file."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
+
+
+def log(message: str) -> None:
+    """Print one line in the log format of the package: local time, then the message."""
+    print(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {message}", flush=True)
+
+
+def duration(seconds: float) -> str:
+    """A duration for people: ``42s``, ``3m05s``, ``7h12m``, ``2d03h``."""
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    if whole < 86400:
+        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"
+
+
+class Advance(Protocol):
+    """Reports progress: ``advance(3)`` after three more items; ``note`` is shown behind the ETA."""
+
+    def __call__(self, items: int = 1, note: str = "") -> None: ...
+
+
+class Progress(Protocol):
+    """What long work asks for: ``with progress("rendering", total=100) as advance: ...; advance()``."""
+
+    def __call__(self, what: str, total: int) -> AbstractContextManager[Advance]: ...
+
+
+@contextmanager
+def no_progress(what: str, total: int) -> Iterator[Advance]:
+    """A :class:`Progress` that shows nothing."""
+
+    def advance(items: int = 1, note: str = "") -> None:
+        pass
+
+    yield advance
+
+
+@contextmanager
+def console_progress(what: str, total: int, seconds_between_lines: float = 10.0) -> Iterator[Advance]:
+    """Show ``what`` with count, rate and ETA on stdout: live on a terminal, a line every few seconds elsewhere."""
+    started = time.monotonic()
+    live = sys.stdout.isatty()
+    done, last_shown = 0, started if not live else 0.0
+
+    def line(note: str) -> str:
+        elapsed = time.monotonic() - started
+        rate = done / elapsed if elapsed > 0 else 0.0
+        eta = f"ETA {duration((total - done) / rate)}" if 0 < done < total and rate > 0 else f"in {duration(elapsed)}"
+        text = f"{what}  {done:,}/{total:,} ({100 * done / max(total, 1):.0f}%)  {rate:,.0f}/s  {eta}"
+        return f"{text}  {note}" if note else text
+
+    def advance(items: int = 1, note: str = "") -> None:
+        nonlocal done, last_shown
+        done += items
+        now = time.monotonic()
+        if live and (now - last_shown >= 0.1 or done >= total):
+            last_shown = now
+            print(f"\r\x1b[K{line(note)}", end="", flush=True)
+        elif not live and now - last_shown >= seconds_between_lines and done < total:
+            last_shown = now
+            log(line(note))
+
+    try:
+        yield advance
+    finally:
+        if live:
+            print("\r\x1b[K", end="")
+        log(line("" if done >= total else "(stopped)"))
