@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,7 +13,8 @@ from torch.optim import Optimizer
 
 from partialfc.errors import ConfigError
 
-_ROWS_PER_PIECE = 2048
+# Elements of a piece: on a CPU what its second-level cache holds, elsewhere enough to keep the device busy.
+_CPU_PIECE, _GPU_PIECE = 1 << 17, 1 << 24
 
 
 class RowSGD(Optimizer):
@@ -59,47 +62,67 @@ class RowSGD(Optimizer):
                     self._update(parameter, float(group["lr"]), group["momentum"], group["weight_decay"])
         return loss
 
-    def _update(self, parameter: Tensor, lr: float, momentum: float, weight_decay: float) -> None:
+    def _update(self, parameter: Tensor, lr: float, momentum: float, decay: float) -> None:
         velocity = None
         if momentum:
             state = self.state[parameter]
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(parameter)
             velocity = state["momentum_buffer"]
-        for rows, gradient in row_pieces(parameter):
+        pieces = row_pieces(parameter)
+        buffers = [torch.empty_like(parameter[: pieces.rows_per_piece]) for _ in range(2)]
+        for rows, gradient in pieces:
+            gradient = gradient.to(parameter.dtype)
             if isinstance(rows, slice):  # in place
-                weight, speed = parameter[rows], None if velocity is None else velocity[rows]
+                _sgd(parameter[rows], velocity if velocity is None else velocity[rows], gradient, lr, momentum, decay)
+                continue
+            weight = torch.index_select(parameter, 0, rows, out=buffers[0][: len(rows)])
+            if velocity is None:
+                _sgd(weight, None, gradient, lr, momentum, decay)
             else:
-                weight = parameter.index_select(0, rows)
-                speed = None if velocity is None else velocity.index_select(0, rows)
-            change = gradient.to(weight.dtype)
-            if weight_decay:
-                change = change.add(weight, alpha=weight_decay)
-            if speed is not None:
-                change = speed.mul_(momentum).add_(change)
-            weight.add_(change, alpha=-lr)
-            if not isinstance(rows, slice):
-                parameter.index_copy_(0, rows, weight)
-                if velocity is not None and speed is not None:
-                    velocity.index_copy_(0, rows, speed)
+                speed = torch.index_select(velocity, 0, rows, out=buffers[1][: len(rows)])
+                _sgd(weight, speed, gradient, lr, momentum, decay)
+                velocity.index_copy_(0, rows, speed)
+            parameter.index_copy_(0, rows, weight)
 
 
-def row_pieces(parameter: Tensor) -> Iterator[tuple[slice | Tensor, Tensor]]:
-    """The gradient of ``parameter`` a piece of rows at a time: (rows, their gradient [n, …]).
+def _sgd(weight: Tensor, velocity: Tensor | None, gradient: Tensor, lr: float, momentum: float, decay: float) -> None:
+    """One step on some rows, in place."""
+    if velocity is None:
+        weight.mul_(1.0 - lr * decay).add_(gradient, alpha=-lr)
+    else:
+        velocity.mul_(momentum).add_(gradient).add_(weight, alpha=decay)
+        weight.add_(velocity, alpha=-lr)
+
+
+@dataclass
+class RowPieces:
+    """A gradient in pieces of rows: (rows, their gradient [n, …]).
 
     Rows come as a slice where the gradient covers all of them, else as indices. Work in such pieces stays in the cache
     and needs no memory of the parameter's size.
     """
+
+    rows: Tensor | None  # [A] sorted and unique; None: all
+    values: Tensor  # [A, …]
+    rows_per_piece: int
+
+    def __iter__(self) -> Iterator[tuple[slice | Tensor, Tensor]]:
+        for start in range(0, len(self.values), self.rows_per_piece):
+            piece = slice(start, min(start + self.rows_per_piece, len(self.values)))
+            yield piece if self.rows is None else self.rows[piece], self.values[piece]
+
+
+def row_pieces(parameter: Tensor) -> RowPieces:
+    """The gradient of ``parameter``, sparse or dense, a piece of rows at a time."""
     gradient = parameter.grad
     assert gradient is not None
-    rows, values = None, gradient
-    if gradient.is_sparse:
-        rows, values = _coalesced(gradient)
-        if len(rows) == len(parameter):
-            rows = None
-    for start in range(0, len(values), _ROWS_PER_PIECE):
-        piece = slice(start, min(start + _ROWS_PER_PIECE, len(values)))
-        yield piece if rows is None else rows[piece], values[piece]
+    rows, values = _coalesced(gradient) if gradient.is_sparse else (None, gradient)
+    if rows is not None and len(rows) == len(parameter):
+        rows = None
+    elements = math.prod(parameter.shape[1:])
+    on_cpu = parameter.device.type == "cpu"
+    return RowPieces(rows, values, max(1, (_CPU_PIECE if on_cpu else _GPU_PIECE) // max(1, elements)))
 
 
 def _coalesced(gradient: Tensor) -> tuple[Tensor, Tensor]:
