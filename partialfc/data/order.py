@@ -1,0 +1,106 @@
+"""The order of samples, as pure functions.
+
+Every rank computes which samples it sees in a step from (seed, step) alone: nothing is shuffled in memory, nothing is
+stored, and the global batch of a step is the same for every world size.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+Indices = npt.NDArray[np.int64]
+
+_MASK = 0xFFFFFFFFFFFFFFFF
+_GOLDEN = 0x9E3779B97F4A7C15
+_ROUNDS = 8  # four suffice for large domains; small data sets need more to look shuffled
+
+
+def mix(*values: int) -> int:
+    """Fold integers into one well-mixed 64-bit key (splitmix64, applied value by value)."""
+    state = 0
+    for value in values:
+        state = (state + _GOLDEN + (value & _MASK)) & _MASK
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
+        state ^= state >> 31
+    return state
+
+
+def mix_array(values: npt.NDArray[np.uint64], key: int) -> npt.NDArray[np.uint64]:
+    """splitmix64 of ``values + key``, elementwise; uint64 in, uint64 out."""
+    x = values + np.uint64(key)
+    x ^= x >> np.uint64(30)
+    x *= np.uint64(0xBF58476D1CE4E5B9)
+    x ^= x >> np.uint64(27)
+    x *= np.uint64(0x94D049BB133111EB)
+    x ^= x >> np.uint64(31)
+    return x
+
+
+def epoch_permutation(positions: Indices, num_samples: int, seed: int, epoch: int) -> Indices:
+    """The samples at ``positions`` of this epoch's shuffle of ``range(num_samples)``.
+
+    The shuffle is a keyed Feistel network over the smallest domain of an even number of bits that holds
+    ``num_samples``; a value outside the range walks on along its cycle until it falls inside (cycle walking), so the
+    result is a bijection of the range. Memory is O(len(positions)), whatever ``num_samples`` is.
+
+    Args:
+        positions: int64 [n], each in [0, num_samples).
+    Returns:
+        int64 [n], sample indices.
+    """
+    if num_samples < 1:
+        raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+    if len(positions) and not (positions.min() >= 0 and positions.max() < num_samples):
+        raise ValueError(f"positions must lie in [0, {num_samples}), got {positions.min()}..{positions.max()}")
+    half_bits = max(1, ((num_samples - 1).bit_length() + 1) // 2)
+    keys = [mix(seed, epoch, i) for i in range(_ROUNDS)]
+    values = _feistel(positions.astype(np.uint64), half_bits, keys)
+    outside = np.flatnonzero(values >= num_samples)
+    while len(outside):
+        values[outside] = _feistel(values[outside], half_bits, keys)
+        outside = outside[values[outside] >= num_samples]
+    return values.astype(np.int64)
+
+
+def _feistel(values: npt.NDArray[np.uint64], half_bits: int, keys: list[int]) -> npt.NDArray[np.uint64]:
+    bits, mask = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)
+    left, right = values >> bits, values & mask
+    for key in keys:
+        left, right = right, left ^ (mix_array(right, key) & mask)
+    return (left << bits) | right
+
+
+def steps_per_epoch(num_samples: int, global_batch_size: int) -> int:
+    """Number of global batches in an epoch; the last one may be short."""
+    return -(-num_samples // global_batch_size)
+
+
+def local_slice(global_batch_size: int, rank: int, world_size: int) -> tuple[int, int]:
+    """The part ``[start, stop)`` of the global batch that ``rank`` holds: contiguous slices of ceil(B / W) samples.
+
+    Clipped to B: the last ranks may hold fewer samples, or none.
+    """
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank must lie in [0, {world_size}), got {rank}")
+    share = -(-global_batch_size // world_size)
+    return min(rank * share, global_batch_size), min((rank + 1) * share, global_batch_size)
+
+
+def batch_indices(
+    step: int, num_samples: int, global_batch_size: int, seed: int, rank: int, world_size: int
+) -> Indices:
+    """Sample indices of ``rank`` in global step ``step`` (0-based, counted over all epochs).
+
+    Returns:
+        int64 [ceil(B / W)], padded with -1 where the slice reaches past the global batch, and where the epoch's last
+        global batch is short.
+    """
+    epoch, step_in_epoch = divmod(step, steps_per_epoch(num_samples, global_batch_size))
+    start, stop = local_slice(global_batch_size, rank, world_size)
+    first = step_in_epoch * global_batch_size
+    positions = np.arange(first + start, min(first + stop, num_samples), dtype=np.int64)
+    indices = np.full(-(-global_batch_size // world_size), -1, dtype=np.int64)
+    indices[: len(positions)] = epoch_permutation(positions, num_samples, seed, epoch)
+    return indices
