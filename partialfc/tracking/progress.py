@@ -27,7 +27,7 @@ def duration(seconds: float) -> str:
 
 
 class Advance(Protocol):
-    """Reports progress: ``advance(3)`` after three more items; ``note`` is shown behind the ETA."""
+    """Reports progress: ``advance(3)`` after three more items; the last ``note`` is shown behind the ETA."""
 
     def __call__(self, items: int = 1, note: str = "") -> None: ...
 
@@ -53,29 +53,30 @@ def console_progress(what: str, total: int, seconds_between_lines: float = 10.0)
     """Show ``what`` with count, rate and ETA on stdout: live on a terminal, a line every few seconds elsewhere."""
     started = time.monotonic()
     live = sys.stdout.isatty()
-    done, last_shown = 0, started if not live else 0.0
+    done, last_shown, last_note = 0, started if not live else 0.0, ""
 
-    def line(note: str) -> str:
+    def line() -> str:
         elapsed = time.monotonic() - started
         rate = done / elapsed if elapsed > 0 else 0.0
         eta = f"ETA {duration((total - done) / rate)}" if 0 < done < total and rate > 0 else f"in {duration(elapsed)}"
-        text = f"{what}  {done:,}/{total:,} ({100 * done / max(total, 1):.0f}%)  {rate:,.0f}/s  {eta}"
-        return f"{text}  {note}" if note else text
+        text = f"{what}  {done:,}/{total:,} ({100 * done / max(total, 1):.0f}%)  {rate:,.{1 if rate < 10 else 0}f}/s  {eta}"
+        return f"{text}  {last_note}" if last_note else text
 
     def advance(items: int = 1, note: str = "") -> None:
-        nonlocal done, last_shown
+        nonlocal done, last_shown, last_note
         done += items
+        last_note = note or last_note
         now = time.monotonic()
         if live and (now - last_shown >= 0.1 or done >= total):
             last_shown = now
-            print(f"\r\x1b[K{line(note)}", end="", flush=True)
+            print(f"\r\x1b[K{line()}", end="", flush=True)
         elif not live and now - last_shown >= seconds_between_lines and done < total:
             last_shown = now
-            log(line(note))
+            log(line())
 
     try:
         yield advance
     finally:
         if live:
             print("\r\x1b[K", end="")
-        log(line("" if done >= total else "(stopped)"))
+        log(line() if done >= total else f"{line()}  (stopped)")

@@ -1,0 +1,46 @@
+# make quickstart   train a glyph recogniser on two ranks, from nothing
+# make test         lint, types, tests          make test-all   with the slow, full-size ones
+# Both make their own virtual environment in .venv. TORCH="torch==2.13.0" chooses the torch to install, and PIP_ARGS
+# adds arguments for pip (an index of CPU builds, a folder of wheels).
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==$(shell sed -n 's/^torch==//p' constraints.txt)
+PIP_ARGS ?=
+RANKS ?= 2
+GLYPHS ?= data/glyphs
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: help quickstart test test-all lint benchmark clean
+help:
+	@sed -n '1,4s/^# //p' Makefile
+
+# One stamp a set of packages: it is renewed when what it was made from changes.
+$(VENV)/.train: pyproject.toml constraints.txt launch/install.sh
+	@launch/install.sh "$(PYTHON)" "$(VENV)" "$(TORCH)" train "$(PIP_ARGS)"
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.train
+	@launch/install.sh "$(PYTHON)" "$(VENV)" "$(TORCH)" train,dev "$(PIP_ARGS)"
+	@touch $@
+
+quickstart: $(VENV)/.train
+	@$(VENV)/bin/python -m partialfc data glyphs --out $(GLYPHS) --classes 2000 --size 32 --fonts small
+	@$(VENV)/bin/torchrun --nproc-per-node $(RANKS) -m partialfc train configs/quickstart.yaml
+
+lint: $(VENV)/.dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+test: lint
+	$(VENV)/bin/python -m pytest -m "not slow"
+
+test-all: lint
+	$(VENV)/bin/python -m pytest
+
+benchmark: $(VENV)/.train
+	$(VENV)/bin/python benchmarks/head_step.py
+
+clean:
+	rm -rf .venv build *.egg-info

@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Make the virtual environment and install partialfc with some of its extras.
+#   launch/install.sh PYTHON VENV TORCH EXTRAS PIP_ARGS
+set -euo pipefail
+python=$1 venv=$2 torch=$3 extras=$4
+read -ra pip_args <<<"${5:-}"
+
+stop() { printf 'error: %s\n' "$@" >&2; exit 1; }
+
+command -v "$python" >/dev/null || stop "$python is not installed: apt-get install python3 python3-venv"
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+    stop "$("$python" --version) is too old, Python 3.11 or newer is needed; choose one with: make PYTHON=python3.12 …"
+if [ ! -x "$venv/bin/pip" ]; then
+    rm -rf "$venv"
+    "$python" -m venv "$venv" >/dev/null || {
+        rm -rf "$venv"
+        stop "cannot make a virtual environment: apt-get install python3-venv"
+    }
+fi
+
+if ! "$venv/bin/python" -c 'import torch' 2>/dev/null; then
+    # Ask pip what it would take, before it takes it: the default build for Linux brings several GB of CUDA.
+    plan=$("$venv/bin/pip" install --dry-run --quiet --report - "${pip_args[@]}" "$torch" 2>/dev/null || true)
+    if [[ $plan == *nvidia-c* || $plan == *cuda-toolkit* ]]; then
+        echo "note: pip takes a CUDA build of torch here: several GB."
+        if ! command -v nvidia-smi >/dev/null; then
+            echo "      This machine shows no NVIDIA GPU. For a CPU build, stop this (Ctrl-C) and name one, for example"
+            echo "        make … PIP_ARGS='--index-url URL-OF-AN-INDEX-WITH-CPU-BUILDS'   (pytorch.org, \"Get started\", CPU)"
+            echo "        make … TORCH=/path/to/torch-cpu.whl"
+            echo "      Going on in 10 seconds."
+            sleep 10
+        fi
+    fi
+    echo "installing $torch into $venv"
+    "$venv/bin/pip" install --progress-bar on "${pip_args[@]}" "$torch" ||
+        stop "pip could not install $torch; choose another with TORCH=…, or give pip arguments with PIP_ARGS=…"
+fi
+echo "installing partialfc[$extras] into $venv"
+# The constraints pin what is tested; the torch that is there may be another, by the user's choice.
+grep -v '^torch==' constraints.txt >"$venv/constraints.txt"
+"$venv/bin/pip" install --quiet --progress-bar on "${pip_args[@]}" -c "$venv/constraints.txt" -e ".[$extras]" ||
+    stop "pip could not install partialfc's dependencies: the lines above say which"

@@ -1,0 +1,83 @@
+"""The command ``partialfc``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from partialfc.errors import ConfigError, PartialFCError
+from partialfc.tracking.progress import console_progress, log
+
+app = typer.Typer(
+    help="Train classifiers with very many classes, the classifier sharded over ranks.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+data = typer.Typer(help="Make data sets.", no_args_is_help=True)
+app.add_typer(data, name="data")
+
+
+@app.command("train")
+def train_command(
+    config: Annotated[Path, typer.Argument(help="YAML file, e.g. configs/quickstart.yaml")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, e.g. optim.lr=0.2")] = None,
+) -> None:
+    """Train. Under torchrun the classifier is sharded over all ranks:
+
+    torchrun --nproc-per-node 8 -m partialfc train CONFIG key=value …
+    """
+    from partialfc.config import load_config
+    from partialfc.train.main import train
+
+    train(load_config(config, overrides or []))
+
+
+@data.command("glyphs")
+def glyphs_command(
+    out: Annotated[Path, typer.Option(help="folder to write: training set, verification/, closed_set/")],
+    classes: Annotated[int, typer.Option(min=1, help="training characters")] = 2000,
+    size: Annotated[int, typer.Option(help="pixels: 32, 64 or 112")] = 32,
+    fonts: Annotated[str, typer.Option(help="small (61 MB of fonts), core (about 350 MB) or all")] = "small",
+    font_dir: Annotated[Path | None, typer.Option(help="look for font files here first")] = None,
+    cache_dir: Annotated[Path | None, typer.Option(help="where font packages are kept")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="processes; default: all cores")] = None,
+    overwrite: Annotated[bool, typer.Option(help="replace what is in --out")] = False,
+) -> None:
+    """Draw a large-class data set from the distribution's fonts: Han characters in many typeface designs."""
+    from partialfc.data.glyphs import make_glyphs
+
+    report = make_glyphs(
+        out,
+        classes,
+        size,
+        fonts,
+        cache_dir=cache_dir,
+        font_dir=font_dir,
+        workers=workers,
+        progress=console_progress,
+        overwrite=overwrite,
+    )
+    log(str(report))
+
+
+def main() -> None:
+    """Run the command; exit codes: 0 finished, 1 failed (the last line says why), 2 wrong usage or config."""
+    try:
+        app(standalone_mode=True)
+    except ConfigError as error:
+        _fail(error, 2)
+    except PartialFCError as error:
+        _fail(error, 1)
+
+
+def _fail(error: Exception, code: int) -> None:
+    sys.stdout.flush()
+    prefix = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
+    print(f"{prefix}error: {error}", file=sys.stderr, flush=True)
+    # A thread of a broken process group may never end; what is worth keeping has been written.
+    os._exit(code)

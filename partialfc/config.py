@@ -1,0 +1,213 @@
+"""The configuration tree: one YAML file, overridden by ``section.key=value`` on the command line.
+
+Every key has a type, a default, a range and one line of documentation. Unknown keys are refused with the nearest name.
+A config names the *global* batch; how many ranks share it is the launcher's business and changes no result.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from partialfc import losses, models
+from partialfc.errors import ConfigError
+from partialfc.head import CenterLoss, PartialFC
+
+
+class Section(BaseModel):
+    """Base of all sections."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
+
+
+class RunConfig(Section):
+    dir: Path = Field(Path("runs/run"), description="run folder: metrics, checkpoints, figures")
+    seed: int = Field(0, ge=0, lt=2**31, description="of weights, sample order, augmentation and negatives")
+    timeout: float = Field(120.0, gt=0, description="seconds after which a silent rank ends the run (after step 1)")
+
+
+class DataConfig(Section):
+    train: Path = Field(description="data set folder with index.json")
+    global_batch_size: int = Field(256, ge=1, description="samples a step, over all ranks")
+    image_size: int = Field(32, ge=8, le=1024, description="pixels; images of another size are resized")
+    channels: Literal[1, 3] = Field(1, description="1 grey, 3 RGB")
+    augment: Literal["none", "light"] = Field("light", description="random affine maps and noise")
+    workers: int = Field(0, ge=0, le=256, description="loader processes a rank; 0 loads in the training process")
+
+
+class ModelConfig(Section):
+    name: str = Field("glyph_net", description="backbone")
+    embedding_dim: int = Field(128, ge=2, le=65536, description="D")
+
+
+class LossConfig(BaseModel):
+    """``name`` and whatever that loss takes."""
+
+    model_config = ConfigDict(extra="allow")
+    name: str = Field("arcface", description="loss: " + ", ".join(losses.BY_NAME))
+
+
+class CenterLossConfig(Section):
+    weight: float = Field(0.003, ge=0, description="λ of L = L_s + λ·L_c")
+    alpha: float = Field(0.5, ge=0, le=1, description="learning rate of the centers")
+
+
+class HeadConfig(Section):
+    loss: LossConfig = Field(LossConfig(), description="loss and its parameters")
+    sample_rate: float = Field(1.0, gt=0, le=1, description="share of the classes drawn as negatives in a step")
+    filter_threshold: float | None = Field(None, ge=-1, le=1, description="negatives with a cosine above are left out")
+    correct_sampling: bool = Field(False, description="weight drawn classes by 1/sample_rate in the denominator")
+    center_loss: CenterLossConfig | None = Field(None, description="center loss beside the softmax loss")
+    memory_budget_mb: float = Field(256.0, gt=0, description="MiB for logits within a step")
+
+
+class OptimConfig(Section):
+    name: Literal["sgd"] = Field("sgd", description="SGD with momentum for the backbone, RowSGD for the head")
+    lr: float = Field(0.1, ge=0, description="peak learning rate")
+    momentum: float = Field(0.9, ge=0, lt=1, description="of both optimizers")
+    weight_decay: float = Field(5e-4, ge=0, description="of both optimizers")
+    epochs: float = Field(10.0, gt=0, description="length of the run; fractions are allowed")
+    schedule: Literal["constant", "cosine", "polynomial"] = Field("polynomial", description="decay after the warm-up")
+    power: float = Field(2.0, gt=0, description="of the polynomial decay")
+    warmup: float = Field(1.0, ge=0, description="epochs over which the learning rate rises linearly from zero")
+    clip: float | None = Field(5.0, gt=0, description="largest norm of the backbone's gradient; null: no clipping")
+    head_lr_factor: float = Field(1.0, gt=0, description="the head's learning rate over the backbone's")
+    unsampled_rows: Literal["frozen"] = Field("frozen", description="rows without a gradient stay as they are")
+
+
+class EvaluationConfig(Section):
+    sets: list[Path] = Field([], description="folders: verification (with protocol.json) or labelled known classes")
+    every: int = Field(0, ge=0, description="steps between evaluations; 0: only at the end")
+    batch_size: int = Field(256, ge=1, description="images a rank embeds at once")
+
+
+class TrackingConfig(Section):
+    log_every: int = Field(20, ge=1, description="steps between lines of metrics.jsonl")
+
+
+class Config(Section):
+    run: RunConfig = Field(RunConfig(), description="where, and from which seed")
+    data: DataConfig = Field(description="what to train on")
+    model: ModelConfig = Field(ModelConfig(), description="the backbone")
+    head: HeadConfig = Field(HeadConfig(), description="the sharded classifier")
+    optim: OptimConfig = Field(OptimConfig(), description="how to optimise")
+    evaluation: EvaluationConfig = Field(EvaluationConfig(), description="how to measure")
+    tracking: TrackingConfig = Field(TrackingConfig(), description="what to write down")
+
+
+def load_config(path: Path | str, overrides: Iterable[str] = ()) -> Config:
+    """Read a YAML file and apply overrides such as ``optim.lr=0.2``.
+
+    Raises:
+        ConfigError: the file cannot be read, or a key is unknown, of the wrong type or out of range.
+    """
+    try:
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise ConfigError(f"cannot read the config {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected sections such as `data:`, got {type(tree).__name__}")
+    for override in overrides:
+        _apply_override(tree, override)
+    return parse_config(tree)
+
+
+def parse_config(tree: dict[str, Any]) -> Config:
+    """Validate a tree of plain values."""
+    try:
+        config = Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_explain(problem) for problem in error.errors())) from None
+    if config.model.name not in models.BY_NAME:
+        raise ConfigError(f"model.name: {_unknown(config.model.name, models.BY_NAME)}")
+    build_loss(config.head.loss)
+    return config
+
+
+def build_loss(config: LossConfig) -> losses.Loss:
+    """The loss that a config names.
+
+    Raises:
+        ConfigError: there is no such loss, it takes no such parameter, or the value is out of range.
+    """
+    if config.name not in losses.BY_NAME:
+        raise ConfigError(f"head.loss.name: {_unknown(config.name, losses.BY_NAME)}")
+    kind = losses.BY_NAME[config.name]
+    accepted = [name for name in inspect.signature(kind).parameters if name != "self"]
+    options = config.model_extra or {}
+    for name in options:
+        if name not in accepted:
+            raise ConfigError(f"head.loss.{name}: {_unknown(name, accepted)} of loss {config.name}")
+    try:
+        return kind(**options)
+    except (ConfigError, TypeError) as error:
+        raise ConfigError(f"head.loss ({config.name}): {error}") from error
+
+
+def build_head(config: Config, num_classes: int, device: Any = None) -> PartialFC:
+    """The head that a config describes, on this rank."""
+    head = config.head
+    return PartialFC(
+        num_classes,
+        config.model.embedding_dim,
+        build_loss(head.loss),
+        sample_rate=head.sample_rate,
+        seed=config.run.seed,
+        center_loss=CenterLoss(head.center_loss.weight, head.center_loss.alpha) if head.center_loss else None,
+        filter_threshold=head.filter_threshold,
+        correct_sampling=head.correct_sampling,
+        memory_budget_mb=head.memory_budget_mb,
+        device=device,
+    )
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved config, every key spelled out; :func:`load_config` reads it back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    path, separator, text = override.partition("=")
+    if not separator or not path:
+        raise ConfigError(f"expected section.key=value, got {override!r}")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{override!r}: the value is not valid YAML: {error}") from error
+    *sections, key = path.split(".")
+    for section in sections:
+        if not isinstance(tree.get(section), dict):
+            tree[section] = {}
+        tree = tree[section]
+    tree[key] = value
+
+
+def _explain(problem: Any) -> str:
+    where = ".".join(map(str, problem["loc"]))
+    if problem["type"] == "extra_forbidden":
+        return f"{where}: {_unknown(str(problem['loc'][-1]), _keys_at(problem['loc'][:-1]))}"
+    given = "" if problem["type"] == "missing" else f", got {problem['input']!r}"
+    return f"{where}: {problem['msg'][0].lower()}{problem['msg'][1:]}{given}"
+
+
+def _keys_at(location: tuple[Any, ...]) -> list[str]:
+    section: Any = Config
+    for name in location:
+        field = section.model_fields[name]
+        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        section = next(kind for kind in candidates if isinstance(kind, type) and issubclass(kind, BaseModel))
+    return list(section.model_fields)
+
+
+def _unknown(name: str, known: Iterable[str]) -> str:
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"unknown name {name!r}" + (f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}")

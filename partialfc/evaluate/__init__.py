@@ -1,0 +1,1 @@
+"""Open-set verification, closed-set identification, and their figures."""

@@ -1,0 +1,29 @@
+"""Embeddings of a whole data set, computed by all ranks together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+@torch.no_grad()
+def embed(
+    backbone: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], num_samples: int, dim: int, device: torch.device
+) -> Tensor:
+    """Embeddings of all samples, [num_samples, dim] float32, not normalised, on every rank. A collective.
+
+    Args:
+        batches: this rank's (indices [b], images [b, C, H, W]); the ranks' batches together hold every sample once.
+    """
+    was_training = backbone.training
+    backbone.eval()
+    embeddings = torch.zeros(num_samples, dim, device=device)
+    for indices, images in batches:
+        embeddings[indices.to(device)] = backbone(images.to(device, non_blocking=True)).float()
+    backbone.train(was_training)
+    if dist.is_initialized():
+        dist.all_reduce(embeddings)
+    return embeddings

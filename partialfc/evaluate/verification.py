@@ -1,0 +1,136 @@
+"""Open-set verification: TAR at FAR over all pairs.
+
+A pair is *genuine* if both samples are of one class, else an *impostor*. TAR is the share of genuine pairs, FAR of
+impostors, whose cosine reaches the threshold. Scores are counted in a histogram of 2^20 bins over [-1, 1], so any
+number of pairs fits and ranks just add up their counts; a threshold is a bin's edge (steps of 2e-6 in cosine).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from partialfc.errors import DataError
+
+_BINS = 1 << 20
+_ROWS = 256
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Which samples meet which: every sample of a probe design with every one of a gallery design."""
+
+    name: str
+    probe: frozenset[str]
+    gallery: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Counts of cosines, [bins] int64 each, from -1 to 1."""
+
+    genuine: Tensor
+    impostors: Tensor
+
+    def tar_at_far(self, far: float) -> tuple[float, float]:
+        """The largest TAR at which FAR is at most ``far``, and its threshold.
+
+        NaN where there are fewer than 1/far impostors: such a rate could not be told from zero.
+        """
+        impostors, genuine = int(self.impostors.sum()), int(self.genuine.sum())
+        if impostors * far < 1 or not genuine:
+            return math.nan, math.nan
+        accepted = self.impostors.flip(0).cumsum(0).flip(0)  # impostors at or above each edge
+        lowest = int((accepted > math.floor(impostors * far + 1e-9)).sum())  # the first edge that lets few enough in
+        return int(self.genuine[lowest:].sum()) / genuine, lowest * 2.0 / _BINS - 1.0
+
+    def roc(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """FAR and TAR at every threshold at which FAR changes, FAR ascending."""
+        false = self.impostors.flip(0).cumsum(0).cpu().numpy()
+        true = self.genuine.flip(0).cumsum(0).cpu().numpy()
+        steps = np.flatnonzero(np.diff(false, append=false[-1] + 1))
+        return false[steps] / max(1, false[-1]), true[steps] / max(1, true[-1])
+
+
+def read_protocols(folder: Path) -> tuple[list[Protocol], list[tuple[int, int]]]:
+    """The protocols of a verification set, and the pairs of classes that count as neither genuine nor impostor.
+
+    Raises:
+        DataError: protocol.json is missing or not of this form.
+    """
+    path = folder / "protocol.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        look_alikes = [(int(a), int(b)) for a, b in content.pop("look_alikes", [])]
+        protocols = [
+            Protocol(name, frozenset(sides["probe"]), frozenset(sides["gallery"])) for name, sides in content.items()
+        ]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DataError(f"{path} is not a verification protocol: {type(error).__name__}: {error}") from error
+    return protocols, look_alikes
+
+
+def score_pairs(
+    embeddings: Tensor,
+    labels: Tensor,
+    designs: Sequence[str],
+    protocol: Protocol,
+    look_alikes: Sequence[tuple[int, int]] = (),
+) -> Scores:
+    """Count the cosines of a protocol's pairs. With a process group a collective: the ranks share the work.
+
+    Args:
+        embeddings: [N, D], unit length.
+        labels: [N] int64.
+        designs: N names; a sample is a probe or a gallery sample by its name. A pair is counted once, and no sample
+            meets itself.
+        look_alikes: pairs of classes that are left out.
+    """
+    device = embeddings.device
+    probes = torch.tensor([i for i, design in enumerate(designs) if design in protocol.probe], device=device)
+    gallery = torch.tensor([i for i, design in enumerate(designs) if design in protocol.gallery], device=device)
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    is_probe = torch.zeros(len(embeddings), dtype=torch.bool, device=device)
+    is_probe[probes.long()] = True
+    is_gallery = torch.zeros_like(is_probe)
+    is_gallery[gallery.long()] = True
+    left_out = _pair_codes(look_alikes, labels)
+    genuine = torch.zeros(_BINS, dtype=torch.int64, device=device)
+    impostors = torch.zeros_like(genuine)
+    for start in range(rank * _ROWS, len(probes), world_size * _ROWS):
+        rows = probes[start : start + _ROWS]
+        if not len(gallery):
+            break
+        cosines = embeddings[rows] @ embeddings[gallery].T
+        # A pair that occurs in both orders counts where the probe comes first.
+        both_orders = is_gallery[rows][:, None] & is_probe[gallery]
+        counted = ~both_orders | (rows[:, None] < gallery)
+        same = labels[rows][:, None] == labels[gallery]
+        bins = ((cosines + 1.0) * (_BINS / 2)).long().clamp_(0, _BINS - 1)
+        genuine += torch.bincount(bins[same & counted], minlength=_BINS)
+        other = ~same & counted
+        if len(left_out):
+            low = torch.minimum(labels[rows][:, None], labels[gallery])
+            high = torch.maximum(labels[rows][:, None], labels[gallery])
+            other &= ~torch.isin(low * (int(labels.max()) + 1) + high, left_out)
+        impostors += torch.bincount(bins[other], minlength=_BINS)
+    if dist.is_initialized():
+        dist.all_reduce(genuine)
+        dist.all_reduce(impostors)
+    return Scores(genuine, impostors)
+
+
+def _pair_codes(pairs: Sequence[tuple[int, int]], labels: Tensor) -> Tensor:
+    """One int64 for each unordered pair of classes."""
+    classes = int(labels.max()) + 1 if len(labels) else 1
+    codes = [min(pair) * classes + max(pair) for pair in pairs]
+    return torch.tensor(codes, dtype=torch.int64, device=labels.device)

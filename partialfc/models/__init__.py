@@ -1,0 +1,14 @@
+"""Backbones: modules that turn images [B, channels, size, size] into embeddings [B, embedding_dim]."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from partialfc.models.glyph_net import GlyphNet
+
+#: Backbones by the name that configuration files use; each is called with (embedding_dim, channels, image_size).
+BY_NAME: dict[str, Callable[[int, int, int], nn.Module]] = {"glyph_net": GlyphNet}
+
+__all__ = ["BY_NAME", "GlyphNet"]

@@ -1,0 +1,1 @@
+"""The trainer: the loop, its schedule, its run folder and its checkpoints."""

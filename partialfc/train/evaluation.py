@@ -1,0 +1,109 @@
+"""What a run measures of its network: every evaluation set of the config."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from partialfc.config import Config
+from partialfc.data.dataset import TarDataset
+from partialfc.data.loader import evaluation_batches
+from partialfc.errors import DataError
+from partialfc.evaluate.embed import embed
+from partialfc.evaluate.figures import draw_roc
+from partialfc.evaluate.identification import nearest_classes
+from partialfc.evaluate.verification import Scores, read_protocols, score_pairs
+from partialfc.head import PartialFC
+from partialfc.tracking.progress import console_progress, no_progress
+from partialfc.train.ranks import Rank
+from partialfc.train.run_folder import write_atomically
+
+FARS = (1e-2, 1e-3, 1e-4, 1e-5)
+
+
+class Evaluation:
+    """Evaluates a network on all sets of a config.
+
+    A set with ``protocol.json`` is for verification. Any other is for identification: labelled samples of the
+    training classes. ``accuracy`` is the share whose class has the highest logit.
+
+    Raises:
+        DataError: a set is missing or incomplete, or its classes are not those of the training set.
+    """
+
+    def __init__(self, config: Config, num_classes: int) -> None:
+        self.config = config
+        self.sets = [(folder, TarDataset(folder)) for folder in config.evaluation.sets]
+        for folder, dataset in self.sets:
+            if (folder / "protocol.json").exists():
+                read_protocols(folder)
+            elif dataset.num_classes != num_classes:
+                raise DataError(
+                    f"evaluation set {folder} has {dataset.num_classes} classes, but the training set {num_classes}; "
+                    "a set without protocol.json must hold samples of the training classes"
+                )
+
+    def run(self, backbone: nn.Module, head: PartialFC, rank: Rank, step: int) -> dict[str, Any]:
+        """All results, e.g. ``{"unseen_font": {"tar_at_far": {"0.001": 0.9}, …}}``. A collective.
+
+        The first rank also writes them, with a ROC figure, into the run folder's ``evaluation/``.
+        """
+        results: dict[str, Any] = {}
+        curves: dict[str, Scores] = {}
+        for folder, dataset in self.sets:
+            embeddings = self._embed(backbone, dataset, rank)
+            labels = torch.from_numpy(dataset.labels).to(rank.device)
+            if not (folder / "protocol.json").exists():
+                right = nearest_classes(head, embeddings) == labels
+                results[folder.name] = {"accuracy": float(right.double().mean()), "samples": len(labels)}
+                continue
+            embeddings = nn.functional.normalize(embeddings)
+            protocols, look_alikes = read_protocols(folder)
+            designs = [key.partition("-")[2] for key in dataset.keys]
+            for protocol in protocols:
+                scores = score_pairs(embeddings, labels, designs, protocol, look_alikes)
+                curves[protocol.name] = scores
+                found = {f"{far:g}": scores.tar_at_far(far) for far in FARS}
+                results[protocol.name] = {
+                    "tar_at_far": {far: tar for far, (tar, _) in found.items() if not math.isnan(tar)},
+                    "threshold": {far: edge for far, (_, edge) in found.items() if not math.isnan(edge)},
+                    "genuine_pairs": int(scores.genuine.sum()),
+                    "impostor_pairs": int(scores.impostors.sum()),
+                }
+        if rank.is_first and results:
+            self._write(results, curves, step)
+        return results
+
+    def _embed(self, backbone: nn.Module, dataset: TarDataset, rank: Rank) -> torch.Tensor:
+        batches = evaluation_batches(
+            dataset,
+            image_size=self.config.data.image_size,
+            channels=self.config.data.channels,
+            batch_size=self.config.evaluation.batch_size,
+            rank=rank.rank,
+            world_size=rank.world_size,
+        )
+        progress = console_progress if rank.is_first else no_progress
+        share = -(-dataset.num_samples // rank.world_size)
+        with progress(f"embedding {dataset.folder.name}", share) as advance:
+
+            def counted() -> Any:
+                for indices, images in batches:
+                    yield indices, images
+                    advance(len(indices))
+
+            dim = self.config.model.embedding_dim
+            return embed(backbone, counted(), dataset.num_samples, dim, rank.device)
+
+    def _write(self, results: dict[str, Any], curves: dict[str, Scores], step: int) -> None:
+        folder: Path = self.config.run.dir / "evaluation"
+        folder.mkdir(exist_ok=True)
+        write_atomically(folder / f"step-{step:08d}.json", json.dumps(results, indent=1) + "\n")
+        if curves:
+            title = f"{self.config.run.dir.name}, step {step}"
+            draw_roc(curves, folder / f"roc-step-{step:08d}.png", title)

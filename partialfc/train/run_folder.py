@@ -1,0 +1,85 @@
+"""The run folder: config.yaml, state.json, metrics.jsonl, checkpoints/, evaluation/."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+from partialfc.config import Config, to_yaml
+from partialfc.errors import ConfigError
+from partialfc.tracking.metrics import MetricsFile
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write ``text`` so that ``path`` is either as before or complete, also after a crash."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def read_state(folder: Path) -> dict[str, Any] | None:
+    """The run's ``state.json``; None if there is none, or it is not one."""
+    try:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return state if isinstance(state, dict) else None
+
+
+class RunFolder:
+    """What the first rank writes of a run."""
+
+    def __init__(self, config: Config, total_steps: int) -> None:
+        self.path = config.run.dir
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.total_steps = total_steps
+        previous = read_state(self.path)
+        self.attempt = previous["attempt"] + 1 if previous and isinstance(previous.get("attempt"), int) else 1
+        write_atomically(self.path / "config.yaml", to_yaml(config))
+        self.metrics = MetricsFile(self.path / "metrics.jsonl")
+        self.metrics.write("event", event="started", attempt=self.attempt, step=0, total_steps=total_steps)
+        self.set_state("running", 0)
+
+    def set_state(self, state: str, step: int, reason: str = "") -> None:
+        """Write state.json: ``running``, ``finished`` or ``failed``."""
+        values = {
+            "state": state,
+            "step": step,
+            "total_steps": self.total_steps,
+            "attempt": self.attempt,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "updated": round(time.time(), 3),
+            "reason": reason,
+        }
+        write_atomically(self.path / "state.json", json.dumps(values, indent=1) + "\n")
+
+    def close(self) -> None:
+        self.metrics.close()
+
+
+def finished_before(config: Config) -> bool:
+    """Whether the run folder holds this very run, finished.
+
+    Raises:
+        ConfigError: it holds a finished run of another config, which would be overwritten.
+    """
+    state = read_state(config.run.dir)
+    if state is None or state.get("state") != "finished":
+        return False
+    try:
+        same = (config.run.dir / "config.yaml").read_text(encoding="utf-8") == to_yaml(config)
+    except OSError:
+        same = False
+    if not same:
+        raise ConfigError(
+            f"run.dir: {config.run.dir} holds a finished run of another config; choose another run.dir, or remove it"
+        )
+    return True

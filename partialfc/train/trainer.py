@@ -1,0 +1,272 @@
+"""The training loop: a data-parallel backbone, and the classifier sharded beside it."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from partialfc import __version__, models
+from partialfc.config import Config, build_head
+from partialfc.data.dataset import TarDataset
+from partialfc.data.loader import Batch, build_loader
+from partialfc.data.order import steps_per_epoch
+from partialfc.errors import PartialFCError
+from partialfc.head import HeadOutput, RowSGD
+from partialfc.tracking.progress import console_progress, log, no_progress
+from partialfc.train.checkpoint import checkpoint_tensors, save_checkpoint
+from partialfc.train.evaluation import Evaluation
+from partialfc.train.phase_clock import PhaseClock
+from partialfc.train.ranks import Rank
+from partialfc.train.run_folder import RunFolder
+from partialfc.train.schedule import lr_factor
+
+_STATE_EVERY = 10.0  # seconds between updates of state.json, at least
+
+
+class Diverged(PartialFCError, ArithmeticError):
+    """The loss is no longer finite."""
+
+
+class Trainer:
+    """Trains what a config describes, as one of the ranks of a run.
+
+    Raises:
+        ConfigError, DataError: before anything is written.
+    """
+
+    def __init__(self, config: Config, rank: Rank) -> None:
+        self.config, self.rank = config, rank
+        self.dataset = TarDataset(config.data.train, console_progress if rank.is_first else no_progress)
+        self.evaluation = Evaluation(config, self.dataset.num_classes)
+        self.steps_per_epoch = steps_per_epoch(self.dataset.num_samples, config.data.global_batch_size)
+        self.total_steps = max(1, round(config.optim.epochs * self.steps_per_epoch))
+        self.warmup_steps = min(round(config.optim.warmup * self.steps_per_epoch), self.total_steps)
+
+        torch.manual_seed(config.run.seed)
+        make = models.BY_NAME[config.model.name]
+        plain = make(config.model.embedding_dim, config.data.channels, config.data.image_size)
+        plain = plain.to(rank.device)
+        self.plain_backbone = plain
+        self.backbone: nn.Module = DistributedDataParallel(plain) if rank.world_size > 1 else plain
+        self.head = build_head(config, self.dataset.num_classes, rank.device)
+
+        optim = config.optim
+        self.optimizer = torch.optim.SGD(
+            plain.parameters(), lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay
+        )
+        self.head_optimizer = RowSGD(
+            self.head.parameters(), lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay
+        )
+        self.clock = PhaseClock(rank.device)
+        self.step = 0
+        self.samples = 0
+
+    def train(self) -> dict[str, Any]:
+        """Run to the end; returns the last evaluation. Every rank calls it."""
+        folder = RunFolder(self.config, self.total_steps) if self.rank.is_first else None
+        try:
+            if folder:
+                self._describe()
+            results = self._loop(folder)
+        except BaseException as error:
+            if folder:
+                reason = str(error) or type(error).__name__
+                folder.metrics.write("event", event="failed", step=self.step, reason=reason)
+                folder.set_state("failed", self.step, reason)
+            raise
+        if folder:
+            folder.set_state("finished", self.step)
+            folder.close()
+        return results
+
+    def _loop(self, folder: RunFolder | None) -> dict[str, Any]:
+        data = self.config.data
+        loader = build_loader(
+            self.dataset,
+            global_batch_size=data.global_batch_size,
+            image_size=data.image_size,
+            channels=data.channels,
+            augment=data.augment,
+            seed=self.config.run.seed,
+            rank=self.rank.rank,
+            world_size=self.rank.world_size,
+            workers=data.workers,
+            start_step=0,
+            total_steps=self.total_steps,
+        )
+        log_every, evaluate_every = self.config.tracking.log_every, self.config.evaluation.every
+        means = Means()
+        started = state_written = time.monotonic()
+        evaluating = 0.0
+        progress = console_progress if folder else no_progress
+        with progress("training", self.total_steps) as advance:
+            self.clock.mark("start")
+            for batch in loader:
+                self.clock.mark("data")
+                out, grad_norm = self.train_step(batch)
+                means.add(out, grad_norm)
+                self.step += 1
+                if self.step == 1:
+                    self.rank.set_timeout(self.config.run.timeout)
+                if self.step % log_every == 0 or self.step == self.total_steps:
+                    line = self._metrics(means, out)
+                    if folder:
+                        folder.metrics.write("train", **line)
+                    advance(0, note=f"loss {line['loss']:.3f}  cos {line['target_cosine']:.3f}  {_rate(line)}")
+                    means = Means()
+                advance(1)
+                if folder and time.monotonic() - state_written > _STATE_EVERY:
+                    folder.set_state("running", self.step)
+                    state_written = time.monotonic()
+                if evaluate_every and self.step % evaluate_every == 0 and self.step < self.total_steps:
+                    before = time.monotonic()
+                    self._evaluate(folder)
+                    evaluating += time.monotonic() - before
+                self.clock.mark("start")
+        seconds = time.monotonic() - started - evaluating
+        self._save(folder)
+        results = self._evaluate(folder)
+        if folder:
+            rate = self.samples / seconds
+            folder.metrics.write(
+                "event", event="finished", step=self.step, training_seconds=seconds, samples_per_s=rate
+            )
+        return results
+
+    def train_step(self, batch: Batch) -> tuple[HeadOutput, Tensor]:
+        """One step on this rank's share of the global batch; returns the head's output and the backbone's grad norm."""
+        factor = lr_factor(
+            self.step, self.total_steps, self.warmup_steps, self.config.optim.schedule, self.config.optim.power
+        )
+        _set_lr(self.optimizer, self.config.optim.lr * factor)
+        _set_lr(self.head_optimizer, self.config.optim.lr * factor * self.config.optim.head_lr_factor)
+        images = batch.images.to(self.rank.device, non_blocking=True)
+        labels = batch.labels.to(self.rank.device, non_blocking=True)
+
+        embeddings = self.backbone(images)
+        self.clock.mark("forward")
+        out = self.head(embeddings, labels)
+        self.clock.mark("head")
+        # embeddings.grad is world_size times this rank's part; averaging over ranks makes the exact gradient of it.
+        out.loss.backward()
+        grad_norm = self._clip()
+        self.clock.mark("backward")
+        self.optimizer.step()
+        self.head_optimizer.step()
+        self.optimizer.zero_grad()
+        self.head_optimizer.zero_grad()
+        self.clock.mark("update")
+        return out, grad_norm
+
+    def _clip(self) -> Tensor:
+        """Clip the backbone's gradient; the norm is the one before."""
+        largest = self.config.optim.clip
+        return nn.utils.clip_grad_norm_(self.plain_backbone.parameters(), math.inf if largest is None else largest)
+
+    def _metrics(self, means: Means, out: HeadOutput) -> dict[str, Any]:
+        """A train line, the same on every rank: means over the steps since the last one."""
+        values = means.read()
+        if not math.isfinite(values["loss"]):
+            raise Diverged(
+                f"the loss is {values['loss']} at step {self.step}; lower optim.lr or raise optim.warmup "
+                f"(now {self.config.optim.lr:g} and {self.config.optim.warmup:g} epochs)"
+            )
+        active = torch.tensor(out.active_rows, device=self.rank.device)
+        if self.rank.world_size > 1:
+            dist.all_reduce(active)
+        seconds = {phase: total / means.steps for phase, total in self.clock.read("start").items()}
+        self.clock.mark("start")
+        counted = int(values.pop("num_samples"))
+        self.samples += counted
+        return {
+            "step": self.step,
+            "epoch": round(self.step / self.steps_per_epoch, 4),
+            "samples": self.samples,
+            **values,
+            "active_rows": int(active),
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "skipped_steps": 0,
+            "samples_per_s": counted / (means.steps * sum(seconds.values())),
+            "seconds": seconds,
+        }
+
+    def _evaluate(self, folder: RunFolder | None) -> dict[str, Any]:
+        results = self.evaluation.run(self.plain_backbone, self.head, self.rank, self.step)
+        if folder and results:
+            folder.metrics.write("evaluation", step=self.step, results=results)
+            for name, found in results.items():
+                tar = "  ".join(f"TAR {value:.4f} at FAR {far}" for far, value in found.get("tar_at_far", {}).items())
+                log(f"{name}: " + (tar or f"accuracy {found['accuracy']:.4f}"))
+        return results
+
+    def _save(self, folder: RunFolder | None) -> None:
+        tensors = checkpoint_tensors(self.plain_backbone, self.head, self.optimizer, self.head_optimizer)
+        manifest = {
+            "step": self.step,
+            "samples": self.samples,
+            "num_classes": self.dataset.num_classes,
+            "data_digest": self.dataset.digest,
+            "seed": self.config.run.seed,
+            "partialfc": __version__,
+        }
+        path = self.config.run.dir / "checkpoints" / f"step-{self.step:08d}"
+        save_checkpoint(path, tensors, manifest)
+        if folder:
+            folder.metrics.write("event", event="checkpoint", step=self.step, path=str(path))
+
+    def _describe(self) -> None:
+        parameters = sum(parameter.numel() for parameter in self.plain_backbone.parameters())
+        log(
+            f"{self.dataset.num_samples:,} images of {self.dataset.num_classes:,} classes; {self.config.model.name} "
+            f"({parameters / 1e6:.1f} M parameters); {self.head.loss.__class__.__name__}({self.head.loss.extra_repr()})"
+        )
+        where = f"{self.rank.world_size} ranks on {self.rank.device.type}"
+        log(
+            f"{self.total_steps:,} steps of {self.config.data.global_batch_size} images over {where}, "
+            f"{len(self.head.weight):,} classes on rank 0, sample rate {self.config.head.sample_rate:g}; "
+            f"run folder {self.config.run.dir}"
+        )
+
+
+class Means:
+    """Sums of what steps report, kept on the device until they are read."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, out: HeadOutput, grad_norm: Tensor) -> None:
+        """Add one step."""
+        values = {
+            "loss": out.loss.detach(),
+            "softmax_loss": out.softmax_loss,
+            "center_loss": out.center_loss,
+            "target_cosine": out.target_cosine,
+            "grad_norm": grad_norm,
+            "num_samples": out.num_samples,
+        }
+        for name, value in values.items():
+            self._sums[name] = self._sums.get(name, 0) + value.double()
+        self.steps += 1
+
+    def read(self) -> dict[str, float]:
+        """The mean of each over the steps, but the sum of ``num_samples``."""
+        return {
+            name: float(total) if name == "num_samples" else float(total) / self.steps
+            for name, total in self._sums.items()
+        }
+
+
+def _set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def _rate(line: dict[str, Any]) -> str:
+    return f"{line['samples_per_s']:,.0f} images/s"
