@@ -108,32 +108,12 @@ def _forward(ctx: Any, local_embeddings: Tensor, weight: Tensor, bias: Tensor | 
     )
     sums, shift, pull, kept = _sum_negatives(chunks, step.wants_grad, keep=ctx.needs_input_grad[1])
 
-    # One message for everything that is known per sample on one shard only.
-    message = torch.zeros(len(x), 3 if step.center_loss is None else 4, dtype=torch.float64, device=x.device)
-    message[targets.samples, 1] = targets.logits
-    message[targets.samples, 2] = targets.cosines * (
-        1.0 / (targets.embedding_norms * targets.weight_norms) if raw else 1.0
-    )
     offsets = None
     if step.center_loss is not None:
         offsets = x[targets.samples] - step.center_loss.centers[targets.rows].to(x.dtype)  # x − k, [n, D]
-        message[targets.samples, 3] = offsets.double().square().sum(dim=1)
+    message = _message(len(x), targets, offsets, raw)
     lse = _combine(step, message, sums, shift)
-
-    valid = labels >= 0
-    count = valid.sum()
-    mean = valid.double() / count.clamp_min(1)  # [B]: 1/n for samples that count, else 0
-    with torch.enable_grad():
-        d = torch.where(valid, lse - message[:, 1], torch.zeros_like(lse)).requires_grad_()
-        sample_loss = loss.sample_loss(d)
-        (slope,) = torch.autograd.grad(sample_loss.sum(), d)
-    softmax_loss = (sample_loss.detach() * mean).sum()
-    center_loss = torch.zeros_like(softmax_loss)
-    if step.center_loss is not None:
-        center_loss = 0.5 * step.center_loss.weight * (message[:, 3] * mean).sum()
-    total = softmax_loss + center_loss
-    target_cosine = (message[:, 2] * mean).sum()
-    step.statistics = Statistics(softmax_loss.to(x.dtype), center_loss.to(x.dtype), target_cosine.to(x.dtype), count)
+    total, slope, mean = _finish_loss(step, message, lse)
     if not step.wants_grad:
         return total.to(x.dtype)
 
@@ -143,14 +123,9 @@ def _forward(ctx: Any, local_embeddings: Tensor, weight: Tensor, bias: Tensor | 
     ratio = torch.where(torch.isneginf(lse), 0.0, torch.exp(shift - lse))
     pull.mul_(ratio[:, None]).mul_((share * (loss.scale if chunks.linear else 1.0))[:, None])
     ctx.grad_embeddings = _embedding_gradient(step, pull, unit, norms, targets, share, offsets, mean, raw)
-    target_gradient = targets.embeddings if raw else targets.embeddings - targets.cosines[:, None] * targets.directions
-    target_push = -share[targets.samples] * targets.slopes  # [n] ∂loss/∂cos_y
-    if not raw:
-        target_push = target_push / targets.weight_norms
-    target_gradient = (target_gradient * target_push[:, None]).to(weight.dtype)
-
+    target_gradient = _target_row_gradient(targets, share, raw).to(weight.dtype)
     ctx.step, ctx.chunks, ctx.offsets, ctx.has_bias = step, chunks, offsets, bias is not None
-    ctx.local_dtype, ctx.raw = local_embeddings.dtype, raw
+    ctx.local_dtype = local_embeddings.dtype
     ctx.save_for_backward(
         weight, lse, shift, share, targets.rows, target_rows[targets.samples], targets.samples, target_gradient, *kept
     )
@@ -176,6 +151,39 @@ def _find_targets(
         logits = step.loss.target_logit(shifted, own)
         (slopes,) = torch.autograd.grad(logits.sum(), variable)
     return _Targets(owned, rows, x, w, x_norms, w_norms, cosines, logits.detach(), slopes)
+
+
+def _message(batch: int, targets: _Targets, offsets: Tensor | None, raw: bool) -> Tensor:
+    """Everything that is known per sample on one shard only, in one tensor to sum over ranks, [B, k] float64.
+
+    Columns: the negatives' sum (filled in later), z_y, cos_y, and with center loss ‖x − k‖².
+    """
+    message = targets.cosines.new_zeros(batch, 3 if offsets is None else 4)
+    message[targets.samples, 1] = targets.logits
+    cosines = targets.cosines / (targets.embedding_norms * targets.weight_norms) if raw else targets.cosines
+    message[targets.samples, 2] = cosines
+    if offsets is not None:
+        message[targets.samples, 3] = offsets.double().square().sum(dim=1)
+    return message
+
+
+def _finish_loss(step: ShardStep, message: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The total loss, ∂(sample's loss)/∂lse [B], and each sample's weight in the mean [B], all float64."""
+    valid = step.labels >= 0
+    count = valid.sum()
+    mean = valid.double() / count.clamp_min(1)
+    with torch.enable_grad():
+        d = torch.where(valid, lse - message[:, 1], torch.zeros_like(lse)).requires_grad_()
+        sample_loss = step.loss.sample_loss(d)
+        (slope,) = torch.autograd.grad(sample_loss.sum(), d)
+    softmax_loss = (sample_loss.detach() * mean).sum()
+    center_loss = torch.zeros_like(softmax_loss)
+    if step.center_loss is not None:
+        center_loss = 0.5 * step.center_loss.weight * (message[:, 3] * mean).sum()
+    target_cosine = (message[:, 2] * mean).sum()
+    dtype = step.embeddings.dtype
+    step.statistics = Statistics(softmax_loss.to(dtype), center_loss.to(dtype), target_cosine.to(dtype), count)
+    return softmax_loss + center_loss, slope, mean
 
 
 def _positions(active: ActiveRows, rows: Tensor) -> Tensor:
@@ -252,6 +260,15 @@ def _embedding_gradient(
     if offsets is not None and step.center_loss is not None:
         target_part = target_part + offsets * (step.center_loss.weight * mean[targets.samples])[:, None]
     return pull.index_add_(0, targets.samples, target_part.to(pull.dtype))
+
+
+def _target_row_gradient(targets: _Targets, share: Tensor, raw: bool) -> Tensor:
+    """∂loss/∂(weight of each owned sample's class) through its target logit, [n, D] float64."""
+    push = -share[targets.samples] * targets.slopes  # [n] ∂loss/∂cos_y
+    if raw:
+        return targets.embeddings * push[:, None]
+    tangent = targets.embeddings - targets.cosines[:, None] * targets.directions
+    return tangent * (push / targets.weight_norms)[:, None]
 
 
 def _backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:

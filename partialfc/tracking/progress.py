@@ -59,7 +59,8 @@ def console_progress(what: str, total: int, seconds_between_lines: float = 10.0)
         elapsed = time.monotonic() - started
         rate = done / elapsed if elapsed > 0 else 0.0
         eta = f"ETA {duration((total - done) / rate)}" if 0 < done < total and rate > 0 else f"in {duration(elapsed)}"
-        text = f"{what}  {done:,}/{total:,} ({100 * done / max(total, 1):.0f}%)  {rate:,.{1 if rate < 10 else 0}f}/s  {eta}"
+        share = f"{done:,}/{total:,} ({100 * done / max(total, 1):.0f}%)"
+        text = f"{what}  {share}  {rate:,.{1 if rate < 10 else 0}f}/s  {eta}"
         return f"{text}  {last_note}" if last_note else text
 
     def advance(items: int = 1, note: str = "") -> None:

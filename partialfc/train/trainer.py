@@ -53,7 +53,9 @@ class Trainer:
         plain = make(config.model.embedding_dim, config.data.channels, config.data.image_size)
         plain = plain.to(rank.device)
         self.plain_backbone = plain
-        self.backbone: nn.Module = DistributedDataParallel(plain) if rank.world_size > 1 else plain
+        self.backbone: nn.Module = plain
+        if rank.world_size > 1:
+            self.backbone = DistributedDataParallel(plain, gradient_as_bucket_view=True)
         self.head = build_head(config, self.dataset.num_classes, rank.device)
 
         optim = config.optim
