@@ -62,7 +62,16 @@ def glyphs_command(
         progress=console_progress,
         overwrite=overwrite,
     )
-    log(str(report))
+    log(
+        f"{out}: {report.num_samples:,} images of {report.num_classes:,} characters in "
+        f"{len(report.training_designs)} designs" + (" (was there already)" if report.reused else "")
+    )
+    log(
+        f"{report.verification}: {report.verification_samples:,} images of {report.held_out_characters:,} other "
+        f"characters, also in the held-out {', '.join(report.held_out_designs)}; "
+        f"{report.look_alikes} pairs look alike and are left out"
+    )
+    log(f"{report.closed_set}: {report.closed_set_samples:,} images of the training characters in held-out designs")
 
 
 def main() -> None:
