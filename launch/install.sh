@@ -20,8 +20,15 @@ fi
 
 if ! "$venv/bin/python" -c 'import torch' 2>/dev/null; then
     # Ask pip what it would take, before it takes it: the default build for Linux brings several GB of CUDA.
-    plan=$("$venv/bin/pip" install --dry-run --quiet --report - "${pip_args[@]}" "$torch" 2>/dev/null || true)
-    if [[ $plan == *nvidia-c* || $plan == *cuda-toolkit* ]]; then
+    plan=$venv/plan.json
+    "$venv/bin/pip" install --dry-run --quiet --report "$plan" "${pip_args[@]}" "$torch" >/dev/null 2>&1 || true
+    if "$venv/bin/python" -c '
+import json, sys
+try:
+    names = [item["metadata"]["name"] for item in json.load(open(sys.argv[1]))["install"]]
+except (OSError, ValueError):  # pip itself will say what is wrong
+    names = []
+sys.exit(not any(name.startswith("nvidia") for name in names))' "$plan"; then
         echo "note: pip takes a CUDA build of torch here: several GB."
         if ! command -v nvidia-smi >/dev/null; then
             echo "      This machine shows no NVIDIA GPU. For a CPU build, stop this (Ctrl-C) and name one, for example"
