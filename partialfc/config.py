@@ -142,10 +142,18 @@ def build_loss(config: LossConfig) -> losses.Loss:
         raise ConfigError(f"head.loss.name: {_unknown(config.name, losses.BY_NAME)}")
     kind = losses.BY_NAME[config.name]
     accepted = [name for name in inspect.signature(kind).parameters if name != "self"]
-    options = config.model_extra or {}
+    options = dict(config.model_extra or {})
     for name in options:
         if name not in accepted:
             raise ConfigError(f"head.loss.{name}: {_unknown(name, accepted)} of loss {config.name}")
+    for name, value in options.items():
+        if isinstance(inspect.signature(kind).parameters[name].default, float):
+            try:
+                options[name] = float(value) if not isinstance(value, bool) else None  # YAML reads 1e2 as a string
+            except (TypeError, ValueError):
+                options[name] = None
+            if options[name] is None:
+                raise ConfigError(f"head.loss.{name}: expected a number, got {value!r}")
     try:
         return kind(**options)
     except (ConfigError, TypeError) as error:

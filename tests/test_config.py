@@ -43,6 +43,8 @@ def test_every_key_has_a_line_of_documentation_and_all_but_the_data_have_default
         ({"head": {"loss": {"name": "arcfaec"}}}, "head.loss.name: .*did you mean 'arcface'?"),
         ({"head": {"loss": {"name": "arcface", "marign": 0.3}}}, "head.loss.marign: .*did you mean 'margin'?"),
         ({"head": {"loss": {"name": "arcface", "margin": 9}}}, r"head.loss \(arcface\): margin must lie in"),
+        ({"head": {"loss": {"name": "arcface", "margin": "x"}}}, "head.loss.margin: expected a number, got 'x'"),
+        ({"head": {"loss": {"name": "arcface", "scale": True}}}, "head.loss.scale: expected a number, got True"),
         ({"model": {"name": "glyphnet"}}, "model.name: .*did you mean 'glyph_net'?"),
         ({"data": {}}, "data.train: field required"),
         ({"data": {"train": "x", "channels": 2}}, "data.channels: .*1 or 3, got 2"),
@@ -62,6 +64,7 @@ def test_overrides_replace_values_of_the_file(tmp_path: Path) -> None:
     loss = build_loss(config.head.loss)
     assert isinstance(loss, losses.CosFace)
     assert loss.margin == 0.2
+    assert build_loss(load_config(file, ["head.loss.scale=1e2"]).head.loss).scale == 100.0
     assert load_config(file, ["head.center_loss={weight: 0.1}"]).head.center_loss is not None
     for wrong in ("optim.lr", "=3", "optim.lr=[1"):
         with pytest.raises(ConfigError, match=r"section.key=value|not valid YAML"):

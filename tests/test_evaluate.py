@@ -91,6 +91,13 @@ def test_roc_passes_through_the_operating_points(tmp_path: Path) -> None:
     assert (tmp_path / "roc.png").read_bytes()[:4] == b"\x89PNG"
 
 
+def test_look_alikes_of_classes_that_do_not_occur_leave_nothing_out() -> None:
+    embeddings, labels, designs = _samples()
+    plain = score_pairs(embeddings, labels, designs, PROTOCOLS[0])
+    other = score_pairs(embeddings, labels, designs, PROTOCOLS[0], [(2, 33), (40, 50)])
+    assert torch.equal(plain.impostors, other.impostors)
+
+
 def test_protocols_are_read_and_damaged_ones_refused(tmp_path: Path) -> None:
     file = tmp_path / "protocol.json"
     file.write_text(json.dumps({"x": {"probe": ["a"], "gallery": ["b", "c"]}, "look_alikes": [[1, 2]]}))

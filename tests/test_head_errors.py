@@ -140,7 +140,16 @@ def _disagree(group: dist.ProcessGroup, about: str) -> str:
     rank = dist.get_rank(group)
     seed = rank if about == "seed" else 0
     margin = 0.5 - 0.1 * rank if about == "margin" else 0.5
-    head = PartialFC(CLASSES, DIM, losses.ArcFace(margin=margin), seed=seed, process_group=group)
+    dtype = torch.float64 if about == "dtype" and rank == 1 else torch.float32
+    head = PartialFC(
+        CLASSES,
+        DIM,
+        losses.ArcFace(margin=margin),
+        sample_rate=lambda step: 0.5 / (1 + rank) if about == "rate" else 0.5,
+        seed=seed,
+        weight_dtype=dtype,
+        process_group=group,
+    )
     head.train(not (about == "mode" and rank == 1))
     x, y = _batch()
     try:
@@ -156,7 +165,9 @@ def _disagree(group: dist.ProcessGroup, about: str) -> str:
         ("seed", "heads of rank 0 and rank 1 differ"),
         ("margin", "heads of rank 0 and rank 1 differ"),
         ("step", "disagree about the step: rank 0 has 0, rank 1 has 1"),
-        ("mode", "disagree about training or evaluation mode"),
+        ("mode", "rank 0 has training with gradients, rank 1 has evaluation with gradients"),
+        ("rate", "disagree about the sample rate: rank 0 has 0.5, rank 1 has 0.25"),
+        ("dtype", "heads of rank 0 and rank 1 differ"),
     ],
 )
 def test_ranks_that_disagree_are_told_so(ranks: Ranks, about: str, words: str) -> None:
@@ -226,6 +237,39 @@ def test_propagated_nan_reaches_every_rank(ranks: Ranks) -> None:
         assert result["loss"] != result["loss"]
         assert result["x"]
         assert result["w"]
+
+
+@pytest.mark.parametrize("on_nonfinite", ["raise", "propagate"])
+def test_an_ignored_sample_has_no_influence_not_even_as_nan(on_nonfinite: str) -> None:
+    x, y = _batch()
+    grads = []
+    for value in (0.0, float("nan"), float("inf")):
+        head = PartialFC(CLASSES, DIM, losses.ArcFace(), center_loss=CenterLoss(), on_nonfinite=on_nonfinite)
+        embeddings, labels = x.clone(), y.clone()
+        embeddings[2], labels[2] = value, -1
+        embeddings.requires_grad_()
+        head(embeddings, labels).loss.backward()
+        grads.append((head.weight.grad.to_dense(), embeddings.grad))
+    for weight, embeddings in grads[1:]:
+        assert torch.equal(weight, grads[0][0])
+        assert torch.equal(embeddings, grads[0][1])
+    assert bool((grads[0][1][2] == 0).all())
+
+
+def _made_too_early(group: dist.ProcessGroup) -> list[str]:
+    head = PartialFC(CLASSES, DIM, losses.ArcFace(), process_group=group)
+    head.collectives.group = None  # as it is for a head that was made before init_process_group
+    messages = []
+    for call in (lambda: head(*_batch()), lambda: head.rows(torch.tensor([0]))):
+        with pytest.raises(ConfigError) as caught:
+            call()
+        messages.append(str(caught.value))
+    return messages
+
+
+def test_a_head_made_before_the_process_group_is_refused(ranks: Ranks) -> None:
+    for messages in ranks.run(2, _made_too_early):
+        assert all("made before torch.distributed.init_process_group" in message for message in messages)
 
 
 def _rows(group: dist.ProcessGroup, ids: list[list[int]]) -> Any:

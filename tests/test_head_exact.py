@@ -21,6 +21,7 @@ LOSSES: dict[str, tuple[str, dict[str, Any]]] = {
     "cosface": ("cosface", {}),
     "arcface": ("arcface", {}),
     "arcface at scale 128": ("arcface", {"scale": 128.0}),  # exponentials do not fit float32
+    "cosface at scale 700": ("cosface", {"scale": 700.0}),  # nor do their sums fit float64
     "combined": ("combined", {"m1": 1.2, "m2": 0.3, "m3": 0.1}),
 }
 STATES = ["random", 0.3, 0.9, 0.98]
@@ -160,7 +161,9 @@ def test_loss_gradients_and_centers_equal_a_dense_float64_computation(
     ranks: Ranks, name: str, state: str | float, world_size: int
 ) -> None:
     loss, options = LOSSES[name]
-    check(ranks, world_size, Case(loss, options, state=state), tolerance=1e-5)
+    # Rounding a cosine to float32 changes a logit by scale·6e-8: beyond scale 128 that alone is more than 1e-5.
+    rounding = 1e-7 * options.get("scale", 64.0)
+    check(ranks, world_size, Case(loss, options, state=state), tolerance=max(1e-5, rounding if rounding > 2e-5 else 0))
     check(ranks, world_size, Case(loss, options, state=state, dtype=torch.float64), tolerance=1e-10)
 
 
@@ -221,24 +224,38 @@ def test_many_small_chunks_give_the_same_as_one(ranks: Ranks, name: str, world_s
 def test_filtered_negatives_are_left_out_of_the_denominator(ranks: Ranks, world_size: int) -> None:
     for threshold in (0.0, 0.2, -0.9):  # of the last, none is left
         check(ranks, world_size, Case(filter_threshold=threshold, dim=8, state=0.3), tolerance=1e-5)
+        sampled = Case(filter_threshold=threshold, dim=8, state=0.3, sample_rate=0.4, correct_sampling=True)
+        check(ranks, world_size, sampled, tolerance=1e-5)
 
 
-def test_a_loss_with_curved_negatives_is_differentiated_too(ranks: Ranks) -> None:
-    for world_size in (1, 3):
-        linear = ranks.run(world_size, one_step, Case("normface", {"scale": 20.0}))
-        curved = ranks.run(world_size, _step_with_spelled_out_negatives)
-        for mine, other in zip(linear, curved, strict=True):
-            for name in ("grad_embeddings", "grad_weight"):
-                assert relative_error(other[name], mine[name].double()) < 1e-5
+@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize("scale", [20.0, 128.0])
+def test_a_loss_with_curved_negatives_is_differentiated_too(ranks: Ranks, scale: float, world_size: int) -> None:
+    for rate in (1.0, 0.5):
+        case = Case("curved", {"scale": scale}, state=0.3, sample_rate=rate, memory_budget_mb=0.01, center=False)
+        results = ranks.run(world_size, _curved_step, case)
+        x, y, weight, _, _ = make_batch(case)
+        x, weight = x.double().requires_grad_(), weight.double().requires_grad_()
+        cosines = torch.nn.functional.normalize(x) @ torch.nn.functional.normalize(weight).T
+        own = torch.nn.functional.one_hot(y, case.num_classes).bool()
+        active = own.clone()
+        active[:, torch.cat([result["rows"] for result in results])] = True
+        logits = scale * torch.where(own, cosines, cosines + 0.4 * cosines.square()).masked_fill(~active, -torch.inf)
+        torch.nn.functional.cross_entropy(logits, y).backward()
+        for name, expected in (("grad_embeddings", x.grad), ("grad_weight", weight.grad)):
+            assert relative_error(torch.cat([result[name] for result in results]), expected) <= 1e-5
 
 
-class SpelledOut(losses.NormFace):
-    """NormFace whose negatives the head cannot know to be linear."""
+class Curved(losses.NormFace):
+    """NormFace whose negatives are not linear in their cosines."""
 
     def negative_logits(self, cosine: Tensor, samples: losses.Samples) -> Tensor:
-        return self.scale * (cosine + 0.0)
+        return self.scale * (cosine + 0.4 * cosine.square())
+
+    def logit_bound(self) -> float:
+        return 1.4 * self.scale
 
 
-def _step_with_spelled_out_negatives(group: dist.ProcessGroup) -> dict[str, Any]:
-    losses.BY_NAME["spelled out"] = SpelledOut
-    return one_step(group, Case("spelled out", {"scale": 20.0}, memory_budget_mb=0.01))
+def _curved_step(group: dist.ProcessGroup, case: Case) -> dict[str, Any]:
+    losses.BY_NAME["curved"] = Curved
+    return one_step(group, case)

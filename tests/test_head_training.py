@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import subprocess
 import sys
 from typing import Any
@@ -88,6 +89,107 @@ def test_a_skipped_step_advances_the_counter_once_and_drops_the_centers() -> Non
     reference(*_batch(1)).loss.backward()
     RowSGD(reference.parameters()).step()
     assert torch.equal(head.center_loss.centers, reference.center_loss.centers), "only the applied step's samples"
+
+
+@pytest.mark.parametrize("place", ["before forward", "before backward", "after step"])
+def test_a_step_skipped_by_a_loss_scaler_counts_once_wherever_gradients_are_cleared(place: str) -> None:
+    head, plain = (_head(center_loss=CenterLoss(), on_nonfinite="propagate", sample_rate=0.5) for _ in range(2))
+    optimizer, plain_optimizer = RowSGD(head.parameters(), lr=0.01), RowSGD(plain.parameters(), lr=0.01)
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    for seed in range(4):
+        x, y = _batch(seed)
+        broken = x.detach().clone()
+        if seed == 1:
+            broken[0, 0] = float("inf")
+        if place == "before forward":
+            optimizer.zero_grad()
+        out = head(broken.requires_grad_(), y, step=seed)
+        if place == "before backward":
+            optimizer.zero_grad()
+        scaler.scale(out.loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        if place == "after step":
+            optimizer.zero_grad()
+        if seed != 1:
+            plain(x, y, step=seed).loss.backward()
+            plain_optimizer.step()
+            plain_optimizer.zero_grad()
+    optimizer.zero_grad()
+    assert head.state_dict()["step"] == 4
+    torch.testing.assert_close(head.weight, plain.weight)
+    torch.testing.assert_close(head.center_loss.centers, plain.center_loss.centers)
+
+
+@pytest.mark.parametrize("loss", [losses.ArcFace(scale=16.0), losses.Softmax()], ids=["arcface", "softmax"])
+@pytest.mark.parametrize("compute_dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.float64])
+def test_weight_and_compute_dtype_may_differ(
+    loss: losses.Loss, weight_dtype: torch.dtype, compute_dtype: torch.dtype
+) -> None:
+    results = []
+    for weight, compute in ((weight_dtype, compute_dtype), (torch.float64, torch.float64)):
+        head = PartialFC(CLASSES, DIM, loss, 0.5, weight_dtype=weight, compute_dtype=compute, center_loss=CenterLoss())
+        x, y = _batch()
+        out = head(x, y)
+        out.loss.backward()
+        assert (out.loss.dtype, head.weight.grad.dtype) == (compute, weight)
+        gradient = head.weight.grad.to_dense().double()
+        RowSGD(head.parameters()).step()
+        results.append((out.loss.double(), x.grad.double(), gradient, head.weight.detach().double()))
+    for mine, exact in zip(*results, strict=True):
+        torch.testing.assert_close(mine, exact, rtol=1e-4, atol=2e-5)
+
+
+def test_loading_forgets_what_the_batches_before_it_accumulated() -> None:
+    head = _head(center_loss=CenterLoss())
+    saved = copy.deepcopy(head.state_dict())
+    head(*_batch()).loss.backward()
+    head.load_state_dict(saved)
+    RowSGD(head.parameters(), lr=0.0).step()
+    assert float(head.center_loss.centers.abs().sum()) == 0.0
+
+
+def test_a_head_made_on_the_meta_device_can_be_filled_later() -> None:
+    arguments: dict[str, Any] = {"num_classes": CLASSES, "embedding_dim": DIM, "seed": 3}
+    head = PartialFC(loss=losses.Softmax(), center_loss=CenterLoss(), device="meta", **arguments)
+    head.to_empty(device="cpu")
+    for tensor in (head.weight.data, head.bias.data, head.center_loss.centers, head.step):
+        tensor.fill_(7)
+    head.reset_parameters()
+    made = PartialFC(loss=losses.Softmax(), center_loss=CenterLoss(), **arguments)
+    for name, tensor in made.state_dict().items():
+        assert torch.equal(head.state_dict()[name], tensor), name
+
+
+def test_heads_can_be_pickled_and_copied() -> None:
+    head = _head(center_loss=CenterLoss())
+    for other in (copy.deepcopy(head), pickle.loads(pickle.dumps(head))):
+        other(*_batch()).loss.backward()
+        RowSGD(other.parameters()).step()
+        assert (int(other.step), int(head.step)) == (1, 0)
+
+
+def _copy_distributed_head(group: dist.ProcessGroup) -> bool:
+    head = _head(process_group=group)
+    x, y = _batch()
+    return torch.equal(copy.deepcopy(head)(x, y).loss, head(x, y).loss)
+
+
+def test_a_sharded_head_can_be_copied(ranks: Ranks) -> None:
+    assert ranks.run(2, _copy_distributed_head) == [True, True]
+
+
+def test_two_heads_in_one_model_keep_their_own_steps_and_centers() -> None:
+    first, second = _head(center_loss=CenterLoss()), _head(center_loss=CenterLoss(), seed=1)
+    optimizer = RowSGD([*first.parameters(), *second.parameters()])
+    x, y = _batch()
+    (first(x, y).loss + second(x, y).loss).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    first(x, y).loss.backward()
+    optimizer.step()
+    assert (int(first.step), int(second.step)) == (2, 1)
 
 
 def test_a_saved_head_knows_of_a_skipped_step() -> None:
@@ -208,6 +310,14 @@ def test_row_sgd_accepts_dense_gradients_schedulers_and_state_dicts() -> None:
             ours.load_state_dict(saved)
             schedules[0].optimizer = ours
     torch.testing.assert_close(weight, reference)
+
+
+def test_row_sgd_updates_a_single_number() -> None:
+    number = torch.nn.Parameter(torch.tensor(1.0))
+    optimizer = RowSGD([number], lr=0.5, momentum=0.0, weight_decay=0.0)
+    number.grad = torch.tensor(0.5)
+    optimizer.step()
+    assert number.item() == 0.75
 
 
 def test_autocast_does_not_reach_into_the_head() -> None:

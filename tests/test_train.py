@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -177,9 +178,11 @@ def test_a_run_that_diverges_fails_with_the_reason(task: Path, tmp_path: Path) -
     assert lines(tmp_path / "run", "event")[-1]["event"] == "failed"
 
 
-def _start_and_wait(task: Path, folder: Path, timeout: float) -> tuple[subprocess.Popen[str], dict[int, int]]:
+def _start_and_wait(
+    task: Path, folder: Path, timeout: float, *more: str
+) -> tuple[subprocess.Popen[str], dict[int, int]]:
     """A run of two ranks without torchrun, so that nobody but the ranks themselves notices a fault; their pids."""
-    overrides = [f"run.dir={folder}", f"run.timeout={timeout}", "optim.epochs=1000", "evaluation.every=0"]
+    overrides = [f"run.dir={folder}", f"run.timeout={timeout}", "optim.epochs=1000", "evaluation.every=0", *more]
     starter = (
         "import os, subprocess, sys\n"
         "common = dict(os.environ, MASTER_ADDR='127.0.0.1', MASTER_PORT=sys.argv[1], WORLD_SIZE='2')\n"
@@ -208,23 +211,56 @@ def _start_and_wait(task: Path, folder: Path, timeout: float) -> tuple[subproces
     raise TimeoutError("the run has not reached its third step")
 
 
+def _wait_for_failure(folder: Path) -> dict[str, Any]:
+    deadline = time.monotonic() + 40
+    while time.monotonic() < deadline:
+        state: dict[str, Any] = json.loads((folder / "state.json").read_text())
+        if state["state"] == "failed":
+            return state
+        time.sleep(0.2)
+    raise TimeoutError("rank 0 still waits")
+
+
 @pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_rank_that_dies_or_hangs_is_named_by_the_others(task: Path, tmp_path: Path, fault: signal.Signals) -> None:
     process, pids = _start_and_wait(task, tmp_path / "run", timeout=8)
     try:
         os.kill(pids[1], fault)
-        started = time.monotonic()
-        while time.monotonic() - started < 40:
-            state = json.loads((tmp_path / "run" / "state.json").read_text())
-            if state["state"] == "failed":
-                break
-            time.sleep(0.2)
-        assert state["state"] == "failed", "rank 0 still waits"
+        state = _wait_for_failure(tmp_path / "run")
     finally:
         os.kill(pids[1], signal.SIGKILL)
     output, _ = process.communicate(timeout=30)
     assert "not heard from rank 1" in output
+    assert "not heard from rank 1" in state["reason"]
     assert "codes 1 -9" in output
+
+
+def test_a_rank_whose_main_thread_hangs_is_named_with_what_it_hangs_in(task: Path, tmp_path: Path) -> None:
+    process, pids = _start_and_wait(task, tmp_path / "run", 8, "data.workers=1")
+    workers = Path(f"/proc/{pids[1]}/task/{pids[1]}/children").read_text().split()
+    try:
+        for worker in workers:  # the rank itself is well, and waits for its data for ever
+            os.kill(int(worker), signal.SIGSTOP)
+        state = _wait_for_failure(tmp_path / "run")
+    finally:
+        for pid in (*map(int, workers), pids[1]):
+            os.kill(pid, signal.SIGKILL)
+    process.communicate(timeout=30)
+    assert "rank 1 hangs: still in data of step" in state["reason"]
+
+
+def test_the_reason_of_a_rank_that_fails_by_itself_reaches_the_run_folder(task: Path, tmp_path: Path) -> None:
+    shutil.copytree(task.parent / "train", tmp_path / "train")
+    shard = tmp_path / "train" / "shard-000000.tar"
+    content = bytearray(shard.read_bytes())
+    victim = content.index(b"IDAT") + 8
+    content[victim : victim + 40] = bytes(40)  # the picture of one sample; the index still fits
+    shard.write_bytes(content)
+    done = run(task, 2, f"run.dir={tmp_path}/run", f"data.train={tmp_path}/train")
+    assert done.returncode == 1
+    state = json.loads((tmp_path / "run" / "state.json").read_text())
+    assert state["state"] == "failed"
+    assert "cannot be decoded" in state["reason"]
 
 
 def test_learning_rates_rise_from_zero_and_fall_to_zero() -> None:

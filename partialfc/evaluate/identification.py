@@ -18,7 +18,7 @@ def nearest_classes(head: PartialFC, embeddings: Tensor, classes_per_chunk: int 
     device = head.weight.device
     best = torch.full((len(embeddings),), -torch.inf, dtype=torch.float64, device=device)
     found = torch.full((len(embeddings),), head.num_classes, dtype=torch.int64, device=device)
-    raw = "raw_logits" in head.loss.needs
+    raw = head.loss.raw_logits
     for start in range(0, len(head.weight), classes_per_chunk):
         weight = head.weight[start : start + classes_per_chunk]
         weight = weight if raw else torch.nn.functional.normalize(weight)

@@ -132,5 +132,5 @@ def score_pairs(
 def _pair_codes(pairs: Sequence[tuple[int, int]], labels: Tensor) -> Tensor:
     """One int64 for each unordered pair of classes."""
     classes = int(labels.max()) + 1 if len(labels) else 1
-    codes = [min(pair) * classes + max(pair) for pair in pairs]
+    codes = [min(pair) * classes + max(pair) for pair in pairs if max(pair) < classes]
     return torch.tensor(codes, dtype=torch.int64, device=labels.device)

@@ -65,7 +65,7 @@ class ClassChunks:
     ) -> None:
         self.loss, self.samples, self.weight, self.bias = loss, samples, weight, bias
         self.active, self.target_rows, self.filter_threshold = active, target_rows, filter_threshold
-        self.raw = "raw_logits" in loss.needs
+        self.raw = loss.raw_logits
         self.linear = loss.negatives_are_linear
         self.embeddings = embeddings
         self.scaled = embeddings if self.raw else embeddings * loss.scale  # saves a pass over the logits

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from partialfc.errors import RankLost
+from partialfc.errors import ConfigError, RankLost
 
 # torch 2.13 renamed these two and warns about the old names, which are all that torch 2.11 has.
 _OLD_NAMES = {"all_gather_single": "all_gather_into_tensor", "reduce_scatter_single": "reduce_scatter_tensor"}
@@ -40,7 +40,18 @@ class Collectives:
         self.rank = dist.get_rank(self.group) if self.group is not None else 0
         self.world_size = dist.get_world_size(self.group) if self.group is not None else 1
         if self.rank < 0:
-            raise ValueError("this process is not a member of the head's process group")
+            raise ConfigError("this process is not a member of the head's process group")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Collectives:
+        return self  # a copied head belongs to the same ranks; a process group cannot be copied
+
+    def check_group(self) -> None:
+        """Raise ConfigError if this was made before the process group: every rank would train on its own."""
+        if self.group is None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            raise ConfigError(
+                "this head was made before torch.distributed.init_process_group, so it is not sharded; make it "
+                "afterwards, or pass process_group="
+            )
 
     @property
     def distributed(self) -> bool:

@@ -3,7 +3,7 @@
 The buffer has the same size on every rank and in every step, so one all-gather moves everything, and an error found on
 one rank travels with the batch: all ranks read the same headers and raise the same exception.
 
-Layout (bytes): 8 int64 of header | capacity int64 labels | capacity × dim embeddings | padding to 8.
+Layout (bytes): 9 int64 of header | capacity int64 labels | capacity × dim embeddings | padding to 8.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ class Field(IntEnum):
     DIM = 2  # of the embeddings
     FLAGS = 3  # see FLAG_*
     STEP = 4
-    ERROR = 5  # a Problem
-    DETAIL_A = 6
-    DETAIL_B = 7
+    RATE = 5  # the sample rate, in units of 2^-53
+    ERROR = 6  # a Problem
+    DETAIL_A = 7
+    DETAIL_B = 8
 
 
 HEADER_FIELDS = len(Field)
@@ -110,12 +111,14 @@ def find_problem(
 
 
 def make_header(
-    embeddings: Tensor, labels: Tensor, problem: tuple[Problem, int, int], flags: int, step: int, device: torch.device
+    embeddings: Tensor, problem: tuple[Problem, int, int], flags: int, step: int, rate: float, device: torch.device
 ) -> Tensor:
-    """The header, [8] int64 on ``device``."""
+    """The header, [9] int64 on ``device``."""
     count = embeddings.shape[0] if embeddings.dim() else 0
     dim = embeddings.shape[1] if embeddings.dim() == 2 else -1
-    return torch.tensor([count, dtype_code(embeddings.dtype), dim, flags, step, *problem], device=device)
+    return torch.tensor(
+        [count, dtype_code(embeddings.dtype), dim, flags, step, int(rate * 2.0**53), *problem], device=device
+    )
 
 
 def check_values(header: Tensor, embeddings: Tensor, labels: Tensor, num_classes: int, check_finite: bool) -> None:
@@ -128,7 +131,7 @@ def check_values(header: Tensor, embeddings: Tensor, labels: Tensor, num_classes
     found = header[Field.ERROR :]
     found.copy_(torch.where(outside.any(), label_problem, found))
     if check_finite:
-        broken = ~torch.isfinite(embeddings).all(dim=1)
+        broken = ~torch.isfinite(embeddings).all(dim=1) & (labels != -1)
         sample = broken.int().argmax()
         problem = torch.stack((torch.full_like(sample, Problem.NON_FINITE), sample, broken.sum()))
         found.copy_(torch.where(broken.any() & (found[0] == 0), problem, found))
@@ -151,7 +154,7 @@ def pack(header: Tensor, embeddings: Tensor, labels: Tensor, agreed: BatchFormat
 
 
 def unpack(messages: Tensor, agreed: BatchFormat) -> tuple[Tensor, Tensor, Tensor]:
-    """Headers [W, 8], labels [W·capacity] and embeddings [W·capacity, dim] from gathered messages [W, num_bytes]."""
+    """Headers [W, 9], labels [W·capacity] and embeddings [W·capacity, dim] from gathered messages [W, num_bytes]."""
     label_start = HEADER_FIELDS * 8
     embedding_start = label_start + agreed.label_bytes
     headers = messages[:, :label_start].contiguous().view(torch.int64)
@@ -162,7 +165,7 @@ def unpack(messages: Tensor, agreed: BatchFormat) -> tuple[Tensor, Tensor, Tenso
 
 def any_problem(headers: Tensor) -> Tensor:
     """Whether any rank reports a problem or the ranks disagree; a bool on the headers' device."""
-    shared = headers[:, [Field.FLAGS, Field.STEP]]
+    shared = headers[:, [Field.FLAGS, Field.STEP, Field.RATE]]
     return (headers[:, Field.ERROR] != 0).any() | (shared != shared[0]).any()
 
 
@@ -172,14 +175,23 @@ def raise_problem(headers: list[list[int]], num_classes: int, dim: int, agreed: 
     if failing:
         others = f" (ranks {', '.join(map(str, failing[1:]))} report problems too)" if failing[1:] else ""
         _raise_reported(failing[0], headers[failing[0]], others, num_classes, dim, agreed)
-    for field, what in ((Field.STEP, "the step"), (Field.FLAGS, "training or evaluation mode, or enabled gradients")):
-        values = [header[field] for header in headers]
+    shared: dict[str, list[object]] = {
+        "the step": [header[Field.STEP] for header in headers],
+        "the mode": [_mode(header[Field.FLAGS]) for header in headers],
+        "the sample rate": [header[Field.RATE] * 2.0**-53 for header in headers],
+    }
+    for what, values in shared.items():
         if len(set(values)) > 1:
             differing = next(rank for rank, value in enumerate(values) if value != values[0])
             raise BatchMismatch(
                 f"ranks disagree about {what}: rank 0 has {values[0]}, rank {differing} has {values[differing]}; "
                 "call the head in the same way on every rank"
             )
+
+
+def _mode(flags: int) -> str:
+    mode = "training" if flags & FLAG_TRAINING else "evaluation"
+    return f"{mode} {'with' if flags & FLAG_BACKWARD else 'without'} gradients"
 
 
 def _raise_reported(

@@ -113,23 +113,27 @@ class PartialFC(nn.Module):
         rows = last - self.first_class
         self.weight = nn.Parameter(torch.empty(rows, embedding_dim, dtype=weight_dtype, device=device))
         self.bias = None
-        if getattr(loss, "bias", False) and "raw_logits" in loss.needs:
+        if getattr(loss, "bias", False) and loss.raw_logits:
             self.bias = nn.Parameter(torch.zeros(rows, dtype=weight_dtype, device=device))
         if center_loss is not None:
             center_loss.allocate(rows, embedding_dim, weight_dtype, self.weight.device)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
-        self._next_step: int | None = 0  # what `step` holds, where reading the buffer would wait for a device
+        self._next_step: int | None = None  # what `step` holds, where reading the buffer would wait for a device
         self._batch_format: packing.BatchFormat | None = None
         self._in_step = False  # a backward has run since the last optimizer step
         self._unread: tuple[Tensor, Any] | None = None  # headers on their way to the host, and the event to wait for
-        self.register_state_dict_pre_hook(lambda module, *_: module._close_skipped_step())
-        self.register_load_state_dict_post_hook(lambda module, _: module._forget_step())
+        self.register_state_dict_pre_hook(_before_saving)
+        self.register_load_state_dict_post_hook(_after_loading)
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw the initial weight: N(0, 0.01²), a function of (seed, class id)."""
+        """Draw the weight, N(0, 0.01²), a function of (seed, class id); set bias, centers and counter to 0."""
         if not self.weight.is_meta:
+            for zero in (self.bias, self.step, None if self.center_loss is None else self.center_loss.centers):
+                if zero is not None:
+                    zero.zero_()
+            self._forget_step()
             ids = torch.arange(self.first_class, self.first_class + len(self.weight), device=self.weight.device)
             normal_rows(stream_key(self.seed, _INITIAL_WEIGHT), ids, self.embedding_dim, _INITIAL_STD, self.weight)
 
@@ -151,6 +155,7 @@ class PartialFC(nn.Module):
                 the next call of the head or of its optimizer's ``step()``, and nothing is updated until then.
             RankLost: another rank has died or cannot be reached.
         """
+        self.collectives.check_group()
         self._raise_unread()
         if self.training:
             self._close_skipped_step()
@@ -158,10 +163,11 @@ class PartialFC(nn.Module):
         embeddings = embeddings if isinstance(embeddings, Tensor) else torch.empty(())
         labels = labels if isinstance(labels, Tensor) else torch.empty(())
         step = self._current_step() if step is None else int(step)
+        rate = self._rate(step)
         wants_grad = torch.is_grad_enabled() and (embeddings.requires_grad or self.weight.requires_grad)
 
-        x, y = self._gather(embeddings, labels, step, wants_grad)  # collective 1: [B, D], [B]
-        active = self._active_rows(y, step)
+        x, y = self._gather(embeddings, labels, step, rate, wants_grad)  # collective 1: [B, D], [B]
+        active = self._active_rows(y, step, rate)
         shard = ShardStep(
             loss=self.loss,
             collectives=self.collectives,
@@ -196,6 +202,7 @@ class PartialFC(nn.Module):
             LabelOutOfRange: an id is outside [0, num_classes), on any rank.
             BatchMismatch: the ranks passed different ids.
         """
+        self.collectives.check_group()
         ids = torch.as_tensor(class_ids, dtype=torch.int64, device=self.weight.device).flatten()
         outside = ids[(ids < 0) | (ids >= self.num_classes)]
         digest = zlib.crc32(ids.cpu().numpy().tobytes())
@@ -236,13 +243,15 @@ class PartialFC(nn.Module):
 
     # --- the batch -------------------------------------------------------------------------------------------------
 
-    def _gather(self, embeddings: Tensor, labels: Tensor, step: int, wants_grad: bool) -> tuple[Tensor, Tensor]:
+    def _gather(
+        self, embeddings: Tensor, labels: Tensor, step: int, rate: float, wants_grad: bool
+    ) -> tuple[Tensor, Tensor]:
         """The global batch, [B, D] and [B]; raises the same error on every rank if any rank's part is wrong."""
         device = self.weight.device
         flags = packing.FLAG_TRAINING * self.training | packing.FLAG_BACKWARD * wants_grad
         agreed = self._agree_on_format(embeddings)
         problem = packing.find_problem(embeddings, labels, self.embedding_dim, device, agreed)
-        header = packing.make_header(embeddings, labels, problem, flags, step, device)
+        header = packing.make_header(embeddings, problem, flags, step, rate, device)
         found_by_host = problem[0] is not packing.Problem.NONE
         if not found_by_host:
             packing.check_values(header, embeddings, labels, self.num_classes, self.on_nonfinite == "raise")
@@ -253,18 +262,19 @@ class PartialFC(nn.Module):
             headers, y, x = packing.unpack(self.collectives.gather(message), agreed)
         if (agreed is None and found_by_host) or not self._errors_are_deferred():
             packing.raise_problem(headers.tolist(), self.num_classes, self.embedding_dim, agreed)
-            return x, y
-        self._read_later(headers)
-        failed = packing.any_problem(headers)  # then no sample counts, and nothing is updated
-        return torch.where(failed, torch.zeros_like(x), x), torch.where(failed, torch.full_like(y, -1), y)
+        else:
+            self._read_later(headers)
+            failed = packing.any_problem(headers)  # then no sample counts, and nothing is updated
+            y = torch.where(failed, torch.full_like(y, -1), y)
+        return x.masked_fill((y < 0)[:, None], 0.0), y  # what is ignored has no influence, not even as NaN
 
     def _agree_on_format(self, embeddings: Tensor) -> packing.BatchFormat | None:
         """At the first call: check that the ranks' heads are the same, and agree on batch size and dtype."""
         if self._batch_format is None and self.collectives.distributed:
             settings = (self.num_classes, self.embedding_dim, self.seed, self.loss, self.center_loss)
-            rate = None if callable(self.sample_rate) else self.sample_rate
-            filters = (rate, self.filter_threshold, self.correct_sampling, self.on_nonfinite, self.compute_dtype)
-            identity = zlib.crc32(repr(settings + filters).encode())
+            filters = (self.filter_threshold, self.correct_sampling, self.on_nonfinite)
+            dtypes = (self.weight.dtype, self.compute_dtype)
+            identity = zlib.crc32(repr(settings + filters + dtypes).encode())
             count = embeddings.shape[0] if embeddings.dim() else 0
             mine = torch.tensor([count, packing.dtype_code(embeddings.dtype), identity], device=self.weight.device)
             ranks = self.collectives.gather(mine).tolist()
@@ -272,7 +282,7 @@ class PartialFC(nn.Module):
                 if other != ranks[0][2]:
                     raise BatchMismatch(
                         f"the heads of rank 0 and rank {rank} differ: num_classes, embedding_dim, loss, "
-                        "sample_rate, seed and all other arguments must be the same on every rank"
+                        "seed and all other arguments must be the same on every rank"
                     )
                 if dtype != ranks[0][1]:
                     raise BatchMismatch(f"embeddings of rank 0 and rank {rank} differ in dtype; use one dtype")
@@ -286,11 +296,10 @@ class PartialFC(nn.Module):
             self._batch_format = agreed
         return self._batch_format
 
-    def _active_rows(self, labels: Tensor, step: int) -> ActiveRows:
+    def _active_rows(self, labels: Tensor, step: int, rate: float) -> ActiveRows:
         """The rows of this shard that take part: all, or the batch's classes and the step's negatives."""
-        rate = self._rate(step)
         rows = len(self.weight)
-        if rate >= 1.0 or not self.training:
+        if rate >= 1.0:
             return ActiveRows(None, rows)
         device = self.weight.device
         negatives = sampled_negatives(self.first_class, self.first_class + rows, rate, self.seed, step, device)
@@ -304,6 +313,9 @@ class PartialFC(nn.Module):
         return ActiveRows(active, len(active), log_weight, 0.0 if log_weight is None else -math.log(rate))
 
     def _rate(self, step: int) -> float:
+        """The sample rate of this step; 1 in evaluation."""
+        if not self.training:
+            return 1.0
         rate = self.sample_rate(step) if callable(self.sample_rate) else self.sample_rate
         if not 0.0 < rate <= 1.0:
             raise ConfigError(f"sample_rate must lie in (0, 1], got {rate} at step {step}")
@@ -319,8 +331,11 @@ class PartialFC(nn.Module):
     def _forget_step(self) -> None:
         self._next_step = None
         self._in_step = False
+        if self.center_loss is not None:
+            self.center_loss.drop_pending()
 
     def _enter_step(self, grad: Tensor) -> None:
+        self._close_skipped_step()  # here too: zero_grad() may stand between forward and backward
         self._in_step = True
 
     def _close_skipped_step(self) -> None:
@@ -375,6 +390,14 @@ class PartialFC(nn.Module):
                 raise
 
 
+def _before_saving(head: PartialFC, prefix: str, keep_vars: bool) -> None:
+    head._close_skipped_step()
+
+
+def _after_loading(head: PartialFC, incompatible_keys: Any) -> None:
+    head._forget_step()
+
+
 def _check_arguments(
     num_classes: int,
     embedding_dim: int,
@@ -391,7 +414,7 @@ def _check_arguments(
         raise ConfigError(f"sample_rate must lie in (0, 1], got {sample_rate}")
     if filter_threshold is not None and not -1.0 <= filter_threshold <= 1.0:
         raise ConfigError(f"filter_threshold is a cosine, in [-1, 1], got {filter_threshold}")
-    if filter_threshold is not None and "raw_logits" in loss.needs:
+    if filter_threshold is not None and loss.raw_logits:
         raise ConfigError("filter_threshold compares cosines, but this loss works on raw logits: leave it out")
     if on_nonfinite not in ("raise", "propagate"):
         raise ConfigError(f'on_nonfinite must be "raise" or "propagate", got {on_nonfinite!r}')

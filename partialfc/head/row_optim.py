@@ -63,16 +63,21 @@ class RowSGD(Optimizer):
         return loss
 
     def _update(self, parameter: Tensor, lr: float, momentum: float, decay: float) -> None:
+        gradient = parameter.grad
+        assert gradient is not None
         velocity = None
         if momentum:
             state = self.state[parameter]
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(parameter)
             velocity = state["momentum_buffer"]
-        pieces = row_pieces(parameter)
+        if parameter.dim() == 0:  # a single row
+            parameter, gradient = parameter.view(1), gradient.view(1)
+            velocity = velocity if velocity is None else velocity.view(1)
+        pieces = row_pieces(parameter, gradient)
         buffers = [torch.empty_like(parameter[: pieces.rows_per_piece]) for _ in range(2)]
-        for rows, gradient in pieces:
-            gradient = gradient.to(parameter.dtype)
+        for rows, values in pieces:
+            gradient = values.to(parameter.dtype)
             if isinstance(rows, slice):  # in place
                 _sgd(parameter[rows], velocity if velocity is None else velocity[rows], gradient, lr, momentum, decay)
                 continue
@@ -113,10 +118,8 @@ class RowPieces:
             yield piece if self.rows is None else self.rows[piece], self.values[piece]
 
 
-def row_pieces(parameter: Tensor) -> RowPieces:
-    """The gradient of ``parameter``, sparse or dense, a piece of rows at a time."""
-    gradient = parameter.grad
-    assert gradient is not None
+def row_pieces(parameter: Tensor, gradient: Tensor) -> RowPieces:
+    """The ``gradient`` of ``parameter``, sparse or dense, a piece of rows at a time."""
     rows, values = _coalesced(gradient) if gradient.is_sparse else (None, gradient)
     if rows is not None and len(rows) == len(parameter):
         rows = None

@@ -95,7 +95,7 @@ class ShardedSoftmax(torch.autograd.Function):
 
 def _forward(ctx: Any, local_embeddings: Tensor, weight: Tensor, bias: Tensor | None, step: ShardStep) -> Tensor:
     loss, x, labels = step.loss, step.embeddings, step.labels
-    raw = "raw_logits" in loss.needs
+    raw = loss.raw_logits
     norms = torch.linalg.vector_norm(x, dim=1).clamp_min_(NORM_EPS)  # [B]
     unit = x if raw else x / norms[:, None]
     samples = Samples(norms.double(), torch.arange(len(x), device=x.device), step.step, step.seed)
@@ -112,7 +112,7 @@ def _forward(ctx: Any, local_embeddings: Tensor, weight: Tensor, bias: Tensor | 
     if step.center_loss is not None:
         offsets = x[targets.samples] - step.center_loss.centers[targets.rows].to(x.dtype)  # x − k, [n, D]
     message = _message(len(x), targets, offsets, raw)
-    lse = _combine(step, message, sums, shift)
+    lse = _combine(step, message, sums, shift, chunks.logit_bound())
     total, slope, mean = _finish_loss(step, message, lse)
     if not step.wants_grad:
         return total.to(x.dtype)
@@ -123,7 +123,7 @@ def _forward(ctx: Any, local_embeddings: Tensor, weight: Tensor, bias: Tensor | 
     ratio = torch.where(torch.isneginf(lse), 0.0, torch.exp(shift - lse))
     pull.mul_(ratio[:, None]).mul_((share * (loss.scale if chunks.linear else 1.0))[:, None])
     ctx.grad_embeddings = _embedding_gradient(step, pull, unit, norms, targets, share, offsets, mean, raw)
-    target_gradient = _target_row_gradient(targets, share, raw).to(weight.dtype)
+    target_gradient = _target_row_gradient(targets, share, raw).to(x.dtype)
     ctx.step, ctx.chunks, ctx.offsets, ctx.has_bias = step, chunks, offsets, bias is not None
     ctx.local_dtype = local_embeddings.dtype
     ctx.save_for_backward(
@@ -225,10 +225,10 @@ def _sum_negatives(chunks: ClassChunks, wants_grad: bool, keep: bool) -> tuple[T
     return sums, running.masked_fill_(torch.isneginf(running), 0.0).double(), pull, kept
 
 
-def _combine(step: ShardStep, message: Tensor, sums: Tensor, shift: Tensor) -> Tensor:
+def _combine(step: ShardStep, message: Tensor, sums: Tensor, shift: Tensor, logit_bound: float) -> Tensor:
     """Reduce ``message`` over ranks, with the shards' sums in column 0; return the negatives' log-sum-exp, [B]."""
     common = torch.zeros_like(shift)
-    if not step.loss.logit_bound() <= _SAFE_TO_SUM:
+    if not logit_bound <= _SAFE_TO_SUM:
         # exp of these logits may not fit float64: agree on a maximum first.
         common = step.collectives.maximum(torch.where(sums > 0, shift, -torch.inf))
         common = common.masked_fill(torch.isneginf(common), 0.0)
@@ -290,8 +290,9 @@ def _backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, Tensor | None, Tenso
         if bias_values is not None:
             bias_values.index_add_(0, target_rows, (-share[target_samples] * grad_loss).to(bias_values.dtype))
             grad_bias = _sparse(rows, bias_values, weight.shape[:1])
-    if step.training and step.center_loss is not None:
+    if step.training and step.center_loss is not None and ctx.offsets is not None:
         step.center_loss.accumulate(target_shard_rows, ctx.offsets)
+        ctx.offsets = None  # a second backward through a retained graph sees the same samples
     return arrived()[: step.local_count].to(ctx.local_dtype), grad_weight, grad_bias, None
 
 

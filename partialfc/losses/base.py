@@ -68,6 +68,11 @@ class Loss(nn.Module):
         return ", ".join(f"{name}={value}" for name, value in settings.items() if name != "training" and name[0] != "_")
 
     @property
+    def raw_logits(self) -> bool:
+        """Whether this loss works on inner products instead of cosines."""
+        return "raw_logits" in self.needs
+
+    @property
     def negatives_are_linear(self) -> bool:
         """Whether :meth:`negative_logits` is ``scale·cosine``."""
         return type(self).negative_logits is Loss.negative_logits

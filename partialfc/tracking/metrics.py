@@ -20,8 +20,8 @@ class MetricsFile:
 
     def write(self, kind: str, **values: Any) -> None:
         """Append one line. Numbers that JSON cannot hold (NaN, Inf) are written as null."""
-        line = {"kind": kind, "time": round(time.time(), 3), **values}
-        self._file.write(json.dumps(_jsonable(line), ensure_ascii=False) + "\n")
+        line = {"kind": kind, "time": round(time.time(), 3), **_jsonable(values)}
+        self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
         self._file.flush()
 
     def close(self) -> None:

@@ -57,8 +57,8 @@ def save_checkpoint(folder: Path, tensors: dict[str, Tensor], manifest: dict[str
     if distributed:
         dist.barrier()
     dcp.save(tensors, storage_writer=dcp.FileSystemWriter(temporary, sync_files=True), no_dist=not distributed)
+    files = _describe_all(temporary)
     if first:
-        files = {path.name: _describe(path) for path in sorted(temporary.iterdir())}
         manifest = {"format": FORMAT, **manifest, "files": files, "torch": torch.__version__}
         path = temporary / "manifest.json"
         path.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
@@ -79,6 +79,17 @@ def _sharded(head: PartialFC, local: Tensor) -> Tensor:
     shape = torch.Size((head.num_classes, *local.shape[1:]))
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
+
+
+def _describe_all(folder: Path) -> dict[str, dict[str, Any]]:
+    """Sizes and digests of all files of ``folder``; the ranks share the reading. A collective."""
+    paths = sorted(folder.iterdir())
+    if not dist.is_initialized():
+        return {path.name: _describe(path) for path in paths}
+    mine = {path.name: _describe(path) for path in paths[dist.get_rank() :: dist.get_world_size()]}
+    parts: list[dict[str, dict[str, Any]]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(parts, mine)
+    return dict(sorted((name, file) for part in parts for name, file in part.items()))
 
 
 def _describe(path: Path) -> dict[str, Any]:

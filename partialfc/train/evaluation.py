@@ -13,7 +13,7 @@ from torch import nn
 from partialfc.config import Config
 from partialfc.data.dataset import TarDataset
 from partialfc.data.loader import evaluation_batches
-from partialfc.errors import DataError
+from partialfc.errors import ConfigError, DataError
 from partialfc.evaluate.embed import embed
 from partialfc.evaluate.figures import draw_roc
 from partialfc.evaluate.identification import nearest_classes
@@ -34,19 +34,24 @@ class Evaluation:
 
     Raises:
         DataError: a set is missing or incomplete, or its classes are not those of the training set.
+        ConfigError: two sets would give results of one name.
     """
 
     def __init__(self, config: Config, num_classes: int) -> None:
         self.config = config
         self.sets = [(folder, TarDataset(folder)) for folder in config.evaluation.sets]
+        names: list[str] = []
         for folder, dataset in self.sets:
-            if (folder / "protocol.json").exists():
-                read_protocols(folder)
-            elif dataset.num_classes != num_classes:
+            protocols = read_protocols(folder)[0] if (folder / "protocol.json").exists() else []
+            names += [protocol.name for protocol in protocols] or [folder.name]
+            if not protocols and dataset.num_classes != num_classes:
                 raise DataError(
                     f"evaluation set {folder} has {dataset.num_classes} classes, but the training set {num_classes}; "
                     "a set without protocol.json must hold samples of the training classes"
                 )
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ConfigError(f"evaluation.sets: two sets give results called {', '.join(twice)}; rename one of them")
 
     def run(self, backbone: nn.Module, head: PartialFC, rank: Rank, step: int) -> dict[str, Any]:
         """All results, e.g. ``{"unseen_font": {"tar_at_far": {"0.001": 0.9}, …}}``. A collective.

@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
+PHASES = ("data", "forward", "head", "backward", "update")
+
 
 class PhaseClock:
-    """Sums the time between marks, by phase; on a GPU with events, which never make the host wait within a step."""
+    """Sums the time between marks, by phase; on a GPU with events, which never make the host wait within a step.
 
-    def __init__(self, device: torch.device) -> None:
+    Args:
+        entered: is told of each phase that begins.
+    """
+
+    def __init__(self, device: torch.device, entered: Callable[[str], None] = lambda phase: None) -> None:
+        self._entered = entered
         self._on_gpu = device.type == "cuda"
         self._marks: list[tuple[str, Any]] = []
 
     def mark(self, phase: str) -> None:
-        """Say that ``phase`` ends now. The first mark of a step only starts the clock."""
+        """Say that ``phase`` ends now, one of PHASES; a mark called "start" only starts the clock."""
+        self._entered(PHASES[(PHASES.index(phase) + 1) % len(PHASES)] if phase in PHASES else PHASES[0])
         if self._on_gpu:
             event = torch.cuda.Event(enable_timing=True)
             event.record()

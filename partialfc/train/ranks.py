@@ -11,9 +11,12 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from partialfc.errors import PartialFCError, RankLost
 from partialfc.train.liveness import Liveness
 
-_START_TIMEOUT = timedelta(minutes=30)  # the first step waits for the slowest rank's imports, compilers and caches
+# What may take long on one rank while the others wait: imports, compilers and caches before the first step, the writing
+# of a checkpoint, an evaluation.
+_PATIENCE = timedelta(minutes=60)
 
 
 @dataclass
@@ -24,6 +27,7 @@ class Rank:
     world_size: int
     device: torch.device
     liveness: Liveness | None
+    timeout: timedelta = _PATIENCE
 
     @property
     def is_first(self) -> bool:
@@ -31,9 +35,30 @@ class Rank:
 
     def set_timeout(self, seconds: float) -> None:
         """From now on a collective that takes longer than ``seconds`` fails."""
-        if dist.is_initialized():
-            # The only way torch offers to change the timeout of a group that exists.
-            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), dist.group.WORLD)
+        self.timeout = timedelta(seconds=seconds)
+        _set_group_timeout(self.timeout)
+
+    @contextmanager
+    def patience(self) -> Iterator[None]:
+        """Within, collectives may take long: another rank writes or evaluates meanwhile."""
+        _set_group_timeout(_PATIENCE)
+        yield
+        _set_group_timeout(self.timeout)
+
+    def enter(self, step: int, phase: str) -> None:
+        """Say how far this rank is, for the others to know who keeps them waiting."""
+        if self.liveness:
+            self.liveness.enter(step, phase)
+
+    def explain(self, error: Exception) -> Exception:
+        """A failure in words that name the rank at fault, here or elsewhere; tells the other ranks of one here."""
+        if self.liveness is None:
+            return error
+        if isinstance(error, RankLost) or (isinstance(error, RuntimeError) and not isinstance(error, PartialFCError)):
+            reason = self.liveness.explain()
+            return RankLost(f"{reason} (seen by rank {self.rank}: {error})") if reason else error
+        self.liveness.report_failure(f"{error}" if isinstance(error, PartialFCError) else repr(error))
+        return error
 
 
 @contextmanager
@@ -47,11 +72,18 @@ def joined() -> Iterator[Rank]:
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         yield Rank(0, 1, device, None)
         return
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=_START_TIMEOUT)
-    liveness = Liveness(dist.get_rank(), dist.get_world_size())
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=_PATIENCE)
+    rank = Rank(dist.get_rank(), dist.get_world_size(), device, Liveness(dist.get_rank(), dist.get_world_size()))
     try:
-        yield Rank(dist.get_rank(), dist.get_world_size(), device, liveness)
+        yield rank
         dist.barrier()  # rank 0 may still be writing: nobody tears the group down before it is done
     finally:
-        liveness.close()
+        if rank.liveness:
+            rank.liveness.close()
         dist.destroy_process_group()
+
+
+def _set_group_timeout(timeout: timedelta) -> None:
+    if dist.is_initialized():
+        # The only way torch offers to change the timeout of a group that exists.
+        dist.distributed_c10d._set_pg_timeout(timeout, dist.group.WORLD)

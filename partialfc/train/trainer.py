@@ -65,7 +65,7 @@ class Trainer:
         self.head_optimizer = RowSGD(
             self.head.parameters(), lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay
         )
-        self.clock = PhaseClock(rank.device)
+        self.clock = PhaseClock(rank.device, entered=lambda phase: rank.enter(self.step, phase))
         self.step = 0
         self.samples = 0
 
@@ -77,11 +77,12 @@ class Trainer:
                 self._describe()
             results = self._loop(folder)
         except BaseException as error:
+            explained = self.rank.explain(error) if isinstance(error, Exception) else error
             if folder:
-                reason = str(error) or type(error).__name__
+                reason = str(explained) or type(explained).__name__
                 folder.metrics.write("event", event="failed", step=self.step, reason=reason)
                 folder.set_state("failed", self.step, reason)
-            raise
+            raise explained from (None if explained is error else error)
         if folder:
             folder.set_state("finished", self.step)
             folder.close()
@@ -128,12 +129,14 @@ class Trainer:
                     state_written = time.monotonic()
                 if evaluate_every and self.step % evaluate_every == 0 and self.step < self.total_steps:
                     before = time.monotonic()
-                    self._evaluate(folder)
+                    with self.rank.patience():
+                        self._evaluate(folder)
                     evaluating += time.monotonic() - before
                 self.clock.mark("start")
         seconds = time.monotonic() - started - evaluating
-        self._save(folder)
-        results = self._evaluate(folder)
+        with self.rank.patience():
+            self._save(folder)
+            results = self._evaluate(folder)
         if folder:
             rate = self.samples / seconds
             folder.metrics.write(
@@ -199,6 +202,7 @@ class Trainer:
         }
 
     def _evaluate(self, folder: RunFolder | None) -> dict[str, Any]:
+        self.rank.enter(self.step, "evaluate")
         results = self.evaluation.run(self.plain_backbone, self.head, self.rank, self.step)
         if folder and results:
             folder.metrics.write("evaluation", step=self.step, results=results)
@@ -208,6 +212,7 @@ class Trainer:
         return results
 
     def _save(self, folder: RunFolder | None) -> None:
+        self.rank.enter(self.step, "save")
         tensors = checkpoint_tensors(self.plain_backbone, self.head, self.optimizer, self.head_optimizer)
         manifest = {
             "step": self.step,
