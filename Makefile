@@ -11,12 +11,18 @@ RANKS ?= 2
 GLYPHS ?= data/glyphs
 export OMP_NUM_THREADS ?= 1
 
+FORCE:
+
 .PHONY: help quickstart test test-all lint benchmark clean
 help:
 	@sed -n '1,4s/^# //p' Makefile
 
-# One stamp a set of packages: it is renewed when what it was made from changes.
-$(VENV)/.train: pyproject.toml constraints.txt launch/install.sh
+# One stamp a set of packages: it is renewed when what it was made from changes, the choice of torch included.
+$(VENV)/.choice: FORCE
+	@mkdir -p $(VENV)
+	@echo "$(TORCH) $(PIP_ARGS)" | cmp -s - $@ || echo "$(TORCH) $(PIP_ARGS)" > $@
+
+$(VENV)/.train: pyproject.toml constraints.txt launch/install.sh $(VENV)/.choice
 	@launch/install.sh "$(PYTHON)" "$(VENV)" "$(TORCH)" train "$(PIP_ARGS)"
 	@touch $@
 

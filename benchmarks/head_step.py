@@ -9,6 +9,7 @@ on a shared machine. A step is forward, backward and the optimizer's update (SGD
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import math
 import platform
@@ -95,6 +96,8 @@ def measure(step: Callable[[], Any], repeats: int) -> float:
 def peak_extra_mib(step: Callable[[], Any]) -> float | None:
     """How far ``step`` raises the process's resident memory at its peak; None where the system does not tell."""
     status = Path("/proc/self/status")
+    if platform.libc_ver()[0] != "glibc":
+        return None
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -103,6 +106,7 @@ def peak_extra_mib(step: Callable[[], Any]) -> float | None:
     def kib(field: str) -> int:
         return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(field))
 
+    ctypes.CDLL(None).malloc_trim(0)  # what earlier steps have freed must not hide what this one takes
     before = kib("VmRSS")
     step()
     return (kib("VmHWM") - before) / 1024
@@ -132,12 +136,12 @@ def time_gemms(arguments: argparse.Namespace) -> Timing:
     """The three products that no exact step can avoid: logits, the embeddings' gradient, the rows' gradient."""
     active = max(1, int(arguments.rate * arguments.classes / arguments.ranks))
     x, w = torch.randn(arguments.batch, arguments.dim), torch.randn(active, arguments.dim)
-    logits = torch.empty(arguments.batch, active)
+    logits, grad_x, grad_w = torch.empty(arguments.batch, active), torch.empty_like(x), torch.empty_like(w)
 
     def step() -> None:
         torch.mm(x, w.T, out=logits)
-        torch.mm(logits, w)
-        torch.mm(logits.T, x)
+        torch.mm(logits, w, out=grad_x)
+        torch.mm(logits.T, x, out=grad_w)
 
     return measure(step, arguments.repeats), None
 

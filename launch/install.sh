@@ -11,14 +11,10 @@ command -v "$python" >/dev/null || stop "$python is not installed: apt-get insta
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
     stop "$("$python" --version) is too old, Python 3.11 or newer is needed; choose one with: make PYTHON=python3.12 …"
 if [ ! -x "$venv/bin/pip" ]; then
-    rm -rf "$venv"
-    "$python" -m venv "$venv" >/dev/null || {
-        rm -rf "$venv"
-        stop "cannot make a virtual environment: apt-get install python3-venv"
-    }
+    "$python" -m venv "$venv" >/dev/null || stop "cannot make a virtual environment: apt-get install python3-venv"
 fi
 
-if ! "$venv/bin/python" -c 'import torch' 2>/dev/null; then
+if [ "$(cat "$venv/torch.txt" 2>/dev/null)" != "$torch ${5:-}" ]; then
     # Ask pip what it would take, before it takes it: the default build for Linux brings several GB of CUDA.
     plan=$venv/plan.json
     "$venv/bin/pip" install --dry-run --quiet --report "$plan" "${pip_args[@]}" "$torch" >/dev/null 2>&1 || true
@@ -32,7 +28,8 @@ sys.exit(not any(name.startswith("nvidia") for name in names))' "$plan"; then
         echo "note: pip takes a CUDA build of torch here: several GB."
         if ! command -v nvidia-smi >/dev/null; then
             echo "      This machine shows no NVIDIA GPU. For a CPU build, stop this (Ctrl-C) and name one, for example"
-            echo "        make … PIP_ARGS='--index-url URL-OF-AN-INDEX-WITH-CPU-BUILDS'   (pytorch.org, \"Get started\", CPU)"
+            echo "        make … PIP_ARGS='--extra-index-url URL-OF-AN-INDEX-WITH-CPU-BUILDS'"
+            echo "               (the page \"Get started\" of pytorch.org names it, under Compute Platform: CPU)"
             echo "        make … TORCH=/path/to/torch-cpu.whl"
             echo "      Going on in 10 seconds."
             sleep 10
@@ -41,6 +38,7 @@ sys.exit(not any(name.startswith("nvidia") for name in names))' "$plan"; then
     echo "installing $torch into $venv"
     "$venv/bin/pip" install --progress-bar on "${pip_args[@]}" "$torch" ||
         stop "pip could not install $torch; choose another with TORCH=…, or give pip arguments with PIP_ARGS=…"
+    echo "$torch ${5:-}" >"$venv/torch.txt"
 fi
 echo "installing partialfc[$extras] into $venv"
 # The constraints pin what is tested; the torch that is there may be another, by the user's choice.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -211,6 +212,11 @@ def _start_and_wait(
     raise TimeoutError("the run has not reached its third step")
 
 
+def _end(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):  # it may have ended by itself
+        os.kill(pid, signal.SIGKILL)
+
+
 def _wait_for_failure(folder: Path) -> dict[str, Any]:
     deadline = time.monotonic() + 40
     while time.monotonic() < deadline:
@@ -228,7 +234,7 @@ def test_a_rank_that_dies_or_hangs_is_named_by_the_others(task: Path, tmp_path: 
         os.kill(pids[1], fault)
         state = _wait_for_failure(tmp_path / "run")
     finally:
-        os.kill(pids[1], signal.SIGKILL)
+        _end(pids[1])
     output, _ = process.communicate(timeout=30)
     assert "not heard from rank 1" in output
     assert "not heard from rank 1" in state["reason"]
@@ -244,7 +250,7 @@ def test_a_rank_whose_main_thread_hangs_is_named_with_what_it_hangs_in(task: Pat
         state = _wait_for_failure(tmp_path / "run")
     finally:
         for pid in (*map(int, workers), pids[1]):
-            os.kill(pid, signal.SIGKILL)
+            _end(pid)
     process.communicate(timeout=30)
     assert "rank 1 hangs: still in data of step" in state["reason"]
 
