@@ -16,7 +16,7 @@ fi
 
 if [ "$(cat "$venv/torch.txt" 2>/dev/null)" != "$torch ${5:-}" ]; then
     # Ask pip what it would take, before it takes it: the default build for Linux brings several GB of CUDA.
-    plan=$venv/plan.json
+    plan=$venv/plan.json && rm -f "$plan"
     "$venv/bin/pip" install --dry-run --quiet --report "$plan" "${pip_args[@]}" "$torch" >/dev/null 2>&1 || true
     if "$venv/bin/python" -c '
 import json, sys
