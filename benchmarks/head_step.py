@@ -2,8 +2,9 @@
 
     python benchmarks/head_step.py --classes 1000000 --dim 512 --batch 256 --rate 0.1 --ranks 2
 
-Every rank is a process with one thread; all three run in the same processes, in turn, so that the ratios mean something
-on a shared machine. A step is forward, backward and the optimizer's update (SGD with momentum and weight decay).
+Every rank is a process with one thread; all three run in the same processes and take turns, so that the ratios mean
+something on a shared machine. A step is forward, backward and the optimizer's update (SGD with momentum and weight
+decay).
 """
 
 from __future__ import annotations
@@ -80,17 +81,21 @@ class PlainHead:
         self.optimizer.zero_grad()
 
 
-def measure(step: Callable[[], Any], repeats: int) -> float:
-    """Median seconds of ``step``, after two runs to warm up."""
-    times = []
+Step = Callable[[], Any]
+
+
+def measure(steps: dict[str, Step], repeats: int) -> dict[str, float]:
+    """Median seconds of each step, after two runs to warm up. They take turns: a busy machine slows all of them."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
     for repeat in range(repeats + 2):
-        dist.barrier()
-        started = time.perf_counter()
-        step()
-        dist.barrier()
-        if repeat >= 2:
-            times.append(time.perf_counter() - started)
-    return statistics.median(times)
+        for name, step in steps.items():
+            dist.barrier()
+            started = time.perf_counter()
+            step()
+            dist.barrier()
+            if repeat >= 2:
+                times[name].append(time.perf_counter() - started)
+    return {name: statistics.median(seconds) for name, seconds in times.items()}
 
 
 def peak_extra_mib(step: Callable[[], Any]) -> float | None:
@@ -115,7 +120,7 @@ def peak_extra_mib(step: Callable[[], Any]) -> float | None:
 Timing = tuple[float, float | None]  # seconds, peak extra MiB
 
 
-def time_ours(arguments: argparse.Namespace, embeddings: Tensor, labels: Tensor) -> Timing:
+def our_step(arguments: argparse.Namespace, embeddings: Tensor, labels: Tensor) -> Step:
     """A step of PartialFC and RowSGD."""
     loss = losses.ArcFace(SCALE, MARGIN)
     head = PartialFC(
@@ -129,10 +134,10 @@ def time_ours(arguments: argparse.Namespace, embeddings: Tensor, labels: Tensor)
         optimizer.step()
         optimizer.zero_grad()
 
-    return measure(step, arguments.repeats), peak_extra_mib(step)
+    return step
 
 
-def time_gemms(arguments: argparse.Namespace) -> Timing:
+def bare_gemms(arguments: argparse.Namespace) -> Step:
     """The three products that no exact step can avoid: logits, the embeddings' gradient, the rows' gradient."""
     active = max(1, int(arguments.rate * arguments.classes / arguments.ranks))
     x, w = torch.randn(arguments.batch, arguments.dim), torch.randn(active, arguments.dim)
@@ -143,14 +148,7 @@ def time_gemms(arguments: argparse.Namespace) -> Timing:
         torch.mm(logits, w, out=grad_x)
         torch.mm(logits.T, x, out=grad_w)
 
-    return measure(step, arguments.repeats), None
-
-
-def time_plain(arguments: argparse.Namespace, embeddings: Tensor, labels: Tensor) -> Timing:
-    """A step of the plain version."""
-    plain = PlainHead(arguments.classes, arguments.dim, arguments.rate, dist.get_rank(), arguments.ranks)
-    step = partial(plain.step, embeddings, labels)
-    return measure(step, arguments.repeats), peak_extra_mib(step)
+    return step
 
 
 def worker(rank: int, arguments: argparse.Namespace, init_file: str) -> None:
@@ -160,11 +158,14 @@ def worker(rank: int, arguments: argparse.Namespace, init_file: str) -> None:
     local_batch = arguments.batch // arguments.ranks
     embeddings = torch.randn(local_batch, arguments.dim, requires_grad=True)
     labels = torch.randint(0, arguments.classes, (local_batch,))
-    timings = {"ours": time_ours(arguments, embeddings, labels), "gemms": time_gemms(arguments)}
+    steps = {"ours": our_step(arguments, embeddings, labels), "gemms": bare_gemms(arguments)}
     if not arguments.skip_plain:
-        timings["plain"] = time_plain(arguments, embeddings, labels)
+        plain = PlainHead(arguments.classes, arguments.dim, arguments.rate, rank, arguments.ranks)
+        steps["plain"] = partial(plain.step, embeddings, labels)
+    seconds = measure(steps, arguments.repeats)
+    peaks = {name: peak_extra_mib(step) if name != "gemms" else None for name, step in steps.items()}
     if rank == 0:
-        report(arguments, timings)
+        report(arguments, {name: (seconds[name], peaks[name]) for name in steps})
     dist.barrier()
     dist.destroy_process_group()
 

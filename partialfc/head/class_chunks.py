@@ -110,12 +110,14 @@ class ClassChunks:
         batch, classes = len(self.embeddings), chunk.stop - chunk.start
         return self._logits[: batch * classes].view(batch, classes)
 
-    def logits(self, chunk: Chunk) -> tuple[Tensor, Tensor | None]:
+    def logits(self, chunk: Chunk, keep: bool = False) -> tuple[Tensor, Tensor | None]:
         """Negative logits z, [B, n], and their slopes dz/dcos, [B, n]; None where dz/dcos is the loss's scale.
 
-        Left out: −∞. The logits live in a buffer that the next call overwrites.
+        Left out: −∞. The logits live in a buffer that the next call overwrites, unless the caller is to ``keep`` them.
         """
-        out, slopes, threshold = self.logits_buffer(chunk), None, self.filter_threshold
+        batch, classes = len(self.embeddings), chunk.stop - chunk.start
+        out = self.embeddings.new_empty(batch, classes) if keep else self.logits_buffer(chunk)
+        slopes, threshold = None, self.filter_threshold
         if self.linear:
             logits = torch.mm(self.scaled, chunk.directions.t(), out=out)
             if threshold is not None:

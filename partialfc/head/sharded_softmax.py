@@ -202,13 +202,14 @@ def _sum_negatives(chunks: ClassChunks, wants_grad: bool, keep: bool) -> tuple[T
     kept: list[Tensor] = []
     if chunks.logit_bound() <= _SAFE_EXPONENT[x.dtype]:
         for chunk in chunks:
-            logits, slopes = chunks.logits(chunk)
+            keep_this = keep and wants_grad and chunks.linear and chunk.index < chunks.chunks_to_keep
+            logits, slopes = chunks.logits(chunk, keep_this)
             exponentials = logits.exp_()
             sums += exponentials.sum(dim=1)
             if wants_grad:
                 pull.addmm_(exponentials if slopes is None else exponentials * slopes, chunk.directions)
-                if keep and slopes is None and chunk.index < chunks.chunks_to_keep:
-                    kept.append(exponentials.clone())
+                if keep_this:
+                    kept.append(exponentials)
         return sums, torch.zeros_like(sums), pull, kept
     running = torch.full((len(x),), -torch.inf, dtype=x.dtype, device=x.device)  # maximum so far
     for chunk in chunks:
