@@ -50,7 +50,7 @@ class LossConfig(BaseModel):
     """``name`` and whatever that loss takes."""
 
     model_config = ConfigDict(extra="allow")
-    name: str = Field("arcface", description="loss: " + ", ".join(losses.BY_NAME))
+    name: str = Field("arcface", description="loss, one of " + ", ".join(losses.BY_NAME))
 
 
 class CenterLossConfig(Section):
@@ -133,31 +133,54 @@ def parse_config(tree: dict[str, Any]) -> Config:
 
 
 def build_loss(config: LossConfig) -> losses.Loss:
-    """The loss that a config names.
+    """The loss that a config names. One that wraps another takes it as ``loss``, again with a name and parameters.
 
     Raises:
         ConfigError: there is no such loss, it takes no such parameter, or the value is out of range.
     """
-    if config.name not in losses.BY_NAME:
-        raise ConfigError(f"head.loss.name: {_unknown(config.name, losses.BY_NAME)}")
-    kind = losses.BY_NAME[config.name]
-    accepted = [name for name in inspect.signature(kind).parameters if name != "self"]
-    options = dict(config.model_extra or {})
-    for name in options:
-        if name not in accepted:
-            raise ConfigError(f"head.loss.{name}: {_unknown(name, accepted)} of loss {config.name}")
-    for name, value in options.items():
-        if isinstance(inspect.signature(kind).parameters[name].default, float):
-            try:
-                options[name] = float(value) if not isinstance(value, bool) else None  # YAML reads 1e2 as a string
-            except (TypeError, ValueError):
-                options[name] = None
-            if options[name] is None:
-                raise ConfigError(f"head.loss.{name}: expected a number, got {value!r}")
+    return _build_loss("head.loss", {"name": config.name, **(config.model_extra or {})})
+
+
+def _build_loss(where: str, tree: Any) -> losses.Loss:
+    if not isinstance(tree, dict) or not isinstance(tree.get("name"), str):
+        raise ConfigError(f"{where}: expected a loss such as {{name: arcface, margin: 0.5}}, got {tree!r}")
+    options = dict(tree)
+    name = options.pop("name")
+    if name not in losses.BY_NAME:
+        raise ConfigError(f"{where}.name: {_unknown(name, losses.BY_NAME)}")
+    kind = losses.BY_NAME[name]
+    accepted = {name: parameter for name, parameter in inspect.signature(kind).parameters.items() if name != "self"}
+    for option, value in options.items():
+        if option not in accepted:
+            raise ConfigError(f"{where}.{option}: {_unknown(option, accepted)} of loss {name}")
+        if option == "loss":
+            options[option] = _build_loss(f"{where}.loss", value)
+        else:
+            options[option] = _like_default(f"{where}.{option}", value, accepted[option].default)
+    if "loss" in accepted and "loss" not in options:
+        raise ConfigError(f"{where}.loss: {name} wraps another loss: give one, such as {{name: arcface}}")
     try:
         return kind(**options)
     except (ConfigError, TypeError) as error:
-        raise ConfigError(f"head.loss ({config.name}): {error}") from error
+        raise ConfigError(f"{where} ({name}): {error}") from error
+
+
+def _like_default(where: str, value: Any, default: Any) -> Any:
+    """``value`` in the type that a parameter with this default takes."""
+    for kind, expected in ((bool, "true or false"), (str, "a text")):
+        if isinstance(default, kind):
+            if not isinstance(value, kind):
+                raise ConfigError(f"{where}: expected {expected}, got {value!r}")
+            return value
+    if value is None and default is None:
+        return None
+    try:
+        number = float(value) if not isinstance(value, bool) else None  # YAML reads 1e2 as a string
+    except (TypeError, ValueError):
+        number = None
+    if number is None:
+        raise ConfigError(f"{where}: expected a number, got {value!r}")
+    return int(number) if isinstance(default, int) and number.is_integer() else number
 
 
 def build_head(config: Config, num_classes: int, device: Any = None) -> PartialFC:

@@ -8,29 +8,66 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from dense import dense_head, relative_error
+from dense import (
+    CenterTerm,
+    Extras,
+    Negatives,
+    Spec,
+    base_of,
+    dense_head,
+    relative_error,
+    sub_centers_of,
+)
 from ranks import Ranks
 from torch import Tensor
 
 from partialfc import CenterLoss, PartialFC, RowSGD, losses
+from partialfc.head.hashing import normal_rows, stream_key
 
-LOSSES: dict[str, tuple[str, dict[str, Any]]] = {
-    "softmax": ("softmax", {}),
-    "softmax without bias": ("softmax", {"bias": False}),
-    "normface": ("normface", {"scale": 32.0}),
-    "cosface": ("cosface", {}),
-    "arcface": ("arcface", {}),
-    "arcface at scale 128": ("arcface", {"scale": 128.0}),  # exponentials do not fit float32
-    "cosface at scale 700": ("cosface", {"scale": 700.0}),  # nor do their sums fit float64
-    "combined": ("combined", {"m1": 1.2, "m2": 0.3, "m3": 0.1}),
+LOSSES: dict[str, Spec] = {
+    "softmax": {"name": "softmax"},
+    "softmax without bias": {"name": "softmax", "bias": False},
+    "normface": {"name": "normface", "scale": 32.0},
+    "cosface": {"name": "cosface"},
+    "arcface": {"name": "arcface"},
+    "arcface, straight through": {"name": "arcface", "margin_gradient": "straight_through"},
+    "arcface at scale 128": {"name": "arcface", "scale": 128.0},  # exponentials do not fit float32
+    "cosface at scale 700": {"name": "cosface", "scale": 700.0},  # nor do their sums fit float64
+    "curricularface at scale 512": {"name": "curricularface", "scale": 512.0},
+    "combined": {"name": "combined", "m1": 1.2, "m2": 0.3, "m3": 0.1},
+    "sphereface": {"name": "sphereface"},
+    "a-softmax": {"name": "a_softmax"},
+    "a-softmax, bare": {"name": "a_softmax", "margin": 3, "annealing_start": 0.0, "annealing_end": 0.0},
+    "sub-center arcface": {"name": "subcenter_arcface"},
+    "one sub-center": {"name": "subcenter_arcface", "sub_centers": 1},
+    "sub-center mv-am-softmax": {"name": "subcenter", "loss": {"name": "mv_am_softmax"}, "sub_centers": 2},
+    "curricularface": {"name": "curricularface"},
+    "mv-am-softmax": {"name": "mv_am_softmax"},
+    "magface": {"name": "magface"},
+    "magface, straight through": {"name": "magface", "margin_gradient": "straight_through"},
+    "adaface": {"name": "adaface"},
+    "elasticface-arc": {"name": "elastic_arcface", "std": 0.05},
+    "elasticface-arc+": {"name": "elastic_arcface", "std": 0.05, "plus": True},
+    "elasticface-cos+": {"name": "elastic_cosface", "std": 0.05, "plus": True},
+    "circle": {"name": "circle"},
+    "uce": {"name": "uce", "negative_weight": 0.7},
+    "sub-center uce": {"name": "subcenter", "loss": {"name": "uce"}},
+    "focal arcface": {"name": "focal", "loss": {"name": "arcface"}},
+    "focal softmax": {"name": "focal", "loss": {"name": "softmax"}, "gamma": 0.5, "alpha": 0.25},
+    "focal sub-center curricularface": {
+        "name": "focal",
+        "loss": {"name": "subcenter", "loss": {"name": "curricularface"}},
+    },
+    "label smoothing": {"name": "label_smoothing", "loss": {"name": "softmax"}},
+    "label smoothing of arcface": {"name": "label_smoothing", "loss": {"name": "arcface"}, "smoothing": 0.3},
+    "label smoothing of magface": {"name": "label_smoothing", "loss": {"name": "magface", "scale": 128.0}},
 }
 STATES = ["random", 0.3, 0.9, 0.98]
 
 
 @dataclass
 class Case:
-    loss: str = "arcface"
-    options: dict[str, Any] = field(default_factory=dict)
+    spec: Spec = field(default_factory=lambda: {"name": "arcface"})
     num_classes: int = 41
     dim: int = 24
     state: str | float = "random"
@@ -44,6 +81,31 @@ class Case:
     correct_sampling: bool = False
     memory_budget_mb: float = 256
 
+    @property
+    def has_bias(self) -> bool:
+        base = base_of(self.spec)
+        return base["name"] == "softmax" and base.get("bias", True)
+
+
+def make_loss(spec: Spec) -> losses.Loss:
+    """The loss that a description names."""
+    options = {key: make_loss(value) if key == "loss" else value for key, value in spec.items() if key != "name"}
+    return losses.BY_NAME[spec["name"]](**options)
+
+
+def extras_of(case: Case) -> Extras:
+    """What the loss depends on besides cosines: a state as training leaves it, the step's draws, UCE's bias."""
+    name = base_of(case.spec)["name"]
+    state = {"curricularface": [0.3], "adaface": [7.0, 2.0]}.get(name)
+    noise = torch.empty(case.batch, 1)
+    positions = torch.arange(case.batch)
+    normal_rows(stream_key(0, 3, 0), positions, 1, 1.0, noise)
+    return Extras(
+        None if state is None else torch.tensor(state, dtype=torch.float64),
+        noise[:, 0].double() if name.startswith("elastic") else None,
+        torch.tensor([8.5], dtype=torch.float64, requires_grad=True) if name == "uce" else None,
+    )
+
 
 def make_batch(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Embeddings, labels, weight, bias, centers of the whole problem."""
@@ -52,18 +114,22 @@ def make_batch(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     def randn(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    weight = randn(case.num_classes, case.dim) * 0.3
+    sub_centers = sub_centers_of(case.spec)
+    shape = (case.num_classes, case.dim) if sub_centers is None else (case.num_classes, sub_centers, case.dim)
+    weight = randn(*shape) * 0.3
     labels = torch.randint(0, case.num_classes, (case.batch,), generator=generator)
     if case.labels is not None:
         labels = case.labels
     embeddings = randn(len(labels), case.dim)
     if case.state != "random":
-        own = torch.nn.functional.normalize(weight[labels.clamp(min=0)])
+        own = torch.nn.functional.normalize(weight[labels.clamp(min=0)], dim=-1)
+        if sub_centers is not None:
+            own = own[torch.arange(len(own)), torch.arange(len(own)) % sub_centers]
         across = embeddings - (embeddings * own).sum(1, keepdim=True) * own
-        cosine = float(case.state)
+        cosine = float(case.state) - 0.02 * torch.rand(len(labels), 1, generator=generator, dtype=torch.float64)
         embeddings = cosine * own + (1 - cosine**2) ** 0.5 * torch.nn.functional.normalize(across)
     embeddings = embeddings * (2 + 10 * torch.rand(len(labels), 1, generator=generator, dtype=torch.float64))
-    if case.loss == "softmax":
+    if base_of(case.spec)["name"] == "softmax":
         embeddings = embeddings / 4
     bias = randn(case.num_classes) * 0.1
     centers = randn(case.num_classes, case.dim)
@@ -79,7 +145,7 @@ def one_step(group: dist.ProcessGroup, case: Case) -> dict[str, Any]:
     head = PartialFC(
         case.num_classes,
         case.dim,
-        losses.BY_NAME[case.loss](**case.options),
+        make_loss(case.spec),
         sample_rate=case.sample_rate,
         center_loss=CenterLoss(weight=0.1, alpha=0.5) if case.center else None,
         filter_threshold=case.filter_threshold,
@@ -95,6 +161,11 @@ def one_step(group: dist.ProcessGroup, case: Case) -> dict[str, Any]:
             head.bias.copy_(bias[shard])
         if head.center_loss is not None:
             head.center_loss.centers.copy_(centers[shard])
+        extras, holder = extras_of(case), head.loss.stateful
+        if extras.state is not None:
+            holder.state.copy_(extras.state)
+        if extras.bias is not None:
+            holder.bias.copy_(extras.bias)
     optimizer = RowSGD(head.parameters(), lr=0.0)
     start = sum(counts[:rank])
     mine = x[start : start + counts[rank]].clone().requires_grad_()
@@ -111,6 +182,8 @@ def one_step(group: dist.ProcessGroup, case: Case) -> dict[str, Any]:
         "grad_weight": grad.to_dense(),
         "grad_bias": None if head.bias is None else head.bias.grad.to_dense(),
         "centers": None if head.center_loss is None else head.center_loss.centers,
+        "state": holder.state,
+        "grad_loss_bias": None if extras.bias is None else holder.bias.grad,
     }
 
 
@@ -120,20 +193,15 @@ def check(ranks: Ranks, world_size: int, case: Case, tolerance: float) -> list[d
     x, y, weight, bias, centers = make_batch(case)
     active = torch.zeros(case.num_classes, dtype=torch.bool)
     active[torch.cat([result["rows"] for result in results])] = True
-    has_bias = case.loss == "softmax" and case.options.get("bias", True)
     expected = dense_head(
-        case.loss,
-        case.options,
+        case.spec,
         x,
         y,
         weight,
-        bias if has_bias else None,
-        active=active,
-        centers=centers if case.center else None,
-        center_weight=0.1,
-        center_alpha=0.5,
-        filter_threshold=case.filter_threshold,
-        hashed_only_weight=1 / case.sample_rate if case.correct_sampling else 1.0,
+        bias if case.has_bias else None,
+        Negatives(active, case.filter_threshold, 1 / case.sample_rate if case.correct_sampling else 1.0),
+        CenterTerm(centers if case.center else None, 0.1, 0.5),
+        extras_of(case),
     )
     for rank, result in enumerate(results):
         out = result["out"]
@@ -141,13 +209,19 @@ def check(ranks: Ranks, world_size: int, case: Case, tolerance: float) -> list[d
             assert relative_error(getattr(out, name), getattr(expected, name)) <= tolerance, (rank, name)
         assert out.num_samples == int((y >= 0).sum())
         assert torch.equal(out.loss, results[0]["out"].loss), "ranks disagree about the loss"
+        if expected.state is not None:
+            assert relative_error(result["state"], expected.state) <= max(1e-6 * (case.dtype is torch.float32), 1e-12)
+            assert torch.equal(result["state"], results[0]["state"]), "ranks disagree about the state"
+        if expected.grad_loss_bias is not None:
+            assert relative_error(result["grad_loss_bias"], expected.grad_loss_bias) <= max(tolerance, 1e-6)
+            assert torch.equal(result["grad_loss_bias"], results[0]["grad_loss_bias"])
 
     def gathered(name: str) -> Tensor:
         return torch.cat([result[name] for result in results])
 
     assert relative_error(gathered("grad_embeddings"), expected.grad_embeddings) <= tolerance
     assert relative_error(gathered("grad_weight"), expected.grad_weight) <= tolerance
-    if has_bias:
+    if case.has_bias:
         assert relative_error(gathered("grad_bias"), expected.grad_bias) <= tolerance
     if case.center:
         assert relative_error(gathered("centers"), expected.centers) <= tolerance
@@ -160,21 +234,22 @@ def check(ranks: Ranks, world_size: int, case: Case, tolerance: float) -> list[d
 def test_loss_gradients_and_centers_equal_a_dense_float64_computation(
     ranks: Ranks, name: str, state: str | float, world_size: int
 ) -> None:
-    loss, options = LOSSES[name]
+    spec = LOSSES[name]
     # Rounding a cosine to float32 changes a logit by scale·6e-8: beyond scale 128 that alone is more than 1e-5.
-    scale = options.get("scale", 64.0)
-    check(ranks, world_size, Case(loss, options, state=state), tolerance=1e-5 if scale <= 128 else 1e-7 * scale)
-    check(ranks, world_size, Case(loss, options, state=state, dtype=torch.float64), tolerance=1e-10)
+    scale = make_loss(spec).scale
+    check(ranks, world_size, Case(spec, state=state), tolerance=1e-5 if scale <= 128 else 1e-7 * scale)
+    check(ranks, world_size, Case(spec, state=state, dtype=torch.float64), tolerance=1e-10)
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
-@pytest.mark.parametrize("name", ["softmax", "arcface"])
+@pytest.mark.parametrize("name", LOSSES)
 def test_sampled_step_equals_a_dense_computation_over_the_sampled_classes(
     ranks: Ranks, name: str, world_size: int
 ) -> None:
     for correct in (False, True):
-        case = Case(name, sample_rate=0.3, num_classes=200, state=0.5, correct_sampling=correct)
-        results = check(ranks, world_size, case, tolerance=1e-5)
+        spec = LOSSES[name]
+        case = Case(spec, sample_rate=0.3, num_classes=200, state=0.5, correct_sampling=correct)
+        results = check(ranks, world_size, case, tolerance=max(1e-5, 1e-7 * make_loss(spec).scale))
         rows = torch.cat([result["rows"] for result in results])
         assert 30 <= len(rows) <= 110, "about 60 of 200 classes, and the batch's own"
         assert [result["out"].active_rows for result in results] == [len(result["rows"]) for result in results]
@@ -183,9 +258,9 @@ def test_sampled_step_equals_a_dense_computation_over_the_sampled_classes(
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_fewer_classes_than_ranks(ranks: Ranks, world_size: int) -> None:
     for num_classes in (1, 2, 3):
-        for name in ("arcface", "softmax", "arcface at scale 128"):
-            loss, options = LOSSES[name]
-            check(ranks, world_size, Case(loss, options, num_classes=num_classes, batch=8), tolerance=1e-5)
+        for spec in LOSSES.values():
+            tolerance = max(1e-5, 1e-7 * make_loss(spec).scale)
+            check(ranks, world_size, Case(spec, num_classes=num_classes, batch=8), tolerance)
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
@@ -210,29 +285,31 @@ def test_ranks_may_pass_batches_of_different_sizes(ranks: Ranks, counts: list[in
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
-@pytest.mark.parametrize("name", ["arcface", "arcface at scale 128", "softmax"])
+@pytest.mark.parametrize("name", ["arcface", "arcface at scale 128", "softmax", "sub-center mv-am-softmax", "uce"])
 def test_many_small_chunks_give_the_same_as_one(ranks: Ranks, name: str, world_size: int) -> None:
-    loss, options = LOSSES[name]
     tiny = 5 * 4 * (12 * 2 + 2 * 24) / 2**20  # about five rows a chunk
     for budget in (1e-6, tiny, 3 * tiny):
         for rate in (1.0, 0.5):
-            case = Case(loss, options, memory_budget_mb=budget, state=0.9, sample_rate=rate)
+            case = Case(LOSSES[name], memory_budget_mb=budget, state=0.9, sample_rate=rate)
             check(ranks, world_size, case, tolerance=1e-5)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_filtered_negatives_are_left_out_of_the_denominator(ranks: Ranks, world_size: int) -> None:
+@pytest.mark.parametrize("name", [name for name, spec in LOSSES.items() if base_of(spec)["name"] != "softmax"])
+def test_filtered_negatives_are_left_out_of_the_denominator(ranks: Ranks, name: str, world_size: int) -> None:
+    spec = LOSSES[name]
+    tolerance = max(1e-5, 1e-7 * make_loss(spec).scale)
     for threshold in (0.0, 0.2, -0.9):  # of the last, none is left
-        check(ranks, world_size, Case(filter_threshold=threshold, dim=8, state=0.3), tolerance=1e-5)
-        sampled = Case(filter_threshold=threshold, dim=8, state=0.3, sample_rate=0.4, correct_sampling=True)
-        check(ranks, world_size, sampled, tolerance=1e-5)
+        check(ranks, world_size, Case(spec, filter_threshold=threshold, dim=8, state=0.3), tolerance)
+        sampled = Case(spec, filter_threshold=threshold, dim=8, state=0.3, sample_rate=0.4, correct_sampling=True)
+        check(ranks, world_size, sampled, tolerance)
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
 @pytest.mark.parametrize("scale", [20.0, 128.0])
 def test_a_loss_with_curved_negatives_is_differentiated_too(ranks: Ranks, scale: float, world_size: int) -> None:
     for rate in (1.0, 0.5):
-        case = Case("curved", {"scale": scale}, state=0.3, sample_rate=rate, memory_budget_mb=0.01, center=False)
+        case = Case({"name": "curved", "scale": scale}, state=0.3, sample_rate=rate, memory_budget_mb=0.01, center=False)
         results = ranks.run(world_size, _curved_step, case)
         x, y, weight, _, _ = make_batch(case)
         x, weight = x.double().requires_grad_(), weight.double().requires_grad_()

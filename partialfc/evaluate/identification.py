@@ -21,10 +21,12 @@ def nearest_classes(head: PartialFC, embeddings: Tensor, classes_per_chunk: int 
     raw = head.loss.raw_logits
     for start in range(0, len(head.weight), classes_per_chunk):
         weight = head.weight[start : start + classes_per_chunk]
-        weight = weight if raw else torch.nn.functional.normalize(weight)
+        weight = weight if raw else torch.nn.functional.normalize(weight, dim=-1)
         for first in range(0, len(embeddings), rows):
             part = slice(first, first + rows)
-            logits = embeddings[part].to(weight.dtype) @ weight.T
+            logits = embeddings[part].to(weight.dtype) @ weight.flatten(0, -2).T
+            if weight.dim() == 3:  # the nearest of each class's sub-centers
+                logits = logits.unflatten(1, weight.shape[:2]).amax(dim=2)
             if head.bias is not None:
                 logits += head.bias[start : start + classes_per_chunk]
             value, column = logits.max(dim=1)

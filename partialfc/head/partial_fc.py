@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from partialfc.errors import BatchMismatch, ConfigError, LabelOutOfRange
 from partialfc.head import packing
+from partialfc.head.arguments import check_loss, check_options, check_sizes, claim
 from partialfc.head.center_loss import CenterLoss
-from partialfc.head.class_chunks import ActiveRows
 from partialfc.head.collectives import Collectives
 from partialfc.head.hashing import normal_rows, stream_key
 from partialfc.head.optimizer_hooks import follow
 from partialfc.head.partition import ClassPartition
-from partialfc.head.sampling import merge_rows, sampled_negatives
+from partialfc.head.sampling import active_rows
 from partialfc.head.sharded_softmax import ShardedSoftmax, ShardStep
 from partialfc.losses import Loss
 
@@ -49,7 +49,8 @@ class PartialFC(nn.Module):
     Args:
         num_classes: C, classes of all shards together; ≥ 1. It may be smaller than the number of ranks.
         embedding_dim: D.
-        loss: e.g. ``losses.ArcFace(scale=64.0, margin=0.5)``.
+        loss: e.g. ``losses.ArcFace(scale=64.0, margin=0.5)``. One with a state or parameters belongs to this head from
+            now on.
         sample_rate: share of the classes, in (0, 1], drawn as negatives in a step, besides the batch's own classes; or
             a function of the step. Evaluation always uses all classes.
         seed: of the initial weights and the negatives. Both are functions of the class id, whatever the world size.
@@ -68,8 +69,9 @@ class PartialFC(nn.Module):
         process_group: default: the default group if ``torch.distributed`` is initialised, else a single process.
         device: of the weight.
 
-    Parameters: ``weight [C_local, D]`` and, with ``losses.Softmax(bias=True)``, ``bias [C_local]``. Buffer: ``step``,
-    int64, which advances once per optimizer step, applied or skipped.
+    Parameters: ``weight [C_local, D]``, or ``[C_local, K, D]`` with K sub-centers; with ``losses.Softmax(bias=True)``
+    ``bias [C_local]``; those of the loss (``losses.UCE``), the same on all ranks. Buffers: ``step``, int64, which
+    advances once per optimizer step, applied or skipped, and the loss's ``state``, if it has one.
 
     Raises:
         ConfigError: an argument is out of its range.
@@ -96,12 +98,9 @@ class PartialFC(nn.Module):
     ) -> None:
         super().__init__()
         compute_dtype = compute_dtype or weight_dtype
-        _check_arguments(num_classes, embedding_dim, loss, sample_rate, filter_threshold, on_nonfinite)
-        for name, dtype in (("weight_dtype", weight_dtype), ("compute_dtype", compute_dtype)):
-            if dtype not in (torch.float32, torch.float64):
-                raise ConfigError(f"{name} must be torch.float32 or torch.float64, got {dtype}")
-        if not memory_budget_mb > 0:
-            raise ConfigError(f"memory_budget_mb must be positive, got {memory_budget_mb}")
+        check_sizes(num_classes, embedding_dim, memory_budget_mb)
+        check_loss(loss)
+        check_options(loss, sample_rate, filter_threshold, on_nonfinite, weight_dtype, compute_dtype)
         self.num_classes, self.embedding_dim, self.loss = num_classes, embedding_dim, loss
         self.sample_rate, self.seed, self.center_loss = sample_rate, seed, center_loss
         self.filter_threshold, self.correct_sampling = filter_threshold, correct_sampling
@@ -111,16 +110,21 @@ class PartialFC(nn.Module):
         self.partition = ClassPartition(num_classes, self.collectives.world_size)
         self.first_class, last = self.partition.range(self.collectives.rank)
         rows = last - self.first_class
-        self.weight = nn.Parameter(torch.empty(rows, embedding_dim, dtype=weight_dtype, device=device))
+        shape = (rows, embedding_dim) if loss.sub_centers is None else (rows, loss.sub_centers, embedding_dim)
+        self.weight = nn.Parameter(torch.empty(shape, dtype=weight_dtype, device=device))
         self.bias = None
-        if getattr(loss, "bias", False) and loss.raw_logits:
+        if loss.class_bias:
             self.bias = nn.Parameter(torch.zeros(rows, dtype=weight_dtype, device=device))
         if center_loss is not None:
             center_loss.allocate(rows, embedding_dim, weight_dtype, self.weight.device)
+        claim(loss, self)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self._next_step: int | None = None  # what `step` holds, where reading the buffer would wait for a device
         self._batch_format: packing.BatchFormat | None = None
         self._in_step = False  # a backward has run since the last optimizer step
+        # Of the step's micro-batches that have run backward: samples passed, and the loss's statistics.
+        self._samples_passed: int | Tensor = 0
+        self._loss_statistics: Tensor | None = None
         self._unread: tuple[Tensor, Any] | None = None  # headers on their way to the host, and the event to wait for
         self.register_state_dict_pre_hook(_before_saving)
         self.register_load_state_dict_post_hook(_after_loading)
@@ -128,14 +132,18 @@ class PartialFC(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw the weight, N(0, 0.01²), a function of (seed, class id); set bias, centers and counter to 0."""
+        """Draw the weight, N(0, 0.01²), a function of (seed, class id); set all else to its initial value."""
         if not self.weight.is_meta:
             for zero in (self.bias, self.step, None if self.center_loss is None else self.center_loss.centers):
                 if zero is not None:
                     zero.zero_()
             self._forget_step()
             ids = torch.arange(self.first_class, self.first_class + len(self.weight), device=self.weight.device)
-            normal_rows(stream_key(self.seed, _INITIAL_WEIGHT), ids, self.embedding_dim, _INITIAL_STD, self.weight)
+            if self.loss.sub_centers is not None:
+                ids = (ids[:, None] * self.loss.sub_centers + torch.arange(self.loss.sub_centers, device=ids.device))
+            rows = self.weight.view(-1, self.embedding_dim)
+            normal_rows(stream_key(self.seed, _INITIAL_WEIGHT), ids.flatten(), self.embedding_dim, _INITIAL_STD, rows)
+            self.loss.reset(self.num_classes, self._rate_at(0))
 
     def forward(self, embeddings: Tensor, labels: Tensor, step: int | None = None) -> HeadOutput:
         """The loss of the global batch. A collective: every rank calls it, in the same mode.
@@ -164,15 +172,21 @@ class PartialFC(nn.Module):
         labels = labels if isinstance(labels, Tensor) else torch.empty(())
         step = self._current_step() if step is None else int(step)
         rate = self._rate(step)
-        wants_grad = torch.is_grad_enabled() and (embeddings.requires_grad or self.weight.requires_grad)
+        parameters = list(self.loss.parameters())
+        trained = (embeddings, self.weight, *parameters)
+        wants_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in trained)
 
-        x, y = self._gather(embeddings, labels, step, rate, wants_grad)  # collective 1: [B, D], [B]
-        active = self._active_rows(y, step, rate)
+        x, y, counts = self._gather(embeddings, labels, step, rate, wants_grad)  # collective 1: [B, D], [B], [W]
+        last = self.first_class + len(self.weight)
+        active = active_rows(
+            y, self.first_class, last, rate, self.seed, step, self.correct_sampling, self.compute_dtype
+        )
         shard = ShardStep(
             loss=self.loss,
             collectives=self.collectives,
             embeddings=x.to(self.compute_dtype),
             labels=y,
+            positions=self._positions(counts, len(y)),
             local_count=len(embeddings),
             first_class=self.first_class,
             active=active,
@@ -181,22 +195,25 @@ class PartialFC(nn.Module):
             filter_threshold=self.filter_threshold,
             memory_budget=int(self.memory_budget_mb * 2**20),
             center_loss=self.center_loss,
+            earlier_statistics=self._loss_statistics,
             wants_grad=wants_grad,
             training=self.training,
         )
-        loss = ShardedSoftmax.apply(embeddings, self.weight, self.bias, shard)  # collectives 2 and, backward, 3
-        if wants_grad and self.training:
-            follow(self)
-            loss.register_hook(self._enter_step)
+        # Collectives 2 and, backward, 3.
+        loss = ShardedSoftmax.apply(embeddings, self.weight, self.bias, shard, *parameters)
         found = shard.statistics
         assert found is not None
+        if wants_grad and self.training:
+            follow(self)
+            loss.register_hook(partial(self._enter_step, [(counts.sum(), found.of_loss)]))
         return HeadOutput(
             loss, found.softmax_loss, found.center_loss, found.target_cosine, found.num_samples, active.count
         )
 
     @torch.no_grad()
     def rows(self, class_ids: Tensor) -> Tensor:
-        """Weights of any classes, [n, D], on every rank. A collective: every rank passes the same ``class_ids``.
+        """Weights of any classes, [n, D] or [n, K, D], on every rank. A collective: every rank passes the same
+        ``class_ids``.
 
         Raises:
             LabelOutOfRange: an id is outside [0, num_classes), on any rank.
@@ -215,7 +232,7 @@ class PartialFC(nn.Module):
             raise BatchMismatch("rows() needs the same class ids on every rank; gather them first")
         local = ids - self.first_class
         mine_too = (local >= 0) & (local < len(self.weight))
-        found = self.weight.new_zeros(len(ids), self.embedding_dim)
+        found = self.weight.new_zeros(len(ids), *self.weight.shape[1:])
         found[mine_too] = self.weight[local[mine_too]]
         return self.collectives.sum(found)
 
@@ -223,7 +240,7 @@ class PartialFC(nn.Module):
     def grad_norm(self) -> Tensor:
         """Euclidean norm of the weight's gradient over all shards, []. A collective."""
         total = torch.zeros((), dtype=torch.float64, device=self.weight.device)
-        for parameter in (self.weight, self.bias):
+        for parameter in (self.weight, self.bias):  # not the loss's own, which are no class's
             if parameter is not None and parameter.grad is not None:
                 gradient = parameter.grad.coalesce().values() if parameter.grad.is_sparse else parameter.grad
                 total += torch.linalg.vector_norm(gradient, dtype=torch.float64).square()
@@ -245,8 +262,10 @@ class PartialFC(nn.Module):
 
     def _gather(
         self, embeddings: Tensor, labels: Tensor, step: int, rate: float, wants_grad: bool
-    ) -> tuple[Tensor, Tensor]:
-        """The global batch, [B, D] and [B]; raises the same error on every rank if any rank's part is wrong."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The global batch, [B, D] and [B], and each rank's samples of it, [W]; raises the same error on every rank if
+        any rank's part is wrong.
+        """
         device = self.weight.device
         flags = packing.FLAG_TRAINING * self.training | packing.FLAG_BACKWARD * wants_grad
         agreed = self._agree_on_format(embeddings)
@@ -266,7 +285,13 @@ class PartialFC(nn.Module):
             self._read_later(headers)
             failed = packing.any_problem(headers)  # then no sample counts, and nothing is updated
             y = torch.where(failed, torch.full_like(y, -1), y)
-        return x.masked_fill((y < 0)[:, None], 0.0), y  # what is ignored has no influence, not even as NaN
+        x = x.masked_fill((y < 0)[:, None], 0.0)  # what is ignored has no influence, not even as NaN
+        return x, y, headers[:, packing.Field.COUNT]
+
+    def _positions(self, counts: Tensor, batch: int) -> Tensor:
+        """[B]: positions of the gathered samples among those that the ranks have passed in this step, in rank order."""
+        within = torch.arange(batch // len(counts), device=counts.device)
+        return ((counts.cumsum(0) - counts)[:, None] + within).flatten() + self._samples_passed
 
     def _agree_on_format(self, embeddings: Tensor) -> packing.BatchFormat | None:
         """At the first call: check that the ranks' heads are the same, and agree on batch size and dtype."""
@@ -296,26 +321,13 @@ class PartialFC(nn.Module):
             self._batch_format = agreed
         return self._batch_format
 
-    def _active_rows(self, labels: Tensor, step: int, rate: float) -> ActiveRows:
-        """The rows of this shard that take part: all, or the batch's classes and the step's negatives."""
-        rows = len(self.weight)
-        if rate >= 1.0:
-            return ActiveRows(None, rows)
-        device = self.weight.device
-        negatives = sampled_negatives(self.first_class, self.first_class + rows, rate, self.seed, step, device)
-        local = labels - self.first_class
-        positives = local[(local >= 0) & (local < rows) & (labels >= 0)]
-        active = merge_rows(negatives, positives)
-        log_weight = None
-        if self.correct_sampling:
-            log_weight = torch.full((len(active),), -math.log(rate), dtype=self.compute_dtype, device=device)
-            log_weight[torch.searchsorted(active, positives)] = 0.0
-        return ActiveRows(active, len(active), log_weight, 0.0 if log_weight is None else -math.log(rate))
-
     def _rate(self, step: int) -> float:
         """The sample rate of this step; 1 in evaluation."""
         if not self.training:
             return 1.0
+        return self._rate_at(step)
+
+    def _rate_at(self, step: int) -> float:
         rate = self.sample_rate(step) if callable(self.sample_rate) else self.sample_rate
         if not 0.0 < rate <= 1.0:
             raise ConfigError(f"sample_rate must lie in (0, 1], got {rate} at step {step}")
@@ -330,13 +342,23 @@ class PartialFC(nn.Module):
 
     def _forget_step(self) -> None:
         self._next_step = None
-        self._in_step = False
+        self._drop_pending()
+
+    def _drop_pending(self) -> None:
+        """Forget what the micro-batches of the current step have left behind."""
+        self._in_step, self._samples_passed, self._loss_statistics = False, 0, None
         if self.center_loss is not None:
             self.center_loss.drop_pending()
 
-    def _enter_step(self, grad: Tensor) -> None:
+    def _enter_step(self, news: list[tuple[Tensor, Tensor | None]], grad: Tensor) -> None:
         self._close_skipped_step()  # here too: zero_grad() may stand between forward and backward
         self._in_step = True
+        while news:  # a second backward through a retained graph sees the same samples
+            samples, statistics = news.pop()
+            self._samples_passed = self._samples_passed + samples
+            if statistics is not None:
+                earlier = self._loss_statistics
+                self._loss_statistics = statistics if earlier is None else earlier + statistics
 
     def _close_skipped_step(self) -> None:
         """A backward whose gradient was cleared without an optimizer step (a loss scaler does that) ends its step."""
@@ -344,14 +366,15 @@ class PartialFC(nn.Module):
             self._end_step(applied=False)
 
     def _end_step(self, applied: bool) -> None:
-        if self.center_loss is not None:
-            if applied:
+        if applied:
+            if self.center_loss is not None:
                 self.center_loss.apply_pending()
-            else:
-                self.center_loss.drop_pending()
+            state = self.loss.stateful.state
+            if state is not None and self._loss_statistics is not None:
+                state.copy_(self.loss.next_state(state, self._loss_statistics))
+        self._drop_pending()
         self._next_step = self._current_step() + 1
         self.step.fill_(self._next_step)
-        self._in_step = False
 
     def before_optimizer_step(self) -> None:
         """Called before the step of the optimizer that holds the weight: raises what a GPU has found meanwhile."""
@@ -385,8 +408,7 @@ class PartialFC(nn.Module):
             try:
                 packing.raise_problem(headers.tolist(), self.num_classes, self.embedding_dim, self._batch_format)
             except Exception:
-                if self.center_loss is not None:
-                    self.center_loss.drop_pending()
+                self._drop_pending()
                 raise
 
 
@@ -396,25 +418,3 @@ def _before_saving(head: PartialFC, prefix: str, keep_vars: bool) -> None:
 
 def _after_loading(head: PartialFC, incompatible_keys: Any) -> None:
     head._forget_step()
-
-
-def _check_arguments(
-    num_classes: int,
-    embedding_dim: int,
-    loss: Loss,
-    sample_rate: float | Callable[[int], float],
-    filter_threshold: float | None,
-    on_nonfinite: str,
-) -> None:
-    if num_classes < 1 or embedding_dim < 1:
-        raise ConfigError(f"num_classes and embedding_dim must be at least 1, got {num_classes} and {embedding_dim}")
-    if not isinstance(loss, Loss):
-        raise ConfigError(f"loss must be a partialfc.losses.Loss, e.g. losses.ArcFace(), got {loss!r}")
-    if not callable(sample_rate) and not 0.0 < sample_rate <= 1.0:
-        raise ConfigError(f"sample_rate must lie in (0, 1], got {sample_rate}")
-    if filter_threshold is not None and not -1.0 <= filter_threshold <= 1.0:
-        raise ConfigError(f"filter_threshold is a cosine, in [-1, 1], got {filter_threshold}")
-    if filter_threshold is not None and loss.raw_logits:
-        raise ConfigError("filter_threshold compares cosines, but this loss works on raw logits: leave it out")
-    if on_nonfinite not in ("raise", "propagate"):
-        raise ConfigError(f'on_nonfinite must be "raise" or "propagate", got {on_nonfinite!r}')

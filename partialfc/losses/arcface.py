@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
-from partialfc.losses.base import MarginGradient, MarginLoss, Samples, angle, check_range
+from partialfc.losses.base import MarginGradient, MarginLoss, Samples, check_range, cos_of_sum
 
 
 class ArcFace(MarginLoss):
@@ -26,6 +25,4 @@ class ArcFace(MarginLoss):
         self.margin = check_range("margin", margin, 0.0, math.pi / 2)
 
     def with_margin(self, cosine: Tensor, samples: Samples) -> Tensor:
-        inside = torch.cos(angle(cosine) + self.margin)
-        beyond = cosine - self.margin * math.sin(self.margin)
-        return torch.where(cosine >= -math.cos(self.margin), inside, beyond)
+        return cos_of_sum(cosine, self.margin)

@@ -1,6 +1,6 @@
 """What a loss is to the sharded head.
 
-For a sample with target class y the head forms the negatives' log-sum-exp over all shards and hands the loss
+For a sample with target class y the head forms ``log Σ_{j≠y} exp(z_j)`` over all shards and hands the loss
 ``d = log Σ_{j≠y} exp(z_j) − z_y``; softmax cross-entropy is then ``softplus(d)``. A loss says how the target's cosine
 and the negatives' cosines become logits; its derivatives are taken by autograd, in float64 for the targets.
 """
@@ -18,50 +18,122 @@ from partialfc.errors import ConfigError
 
 MarginGradient = Literal["exact", "straight_through"]
 
+#: What a loss may list in ``needs``.
+NEEDS = frozenset({"norms", "target_cosine_first", "raw_logits", "noise", "mean_logit"})
+
 
 @dataclass(frozen=True)
 class Samples:
-    """What a loss may know of the samples whose logits it is asked for, besides their cosines."""
+    """What a loss may know of the samples of the global batch, besides the cosines that it is given.
 
-    norms: Tensor  # [n] float64: lengths of the raw embeddings
-    positions: Tensor  # [n] int64: the samples' positions in the global batch
-    step: int  # seeds, with `seed`, whatever a loss draws per sample
+    All of it is detached, except ``norms`` where the loss ``needs`` them.
+    """
+
+    norms: Tensor  # [B] float64: lengths of the raw embeddings
+    counted: Tensor  # [B] bool: whether the sample counts (its label is not -1)
+    positions: Tensor  # [B] int64: the samples' positions in the global batch
+    step: int  # the head's step
     seed: int
+    target_cosine: Tensor | None = None  # [B] float64; in negative_logits and statistics only if "target_cosine_first"
+    noise: Tensor | None = None  # [B] float64, if "noise": N(0, 1), a function of (seed, step, position)
+    state: Tensor | None = None  # the loss's state as of this batch; None for a loss without one
 
 
 class Loss(nn.Module):
     """Base of all losses: scaled cosines, softmax cross-entropy, no margin.
 
-    Subclasses override :meth:`target_logit`; :meth:`negative_logits` only if negatives are more than ``scale·cosine``.
+    Subclasses override :meth:`target_logit`, and the rest only where they are more than that.
+
+    Args:
+        scale: s, the inverse temperature; > 0.
+
+    Buffer ``state``: None, or a float64 tensor that follows the batches (see :meth:`statistics`); equal on all ranks.
     """
 
-    #: What the head must provide beyond cosines; "raw_logits": inner products ``w·x + b`` in place of cosines.
+    #: What the head must provide beyond cosines. "norms": gradients with respect to the embeddings' lengths.
+    #: "target_cosine_first": the targets' cosines before any negative (one more collective). "raw_logits": inner
+    #: products ``w·x + b`` in place of cosines. "noise": a normal number a sample. "mean_logit": see `objective`.
     needs: frozenset[str] = frozenset()
+
+    #: K if each class has a weight [K, embedding_dim] and its cosine is the largest of K; None for a weight [D].
+    sub_centers: int | None = None
+
+    #: Whether each class has a bias beside its weight (with "raw_logits").
+    class_bias: bool = False
+
+    #: Whether the negatives enter as ``log Σ exp(z_j)``; otherwise each is a loss of its own, ``Σ softplus(z_j)``.
+    shared_denominator: bool = True
+
+    state: Tensor | None
 
     def __init__(self, scale: float = 64.0) -> None:
         super().__init__()
-        if not (math.isfinite(scale) and scale > 0):
-            raise ConfigError(f"scale must be a positive number, got {scale}")
-        self.scale = float(scale)
+        self.scale = check_positive("scale", scale)
+        self.register_buffer("state", None)
+
+    # --- logits -------------------------------------------------------------------------------------------------------
 
     def target_logit(self, cosine: Tensor, samples: Samples) -> Tensor:
-        """The target class's logit z_y, [n] float64, from its ``cosine``, [n] float64; differentiable in it."""
+        """The target class's logit z_y, [B] float64, from its ``cosine``, [B] float64; differentiable in it."""
         return self.scale * cosine
 
     def negative_logits(self, cosine: Tensor, samples: Samples) -> Tensor:
-        """The other classes' logits z_j, [batch, classes of a chunk], from their cosines; differentiable in them.
+        """The other classes' logits z_j, [B, classes of a chunk], from their cosines; differentiable in them.
 
-        The default is known to be linear, which the head uses: an override costs one more pass over each chunk.
+        The default is known to be linear, which the head uses: an override costs a few more passes over each chunk.
         """
         return self.scale * cosine
 
-    def sample_loss(self, d: Tensor) -> Tensor:
-        """The loss of each sample, [n] float64, from ``d = lse_negatives − z_y``; differentiable in it."""
-        return torch.logaddexp(d, torch.zeros_like(d))
+    def logit_offset(self) -> Tensor | None:
+        """What is added to every negative's logit, [] or [1], differentiable in the loss's parameters."""
+        return None
 
     def logit_bound(self) -> float:
-        """The largest |z_j| a negative can have; ``math.inf`` if there is none."""
-        return self.scale
+        """The largest |z_j| a negative can have; ``math.inf`` if there is none, which costs one more collective."""
+        return self.scale if self.negatives_are_linear else math.inf
+
+    # --- from logits to a loss ----------------------------------------------------------------------------------------
+
+    def sample_loss(self, d: Tensor) -> Tensor:
+        """The loss of each sample, [B] float64, from ``d = log Σ exp(z_j) − z_y``; differentiable in it."""
+        return torch.logaddexp(d, torch.zeros_like(d))
+
+    def objective(self, negatives: Tensor, target_logit: Tensor, mean_logit: Tensor | None) -> Tensor:
+        """The loss of each sample, [B] float64; differentiable in all of its arguments.
+
+        Args:
+            negatives: [B] log Σ_{j≠y} exp(z_j); Σ_{j≠y} softplus(z_j) without a shared denominator.
+            target_logit: [B] z_y.
+            mean_logit: [B] mean logit of all classes that take part, the target's included; if "mean_logit".
+        """
+        return self.sample_loss(negatives - target_logit)
+
+    def penalty(self, samples: Samples) -> Tensor | None:
+        """What is added to the loss of each sample whatever its logits, [B] float64; differentiable in the norms."""
+        return None
+
+    # --- state --------------------------------------------------------------------------------------------------------
+
+    def statistics(self, samples: Samples) -> Tensor | None:
+        """Sums over the samples that count, [k] float64: what :meth:`next_state` needs of a batch."""
+        return None
+
+    def next_state(self, state: Tensor, statistics: Tensor) -> Tensor:
+        """The state after a step over samples with these ``statistics`` (of all its micro-batches together).
+
+        The logits of a training batch see the state that takes this batch in; it is kept if the step is applied.
+        """
+        return state
+
+    def reset(self, num_classes: int, sample_rate: float) -> None:
+        """Set state and parameters to their initial values; called by the head that owns this loss."""
+
+    @property
+    def stateful(self) -> Loss:
+        """The loss that holds the ``state``: this one, or the one that it wraps."""
+        return self
+
+    # --- what follows from the above ----------------------------------------------------------------------------------
 
     def extra_repr(self) -> str:
         settings = {name: value for name, value in vars(self).items() if isinstance(value, float | int | str)}
@@ -76,6 +148,12 @@ class Loss(nn.Module):
     def negatives_are_linear(self) -> bool:
         """Whether :meth:`negative_logits` is ``scale·cosine``."""
         return type(self).negative_logits is Loss.negative_logits
+
+    @property
+    def is_cross_entropy(self) -> bool:
+        """Whether the loss of a sample is −log p_y of a softmax over its logits."""
+        kind = type(self)
+        return self.shared_denominator and kind.sample_loss is Loss.sample_loss and kind.objective is Loss.objective
 
 
 class MarginLoss(Loss):
@@ -94,7 +172,7 @@ class MarginLoss(Loss):
         self.margin_gradient = margin_gradient
 
     def with_margin(self, cosine: Tensor, samples: Samples) -> Tensor:
-        """ψ(cos θ_y), [n] float64."""
+        """ψ(cos θ_y), [B] float64."""
         raise TypeError(f"{type(self).__name__} must define with_margin(cosine, samples)")
 
     def target_logit(self, cosine: Tensor, samples: Samples) -> Tensor:
@@ -103,6 +181,61 @@ class MarginLoss(Loss):
             plain = self.scale * cosine
             return plain + (logit - plain).detach()
         return logit
+
+
+class Wrapper(Loss):
+    """A loss that changes one thing about another, ``base``, and is that other in everything else."""
+
+    def __init__(self, base: Loss) -> None:
+        if not isinstance(base, Loss):
+            raise ConfigError(f"loss must be a partialfc.losses.Loss, e.g. losses.ArcFace(), got {base!r}")
+        super().__init__(base.scale)
+        self.needs, self.sub_centers = base.needs, base.sub_centers
+        self.shared_denominator, self.class_bias = base.shared_denominator, base.class_bias
+        self.base = base
+
+    @property
+    def stateful(self) -> Loss:
+        return self.base.stateful
+
+    def target_logit(self, cosine: Tensor, samples: Samples) -> Tensor:
+        return self.base.target_logit(cosine, samples)
+
+    def negative_logits(self, cosine: Tensor, samples: Samples) -> Tensor:
+        return self.base.negative_logits(cosine, samples)
+
+    def logit_offset(self) -> Tensor | None:
+        return self.base.logit_offset()
+
+    def logit_bound(self) -> float:
+        return self.base.logit_bound()
+
+    def sample_loss(self, d: Tensor) -> Tensor:
+        return self.base.sample_loss(d)
+
+    def objective(self, negatives: Tensor, target_logit: Tensor, mean_logit: Tensor | None) -> Tensor:
+        return self.base.objective(negatives, target_logit, mean_logit)
+
+    def penalty(self, samples: Samples) -> Tensor | None:
+        return self.base.penalty(samples)
+
+    def statistics(self, samples: Samples) -> Tensor | None:
+        return self.base.statistics(samples)
+
+    def next_state(self, state: Tensor, statistics: Tensor) -> Tensor:
+        return self.base.next_state(state, statistics)
+
+    def reset(self, num_classes: int, sample_rate: float) -> None:
+        self.base.reset(num_classes, sample_rate)
+
+    @property
+    def negatives_are_linear(self) -> bool:
+        return self.base.negatives_are_linear
+
+    @property
+    def is_cross_entropy(self) -> bool:
+        unchanged = type(self).sample_loss is Wrapper.sample_loss and type(self).objective is Wrapper.objective
+        return unchanged and self.base.is_cross_entropy
 
 
 def angle(cosine: Tensor, smallest_sine: float = 1e-4) -> Tensor:
@@ -117,8 +250,26 @@ def angle(cosine: Tensor, smallest_sine: float = 1e-4) -> Tensor:
     return value + slope * (cosine - fixed)  # the value is exact, the derivative is `slope`
 
 
+def cos_of_sum(cosine: Tensor, margin: float | Tensor) -> Tensor:
+    """cos(θ + m), monotone in the ``cosine`` of θ for every m in radians, one for all samples or one each.
+
+    Where θ + m > π the cosine would rise again: there it is ``cos θ − m·sin m`` (Deng et al., ArcFace). Where θ + m < 0
+    (a negative m) it would fall again: there it stays 1.
+    """
+    m = torch.as_tensor(margin, dtype=cosine.dtype, device=cosine.device)
+    inside = torch.cos((angle(cosine) + m).clamp_min(0.0))
+    return torch.where(cosine >= -torch.cos(m.clamp_min(0.0)), inside, cosine - m * torch.sin(m))
+
+
 def check_range(name: str, value: float, low: float, high: float) -> float:
     """Return ``value`` if it lies in [low, high], else raise ConfigError with the valid range."""
-    if not low <= value <= high:
+    if not isinstance(value, float | int) or not low <= value <= high:
         raise ConfigError(f"{name} must lie in [{low:g}, {high:g}], got {value}")
+    return float(value)
+
+
+def check_positive(name: str, value: float) -> float:
+    """Return ``value`` if it is a finite number > 0, else raise ConfigError."""
+    if not (isinstance(value, float | int) and math.isfinite(value) and value > 0):
+        raise ConfigError(f"{name} must be a positive number, got {value}")
     return float(value)

@@ -20,7 +20,7 @@ class Softmax(Loss):
 
     def __init__(self, bias: bool = True) -> None:
         super().__init__(scale=1.0)
-        self.bias = bool(bias)
+        self.class_bias = bool(bias)
 
     def target_logit(self, cosine: Tensor, samples: Samples) -> Tensor:
         return cosine  # with "raw_logits" the head passes w_y·x + b_y here

@@ -34,15 +34,13 @@ def checkpoint_tensors(
         for key, value in backbone_optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
                 tensors[f"backbone_optimizer.{name}.{key}"] = value
-    per_class: dict[str, Tensor] = dict(head.named_parameters())
+    per_class = {"weight", "bias", "center_loss.centers"}
+    for name, value in head.state_dict().items():
+        tensors[f"head.{name}"] = _sharded(head, value) if name in per_class else value
     for name, parameter in head.named_parameters():
         for key, value in head_optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
-                per_class[f"optimizer.{name}.{key}"] = value
-    if head.center_loss is not None:
-        per_class["center_loss.centers"] = head.center_loss.centers
-    tensors |= {f"head.{name}": _sharded(head, value.detach()) for name, value in per_class.items()}
-    tensors["head.step"] = head.state_dict()["step"]
+                tensors[f"head.optimizer.{name}.{key}"] = _sharded(head, value) if name in per_class else value
     return tensors
 
 

@@ -62,8 +62,14 @@ class Trainer:
         self.optimizer = torch.optim.SGD(
             plain.parameters(), lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay
         )
+        # A number that a loss learns (UCE's threshold) is no row: neither decay nor the rows' learning rate suits it.
+        of_loss = list(self.head.loss.parameters())
+        rows = [parameter for parameter in (self.head.weight, self.head.bias) if parameter is not None]
+        groups: list[dict[str, Any]] = [{"params": rows, "lr_factor": optim.head_lr_factor}]
+        if of_loss:
+            groups.append({"params": of_loss, "lr_factor": 1.0, "weight_decay": 0.0})
         self.head_optimizer = RowSGD(
-            self.head.parameters(), lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay
+            groups, lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay
         )
         self.clock = PhaseClock(rank.device, entered=lambda phase: rank.enter(self.step, phase))
         self.step = 0
@@ -150,7 +156,7 @@ class Trainer:
             self.step, self.total_steps, self.warmup_steps, self.config.optim.schedule, self.config.optim.power
         )
         _set_lr(self.optimizer, self.config.optim.lr * factor)
-        _set_lr(self.head_optimizer, self.config.optim.lr * factor * self.config.optim.head_lr_factor)
+        _set_lr(self.head_optimizer, self.config.optim.lr * factor)
         images = batch.images.to(self.rank.device, non_blocking=True)
         labels = batch.labels.to(self.rank.device, non_blocking=True)
 
@@ -272,7 +278,7 @@ class Means:
 
 def _set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_factor", 1.0)
 
 
 def _rate(line: dict[str, Any]) -> str:

@@ -1,0 +1,100 @@
+"""What a head refuses to be made with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary, ref
+
+import torch
+from torch import Tensor, nn
+
+from partialfc.errors import ConfigError
+from partialfc.losses import Loss, Samples
+from partialfc.losses.base import NEEDS
+
+
+def check_sizes(num_classes: int, embedding_dim: int, memory_budget_mb: float) -> None:
+    """Raise ConfigError unless all are positive."""
+    if num_classes < 1 or embedding_dim < 1:
+        raise ConfigError(f"num_classes and embedding_dim must be at least 1, got {num_classes} and {embedding_dim}")
+    if not memory_budget_mb > 0:
+        raise ConfigError(f"memory_budget_mb must be positive, got {memory_budget_mb}")
+
+
+def check_options(
+    loss: Loss,
+    sample_rate: float | Callable[[int], float],
+    filter_threshold: float | None,
+    on_nonfinite: str,
+    weight_dtype: torch.dtype,
+    compute_dtype: torch.dtype,
+) -> None:
+    """Raise ConfigError for an option that is out of range, or that ``loss`` cannot have."""
+    if not callable(sample_rate) and not 0.0 < sample_rate <= 1.0:
+        raise ConfigError(f"sample_rate must lie in (0, 1], got {sample_rate}")
+    if filter_threshold is not None and not -1.0 <= filter_threshold <= 1.0:
+        raise ConfigError(f"filter_threshold is a cosine, in [-1, 1], got {filter_threshold}")
+    if filter_threshold is not None and loss.raw_logits:
+        raise ConfigError("filter_threshold compares cosines, but this loss works on raw logits: leave it out")
+    if on_nonfinite not in ("raise", "propagate"):
+        raise ConfigError(f'on_nonfinite must be "raise" or "propagate", got {on_nonfinite!r}')
+    for name, dtype in (("weight_dtype", weight_dtype), ("compute_dtype", compute_dtype)):
+        if dtype not in (torch.float32, torch.float64):
+            raise ConfigError(f"{name} must be torch.float32 or torch.float64, got {dtype}")
+
+
+def check_loss(loss: Loss) -> None:
+    """Raise ConfigError unless ``loss`` keeps the contract of :class:`~partialfc.losses.Loss`: it is tried out."""
+    if not isinstance(loss, Loss):
+        raise ConfigError(f"loss must be a partialfc.losses.Loss, e.g. losses.ArcFace(), got {loss!r}")
+    name = type(loss).__name__
+    if not loss.needs <= NEEDS:
+        raise ConfigError(f"{name}.needs may hold {sorted(NEEDS)}, got {sorted(loss.needs)}")
+    if loss.raw_logits and (loss.sub_centers is not None or not loss.negatives_are_linear):
+        raise ConfigError(f"{name} works on raw logits: it cannot have sub-centers or negative_logits of its own")
+    state = loss.stateful.state
+    if any(tensor.is_meta for tensor in [*loss.parameters(), *loss.buffers()]):
+        return
+    cosine = torch.tensor([0.3, 0.6], dtype=torch.float64, device=None if state is None else state.device)
+    ones = torch.ones_like(cosine)
+    counted = ones.bool()
+    samples = Samples(10 * ones, counted, counted.long(), 0, 0, cosine, 0 * ones, state)
+    with torch.enable_grad():
+        _check_shape(f"{name}.target_logit", loss.target_logit(cosine.clone().requires_grad_(), samples), (2,))
+        chunk = torch.zeros(2, 3, device=cosine.device, requires_grad=True)
+        negatives = loss.negative_logits(chunk, samples)
+        _check_shape(f"{name}.negative_logits", negatives, (2, 3))
+        parameters = [parameter for parameter in loss.parameters() if parameter.requires_grad]
+        if parameters and negatives.requires_grad:
+            found = torch.autograd.grad(negatives.sum(), parameters, allow_unused=True)
+            if any(gradient is not None for gradient in found):
+                raise ConfigError(
+                    f"{name}.negative_logits depends on a parameter of the loss, whose gradient would be lost; "
+                    "parameters may enter target_logit, objective, penalty and logit_offset"
+                )
+    if state is not None:
+        statistics = loss.statistics(samples)
+        if statistics is None:
+            raise ConfigError(f"{name} has a state but no statistics() for it to follow")
+        _check_shape(f"{name}.next_state", loss.next_state(state, statistics), tuple(state.shape))
+
+
+def _check_shape(what: str, found: Tensor, expected: tuple[int, ...]) -> None:
+    if tuple(found.shape) != expected:
+        raise ConfigError(f"{what} must keep the shape {list(expected)} of what it is given, got {list(found.shape)}")
+
+
+_owners: WeakKeyDictionary[Loss, ref[nn.Module]] = WeakKeyDictionary()
+
+
+def claim(loss: Loss, head: Any) -> None:
+    """Take ``loss`` to the head's device; raise ConfigError if it follows the batches of another head already."""
+    if loss.stateful.state is not None or any(True for _ in loss.parameters()):
+        holder = loss.stateful
+        owner: Any = _owners[holder]() if holder in _owners else None
+        if owner is not None and owner.loss.stateful is holder:
+            raise ConfigError(f"this {type(holder).__name__} already belongs to a head; give each head its own")
+        _owners[holder] = ref(head)
+    if not head.weight.is_meta:
+        loss.to(head.weight.device)

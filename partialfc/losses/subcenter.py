@@ -1,0 +1,53 @@
+"""Sub-centers: several weights a class, so that a class's noise can settle at one of its own."""
+
+from __future__ import annotations
+
+from partialfc.errors import ConfigError
+from partialfc.losses.arcface import ArcFace
+from partialfc.losses.base import Loss, MarginGradient, Wrapper
+
+
+class SubCenter(Wrapper):
+    """Any loss on cosines, with ``cos θ_j = max_k cos θ_jk`` over K sub-centers of class j
+    (Deng et al., "Sub-center ArcFace", ECCV 2020, eq. 4). The head's weight is then [classes, K, embedding_dim].
+
+    Args:
+        loss: the loss on the classes' cosines.
+        sub_centers: K, at least 1.
+    """
+
+    def __init__(self, loss: Loss, sub_centers: int = 3) -> None:
+        super().__init__(loss)
+        if self.base.raw_logits:
+            raise ConfigError(f"sub-centers compare cosines, but {type(loss).__name__} works on raw logits")
+        if self.base.sub_centers is not None:
+            raise ConfigError(f"{type(loss).__name__} has sub-centers already")
+        self.sub_centers = check_sub_centers(sub_centers)
+
+
+class SubCenterArcFace(ArcFace):
+    """ArcFace on ``cos θ_j = max_k cos θ_jk`` (Deng et al., ECCV 2020, eq. 4); :class:`SubCenter` for other losses.
+
+    Args:
+        scale: s, the inverse temperature; > 0.
+        margin: m in radians, in [0, π/2].
+        sub_centers: K, at least 1.
+        margin_gradient: see :class:`~partialfc.losses.MarginLoss`.
+    """
+
+    def __init__(
+        self,
+        scale: float = 64.0,
+        margin: float = 0.5,
+        sub_centers: int = 3,
+        margin_gradient: MarginGradient = "exact",
+    ) -> None:
+        super().__init__(scale, margin, margin_gradient)
+        self.sub_centers = check_sub_centers(sub_centers)
+
+
+def check_sub_centers(sub_centers: int) -> int:
+    """Return ``sub_centers`` if it is a whole number ≥ 1, else raise ConfigError."""
+    if isinstance(sub_centers, bool) or int(sub_centers) != sub_centers or sub_centers < 1:
+        raise ConfigError(f"sub_centers must be a whole number of at least 1, got {sub_centers}")
+    return int(sub_centers)
