@@ -4,8 +4,8 @@
     python benchmarks/losses_on_glyphs.py --out docs/benchmarks/losses-on-glyphs.json
     python benchmarks/losses_on_glyphs.py --only arcface,circle --epochs 5
 
-Each run is `torchrun … -m partialfc train` with one config but for `head.loss`; seeds, batches, negatives and budget are
-the same. Results are added to the file after every run, so that an interrupted comparison goes on where it stopped.
+Each run is `torchrun … -m partialfc train` with one config but for `head.loss`; seeds, batches, negatives and budget
+are the same. Results are added to the file after every run, so that an interrupted comparison goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -111,7 +111,8 @@ def summary(result: dict[str, Any]) -> str:
         return f"failed: {result['failed']}"
     found = result["evaluation"]
     return "  ".join(
-        f"{name}: " + (f"TAR {value['tar_at_far']['0.001']:.4f}" if "tar_at_far" in value else f"{value['accuracy']:.4f}")
+        f"{name}: "
+        + (f"TAR {value['tar_at_far']['0.001']:.4f}" if "tar_at_far" in value else f"{value['accuracy']:.4f}")
         for name, value in found.items()
     )
 
@@ -128,9 +129,7 @@ def table(runs: dict[str, Any]) -> str:
 
     for name, result in sorted(done.items(), key=lambda item: -measured(item[1], sets[0])):
         cells = [f"{measured(result, kind):.4f}" for kind in sets]
-        rows.append(
-            f"| {name} | {' | '.join(cells)} | {result['target_cosine']:.3f} | {result['head_seconds']:.4f} |"
-        )
+        rows.append(f"| {name} | {' | '.join(cells)} | {result['target_cosine']:.3f} | {result['head_seconds']:.4f} |")
     rows += [f"| {name} | failed: {result['failed']} |" for name, result in runs.items() if "failed" in result]
     return "\n".join(rows)
 

@@ -1,7 +1,7 @@
 """The same losses once more, dense, in float64, by torch autograd alone: what the sharded head must agree with.
 
-Nothing here comes from the package. The formulas are those of the papers, over whole [batch, classes] matrices. A loss is
-described as in a config: ``{"name": "arcface", "margin": 0.3}``, wrappers with another description as ``loss``.
+Nothing here comes from the package. The formulas are those of the papers, over whole [batch, classes] matrices. A loss
+is described as in a config: ``{"name": "arcface", "margin": 0.3}``, wrappers with another description as ``loss``.
 """
 
 from __future__ import annotations
@@ -164,9 +164,7 @@ def logits_of(
     return target, s * cosines
 
 
-def sample_losses(
-    spec: Spec, target: Tensor, negatives: Tensor, weights: Tensor, norms: Tensor
-) -> Tensor:
+def sample_losses(spec: Spec, target: Tensor, negatives: Tensor, weights: Tensor, norms: Tensor) -> Tensor:
     """[B] from target logits [B], logits of all classes [B, C] and their weights as negatives [B, C], 0 = left out."""
     name = spec["name"]
     if name == "uce":
@@ -236,9 +234,9 @@ def dense_head(
     present = torch.zeros(len(w), dtype=torch.bool)
     present[y] = True
     weights = part * torch.where(present, 1.0, negatives.hashed_only_weight)
-    softmax_loss = sample_losses(
-        spec, target[counted], logits[counted], weights[counted].double(), norms[counted]
-    ).sum() / n
+    softmax_loss = (
+        sample_losses(spec, target[counted], logits[counted], weights[counted].double(), norms[counted]).sum() / n
+    )
     center_loss = torch.zeros((), dtype=torch.float64)
     moved = None
     if center.centers is not None:

@@ -309,7 +309,9 @@ def test_filtered_negatives_are_left_out_of_the_denominator(ranks: Ranks, name: 
 @pytest.mark.parametrize("scale", [20.0, 128.0])
 def test_a_loss_with_curved_negatives_is_differentiated_too(ranks: Ranks, scale: float, world_size: int) -> None:
     for rate in (1.0, 0.5):
-        case = Case({"name": "curved", "scale": scale}, state=0.3, sample_rate=rate, memory_budget_mb=0.01, center=False)
+        case = Case(
+            {"name": "curved", "scale": scale}, state=0.3, sample_rate=rate, memory_budget_mb=0.01, center=False
+        )
         results = ranks.run(world_size, _curved_step, case)
         x, y, weight, _, _ = make_batch(case)
         x, weight = x.double().requires_grad_(), weight.double().requires_grad_()

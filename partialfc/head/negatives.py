@@ -49,7 +49,7 @@ class LogSumExp:
         self._sums = torch.zeros(len(x), dtype=torch.float64, device=x.device)  # Σ exp(z_j − shift)
         self._shift = torch.zeros_like(self._sums)
         #: Σ exp(z_j − shift)·(dz_j/dcos_j)·w_j, up to chunks.slope
-        self._pull: Tensor | None = torch.zeros_like(x)
+        self._pull = torch.zeros_like(x)
         self._logit_sum = torch.zeros_like(self._sums)
         self._count = torch.zeros_like(self._sums)
         self._mean_pull = torch.zeros_like(x) if with_mean_logit else None  # Σ (dz_j/dcos_j)·w_j, up to the same
@@ -165,7 +165,7 @@ class LogSumExp:
         if self._mean_pull is not None and logit_sum_slope is not None:
             pull.add_(self._mean_pull.mul_((logit_sum_slope * self.chunks.slope)[:, None]))
         self._slope, self._logit_sum_slope = slope, logit_sum_slope
-        self._pull = self._mean_pull = None  # neither is needed any more
+        self._pull, self._mean_pull = pull.new_empty(0), None  # neither is needed any more
         return pull
 
     def start_backward(self, grad_loss: Tensor) -> Tensor:
@@ -206,10 +206,9 @@ class SoftplusSum:
         x = chunks.embeddings
         self.kept: list[Tensor] = []  # derivatives σ(z_j) of the first chunks, as many as the memory budget holds
         self._sums = torch.zeros(len(x), 2, dtype=torch.float64, device=x.device)  # Σ softplus(z_j), Σ σ(z_j)
-        self._pull: Tensor | None = torch.zeros_like(x)
+        self._pull = torch.zeros_like(x)
 
     def sum_shard(self, wants_grad: bool, keep: bool) -> None:
-        assert self._pull is not None
         for chunk in self.chunks:
             keep_this = keep and wants_grad and chunk.index < self.chunks.chunks_to_keep
             logits = self.chunks.logits(chunk, keep_this)
@@ -236,9 +235,8 @@ class SoftplusSum:
         return Combined(columns[:, 0].clone(), columns[:, 1].clone())
 
     def embedding_pull(self, slope: Tensor, logit_sum_slope: Tensor | None) -> Tensor:
-        assert self._pull is not None
-        pull, self._pull = self._pull.mul_((slope * self.chunks.slope)[:, None]), None
-        self._slope = slope
+        pull = self._pull.mul_((slope * self.chunks.slope)[:, None])
+        self._slope, self._pull = slope, pull.new_empty(0)
         return pull
 
     def start_backward(self, grad_loss: Tensor) -> Tensor:

@@ -140,7 +140,7 @@ class PartialFC(nn.Module):
             self._forget_step()
             ids = torch.arange(self.first_class, self.first_class + len(self.weight), device=self.weight.device)
             if self.loss.sub_centers is not None:
-                ids = (ids[:, None] * self.loss.sub_centers + torch.arange(self.loss.sub_centers, device=ids.device))
+                ids = ids[:, None] * self.loss.sub_centers + torch.arange(self.loss.sub_centers, device=ids.device)
             rows = self.weight.view(-1, self.embedding_dim)
             normal_rows(stream_key(self.seed, _INITIAL_WEIGHT), ids.flatten(), self.embedding_dim, _INITIAL_STD, rows)
             self.loss.reset(self.num_classes, self._rate_at(0))

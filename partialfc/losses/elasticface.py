@@ -69,7 +69,7 @@ class ElasticCosFace(CosFace):
 
 
 def elastic_margin(mean: float, std: float, plus: bool, cosine: Tensor, samples: Samples) -> Tensor:
-    """Each sample's margin, [B]; with ``plus`` the draws are dealt out by target cosine, the largest to the smallest."""
+    """Each sample's margin, [B]; with ``plus`` the largest draw goes to the smallest target cosine, and so on down."""
     assert samples.noise is not None
     draws = mean + std * samples.noise
     if not plus:

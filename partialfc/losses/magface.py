@@ -11,8 +11,8 @@ from partialfc.losses.base import MarginGradient, MarginLoss, Samples, check_ran
 
 
 class MagFace(MarginLoss):
-    """``z_y = s·cos(θ_y + m(a))`` with a = ‖x‖ clamped to [a_low, a_high] and m(a) linear between the margins there;
-    each sample adds ``λ·g(a)``, ``g(a) = 1/a + a/a_high²`` (Meng et al., "MagFace", CVPR 2021, arXiv:2103.06627, eq. 3).
+    """``z_y = s·cos(θ_y + m(a))`` with a = ‖x‖ clamped to [a_low, a_high] and m(a) linear between the margins there.
+    Each sample adds ``λ·g(a)``, ``g(a) = 1/a + a/a_high²`` (Meng et al., "MagFace", CVPR 2021, arXiv:2103.06627).
 
     Both depend on a with a gradient: longer embeddings pay a larger margin and earn a smaller g.
 

@@ -68,9 +68,7 @@ class Trainer:
         groups: list[dict[str, Any]] = [{"params": rows, "lr_factor": optim.head_lr_factor}]
         if of_loss:
             groups.append({"params": of_loss, "lr_factor": 1.0, "weight_decay": 0.0})
-        self.head_optimizer = RowSGD(
-            groups, lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay
-        )
+        self.head_optimizer = RowSGD(groups, lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay)
         self.clock = PhaseClock(rank.device, entered=lambda phase: rank.enter(self.step, phase))
         self.step = 0
         self.samples = 0
