@@ -96,42 +96,42 @@ def run(arguments: argparse.Namespace, name: str) -> dict[str, Any]:
         return {"failed": lines[-1].get("reason") or done.stderr[-500:]}
     train = [line for line in lines if line["kind"] == "train"]
     evaluation = next(line["results"] for line in reversed(lines) if line["kind"] == "evaluation")
-    head = sum(line["seconds"]["head"] for line in train) / len(train)
     return {
         "evaluation": evaluation,
         "loss_curve": [round(line["loss"], 4) for line in train],
         "target_cosine": train[-1]["target_cosine"],
-        "head_seconds": head,
         "seconds": seconds,
     }
 
 
 def summary(result: dict[str, Any]) -> str:
+    """One line on a run."""
     if "failed" in result:
         return f"failed: {result['failed']}"
-    found = result["evaluation"]
-    return "  ".join(
-        f"{name}: "
-        + (f"TAR {value['tar_at_far']['0.001']:.4f}" if "tar_at_far" in value else f"{value['accuracy']:.4f}")
-        for name, value in found.items()
-    )
+    return "  ".join(f"{name}: {measured(result, name):.4f}" for name in result["evaluation"])
 
 
 def table(runs: dict[str, Any]) -> str:
     """The results in Markdown, best on unseen characters first."""
     done = {name: result for name, result in runs.items() if "failed" not in result}
     sets = list(next(iter(done.values()))["evaluation"]) if done else []
-    rows = ["| loss | " + " | ".join(sets) + " | cos θ_y | head s/step |", "|---" * (len(sets) + 3) + "|"]
-
-    def measured(result: dict[str, Any], name: str) -> float:
-        found = result["evaluation"][name]
-        return found["tar_at_far"]["0.001"] if "tar_at_far" in found else found["accuracy"]
-
+    columns = [*sets, "same character", "different characters", "cos θ_y"]
+    rows = ["| loss | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for name, result in sorted(done.items(), key=lambda item: -measured(item[1], sets[0])):
+        found = result["evaluation"][sets[0]]
         cells = [f"{measured(result, kind):.4f}" for kind in sets]
-        rows.append(f"| {name} | {' | '.join(cells)} | {result['target_cosine']:.3f} | {result['head_seconds']:.4f} |")
+        cells += [
+            f"{found[f'{kind}_cosine']:.3f} ± {found[f'{kind}_deviation']:.3f}" for kind in ("genuine", "impostor")
+        ]
+        rows.append(f"| {name} | {' | '.join(cells)} | {result['target_cosine']:.3f} |")
     rows += [f"| {name} | failed: {result['failed']} |" for name, result in runs.items() if "failed" in result]
     return "\n".join(rows)
+
+
+def measured(result: dict[str, Any], name: str) -> float:
+    """TAR at FAR 1e-3, or the accuracy."""
+    found = result["evaluation"][name]
+    return found["tar_at_far"]["0.001"] if "tar_at_far" in found else found["accuracy"]
 
 
 if __name__ == "__main__":

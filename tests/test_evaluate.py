@@ -147,3 +147,16 @@ def test_ranks_embed_a_set_together_in_evaluation_mode(ranks: Ranks) -> None:
     for embeddings, training in found:
         torch.testing.assert_close(embeddings, expected)
         assert training, "the network's mode is as before"
+
+
+def test_spread_is_mean_and_deviation_of_the_pairs_cosines() -> None:
+    generator = torch.Generator().manual_seed(4)
+    embeddings = torch.nn.functional.normalize(torch.randn(40, 6, generator=generator))
+    labels = torch.arange(40) % 5
+    protocol = Protocol("all", frozenset({"a"}), frozenset({"a"}))
+    found = score_pairs(embeddings, labels, ["a"] * 40, protocol).spread()
+    cosines, same = embeddings @ embeddings.T, labels[:, None] == labels
+    once = torch.ones(40, 40).triu(1).bool()
+    for name, pairs in (("genuine", same & once), ("impostor", ~same & once)):
+        assert found[f"{name}_cosine"] == pytest.approx(float(cosines[pairs].mean()), abs=1e-5)
+        assert found[f"{name}_deviation"] == pytest.approx(float(cosines[pairs].std(correction=0)), abs=1e-5)

@@ -53,6 +53,19 @@ class Scores:
         lowest = int((accepted > math.floor(impostors * far + 1e-9)).sum())  # the first edge that lets few enough in
         return int(self.genuine[lowest:].sum()) / genuine, lowest * 2.0 / _BINS - 1.0
 
+    def spread(self) -> dict[str, float]:
+        """How close a class's samples are to each other, and how far classes lie apart: mean and standard deviation of
+        the genuine and of the impostor pairs' cosines; NaN where there are no pairs.
+        """
+        found = {}
+        for name, counts in (("genuine", self.genuine), ("impostor", self.impostors)):
+            cosines = (torch.arange(_BINS, dtype=torch.float64, device=counts.device) + 0.5) * (2.0 / _BINS) - 1.0
+            share = counts.double() / counts.sum()
+            mean = (share * cosines).sum()
+            found[f"{name}_cosine"] = float(mean)
+            found[f"{name}_deviation"] = float((share * (cosines - mean).square()).sum().sqrt())
+        return found
+
     def roc(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
         """FAR and TAR at every threshold at which FAR changes, FAR ascending."""
         false = self.impostors.flip(0).cumsum(0).cpu().numpy()

@@ -79,6 +79,7 @@ class Evaluation:
                     "threshold": {far: edge for far, (_, edge) in found.items() if not math.isnan(edge)},
                     "genuine_pairs": int(scores.genuine.sum()),
                     "impostor_pairs": int(scores.impostors.sum()),
+                    **{name: value for name, value in scores.spread().items() if not math.isnan(value)},
                 }
         if rank.is_first and results:
             self._write(results, curves, step)
