@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
+import yaml
 from ranks import Ranks
+
+from partialfc import PartialFC, losses
+from partialfc.config import parse_config
 
 ROOT = Path(__file__).parent.parent
 
 
+def _examples(page: str) -> list[str]:
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
 def _example() -> str:
-    text = (ROOT / "docs" / "use-the-head-in-your-trainer.md").read_text(encoding="utf-8")
-    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0]
+    return _examples("use-the-head-in-your-trainer.md")[0]
 
 
 def _run_example(group: dist.ProcessGroup) -> list[float]:
@@ -61,3 +71,54 @@ def test_the_example_trains_in_a_foreign_loop(ranks: Ranks) -> None:
 def test_the_example_is_ten_lines_and_the_readme_shows_the_same_calls() -> None:
     lines = [line for line in _example().splitlines() if line.strip() and not line.startswith(("import", "from"))]
     assert len(lines) <= 10
+
+
+def _own_loss(group: dist.ProcessGroup) -> tuple[float, torch.Tensor, torch.Tensor]:
+    names: dict[str, Any] = {"num_classes": 50, "embedding_dim": 8}
+    for example in _examples("write-your-own-loss.md"):
+        exec(example, names)
+    head = PartialFC(50, 8, names["LiArcFace"](scale=20.0), weight_dtype=torch.float64, process_group=group)
+    rank, world_size = dist.get_rank(group), dist.get_world_size(group)
+    x, y = _own_batch()
+    mine = x.tensor_split(world_size)[rank].clone().requires_grad_()
+    out = head(mine, y.tensor_split(world_size)[rank])
+    out.loss.backward()
+    return float(out.loss), mine.grad / world_size, head.weight.grad.to_dense()
+
+
+def _own_batch() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(6)
+    return torch.randn(12, 8, generator=generator, dtype=torch.float64), torch.randint(
+        0, 50, (12,), generator=generator
+    )
+
+
+def test_a_loss_written_as_the_page_says_is_exact_on_any_number_of_ranks(ranks: Ranks) -> None:
+    x, y = _own_batch()
+    x.requires_grad_()
+    weight = PartialFC(50, 8, losses.NormFace(), weight_dtype=torch.float64).weight.detach().clone().requires_grad_()
+    theta = torch.acos(torch.nn.functional.normalize(x) @ torch.nn.functional.normalize(weight).T)
+    own = torch.nn.functional.one_hot(y, 50).double()
+    expected = torch.nn.functional.cross_entropy(20 * (math.pi - 2 * (theta + 0.45 * own)) / math.pi, y)
+    expected.backward()
+    for world_size in (1, 3):
+        results = ranks.run(world_size, _own_loss)
+        assert all(loss == pytest.approx(float(expected), rel=1e-10) for loss, _, _ in results)
+        torch.testing.assert_close(torch.cat([grad for _, grad, _ in results]), x.grad)
+        torch.testing.assert_close(torch.cat([grad for _, _, grad in results]), weight.grad)
+
+
+def test_the_loss_of_the_page_takes_twenty_lines() -> None:
+    code = _examples("write-your-own-loss.md")[0]
+    assert len([line for line in code.splitlines() if line.strip()]) <= 20
+
+
+def test_every_loss_is_on_the_page_that_says_which_one_when() -> None:
+    page = (ROOT / "docs" / "losses.md").read_text(encoding="utf-8")
+    for name, kind in losses.BY_NAME.items():
+        assert f"`{name}`" in page, name
+        assert f"`{kind.__name__}`" in page, kind
+    for example in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL):
+        parse_config({"data": {"train": "x"}, **yaml.safe_load(example)})
+    for example in _examples("losses.md"):
+        exec(example, {"num_classes": 10, "embedding_dim": 4})

@@ -60,7 +60,7 @@ EVERY_MARGIN = st.one_of(
 
 
 @settings(max_examples=300, deadline=None)
-@given(loss=EVERY_MARGIN, norm=st.floats(1e-6, 1e4), noise=st.floats(-6, 6), wrapped=st.booleans())
+@given(loss=EVERY_MARGIN, norm=st.floats(1e-6, 1e4), noise=st.floats(-3, 3), wrapped=st.booleans())
 def test_the_target_logit_is_monotone_in_the_target_cosine(
     loss: losses.Loss, norm: float, noise: float, wrapped: bool
 ) -> None:
@@ -76,7 +76,7 @@ def test_the_target_logit_is_monotone_in_the_target_cosine(
 
 
 @settings(max_examples=200, deadline=None)
-@given(loss=EVERY_MARGIN, norm=st.floats(1e-6, 1e4), noise=st.floats(-6, 6))
+@given(loss=EVERY_MARGIN, norm=st.floats(1e-6, 1e4), noise=st.floats(-3, 3))
 def test_slopes_are_the_curves_own(loss: losses.Loss, norm: float, noise: float) -> None:
     samples = replace(describe(len(COSINES), norm), noise=torch.full_like(COSINES, noise))
     logit, slope = curve(loss, samples)
@@ -152,7 +152,7 @@ def test_losses_and_gradients_are_finite_up_to_the_ends_and_scale_512(
     x = (own[rows] * torch.tensor([1.0, 1, 3, 1e-3, 1e3, 1, 1, 1], dtype=dtype)[:, None]).clone().requires_grad_()
     out = head(x, labels)
     out.loss.backward()
-    assert math.isfinite(out.loss)
+    assert bool(torch.isfinite(out.loss))
     assert bool(torch.isfinite(x.grad).all())
     assert bool(torch.isfinite(head.weight.grad.to_dense()).all())
     assert all(bool(torch.isfinite(parameter.grad).all()) for parameter in head.loss.parameters())

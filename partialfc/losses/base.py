@@ -253,12 +253,14 @@ def angle(cosine: Tensor, smallest_sine: float = 1e-4) -> Tensor:
 def cos_of_sum(cosine: Tensor, margin: float | Tensor) -> Tensor:
     """cos(θ + m), monotone in the ``cosine`` of θ for every m in radians, one for all samples or one each.
 
-    Where θ + m > π the cosine would rise again: there it is ``cos θ − m·sin m`` (Deng et al., ArcFace). Where θ + m < 0
-    (a negative m) it would fall again: there it stays 1.
+    Where θ + m > π the cosine would rise again: there it is ``cos θ − m·sin m`` (Deng et al., ArcFace), for m beyond 2.3
+    ``cos θ − (1 − cos m)``, as the former would be too high. Where θ + m < 0 (a negative m) it would fall again: there it
+    stays 1.
     """
     m = torch.as_tensor(margin, dtype=cosine.dtype, device=cosine.device)
-    inside = torch.cos((angle(cosine) + m).clamp_min(0.0))
-    return torch.where(cosine >= -torch.cos(m.clamp_min(0.0)), inside, cosine - m * torch.sin(m))
+    shifted = angle(cosine) + m
+    drop = torch.maximum(m * torch.sin(m), 1.0 - torch.cos(m))
+    return torch.where(shifted <= math.pi, torch.cos(shifted.clamp_min(0.0)), cosine - drop)
 
 
 def check_range(name: str, value: float, low: float, high: float) -> float:

@@ -38,7 +38,6 @@ class CombinedMargin(MarginLoss):
         self.m3 = check_range("m3", m3, 0.0, 2.0)
 
     def with_margin(self, cosine: Tensor, samples: Samples) -> Tensor:
+        shifted = self.m1 * angle(cosine) + self.m2
         turning_point = math.cos((math.pi - self.m2) / self.m1)  # the cosine at which m1·θ + m2 = π
-        inside = torch.cos(self.m1 * angle(cosine) + self.m2)
-        beyond = cosine - turning_point - 1.0
-        return torch.where(cosine >= turning_point, inside, beyond) - self.m3
+        return torch.where(shifted <= math.pi, torch.cos(shifted), cosine - turning_point - 1.0) - self.m3

@@ -28,9 +28,9 @@ class SphereFace(MarginLoss):
         self.margin = check_range("margin", margin, 1.0, 8.0)
 
     def with_margin(self, cosine: Tensor, samples: Samples) -> Tensor:
+        multiple = self.margin * angle(cosine)
         turning_point = math.cos(math.pi / self.margin)  # the cosine at which m1·θ = π
-        inside = torch.cos(self.margin * angle(cosine))
-        return torch.where(cosine >= turning_point, inside, cosine - turning_point - 1.0)
+        return torch.where(multiple <= math.pi, torch.cos(multiple), cosine - turning_point - 1.0)
 
 
 class ASoftmax(MarginLoss):
