@@ -253,9 +253,9 @@ def angle(cosine: Tensor, smallest_sine: float = 1e-4) -> Tensor:
 def cos_of_sum(cosine: Tensor, margin: float | Tensor) -> Tensor:
     """cos(θ + m), monotone in the ``cosine`` of θ for every m in radians, one for all samples or one each.
 
-    Where θ + m > π the cosine would rise again: there it is ``cos θ − m·sin m`` (Deng et al., ArcFace), for m beyond 2.3
-    ``cos θ − (1 − cos m)``, as the former would be too high. Where θ + m < 0 (a negative m) it would fall again: there it
-    stays 1.
+    Where θ + m > π the cosine would rise again: there it is ``cos θ − m·sin m`` (Deng et al., ArcFace), for m beyond
+    2.3 ``cos θ − (1 − cos m)``, as the former would be too high. Where θ + m < 0 (a negative m) it would fall again:
+    there it stays 1.
     """
     m = torch.as_tensor(margin, dtype=cosine.dtype, device=cosine.device)
     shifted = angle(cosine) + m
