@@ -55,6 +55,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("losses-on-glyphs.json"))
     parser.add_argument("--only", default="", help="names, separated by commas")
     parser.add_argument("--epochs", type=float, default=3.0)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--data", type=Path, default=Path("data/glyphs"))
     arguments = parser.parse_args()
@@ -76,6 +77,7 @@ def main() -> None:
 def run(arguments: argparse.Namespace, name: str) -> dict[str, Any]:
     """Train with one loss; returns what the run measured."""
     tree = yaml.safe_load(arguments.config.read_text())
+    tree["run"]["seed"] = arguments.seed
     tree["data"]["train"] = str(arguments.data)
     tree["head"]["loss"] = LOSSES[name]
     tree["head"]["center_loss"] = {"weight": 0.001, "alpha": 0.5} if "center loss" in name else None

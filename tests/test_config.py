@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from pydantic import BaseModel
 
 from partialfc import losses
-from partialfc.config import Config, build_loss, load_config, parse_config, to_yaml
+from partialfc.config import Config, build_head, build_loss, load_config, parse_config, to_yaml
 from partialfc.errors import ConfigError
 
 MINIMAL: dict[str, Any] = {"data": {"train": "some/folder"}}
@@ -93,3 +94,59 @@ def test_shipped_configs_are_valid() -> None:
     assert files
     for file in files:
         load_config(file)
+
+
+NESTED = {"focal": {"gamma": 1}, "label_smoothing": {"smoothing": 0.2}, "subcenter": {"sub_centers": 2}}
+
+
+@pytest.mark.parametrize("name", losses.BY_NAME)
+def test_every_loss_can_be_named_in_a_config(name: str, tmp_path: Path) -> None:
+    tree: dict[str, Any] = {"name": name}
+    if name in NESTED:
+        tree |= {**NESTED[name], "loss": {"name": "cosface", "scale": "3e1", "margin": 0.1}}
+    file = tmp_path / "c.yaml"
+    file.write_text(yaml.safe_dump({**MINIMAL, "head": {"loss": tree}}))
+    config = load_config(file)
+    loss = build_loss(config.head.loss)
+    assert type(loss) is losses.BY_NAME[name]
+    if name in NESTED:
+        assert (loss.base.scale, loss.base.margin) == (30.0, 0.1)
+    file.write_text(to_yaml(config))
+    assert repr(build_loss(load_config(file).head.loss)) == repr(loss), "the resolved config describes the same loss"
+    head = build_head(config, 20)
+    assert head.loss.needs == loss.needs
+
+
+def test_parameters_of_losses_keep_their_types(tmp_path: Path) -> None:
+    def build(**tree: Any) -> losses.Loss:
+        return build_loss(parse_config({**MINIMAL, "head": {"loss": tree}}).head.loss)
+
+    assert build(name="uce", bias=None).initial_bias is None
+    assert build(name="uce", bias=3).initial_bias == 3.0
+    assert build(name="elastic_arcface", plus=True).plus is True
+    assert build(name="a_softmax", margin=3).margin == 3
+    assert build(name="arcface", margin_gradient="straight_through").margin_gradient == "straight_through"
+    nested = build(name="focal", loss={"name": "subcenter", "loss": {"name": "curricularface"}, "sub_centers": 2})
+    assert nested.sub_centers == 2
+    assert nested.needs == {"target_cosine_first"}
+
+
+@pytest.mark.parametrize(
+    ("tree", "words"),
+    [
+        ({"name": "focal"}, "head.loss.loss: focal wraps another loss: give one"),
+        ({"name": "focal", "loss": "arcface"}, r"head.loss.loss: expected a loss such as \{name: arcface"),
+        ({"name": "focal", "loss": {"name": "arcfac"}}, "head.loss.loss.name: .*did you mean 'arcface'"),
+        ({"name": "focal", "loss": {"name": "arcface", "m": 1}}, "head.loss.loss.m: unknown name 'm'"),
+        ({"name": "focal", "loss": {"name": "uce"}}, r"head.loss \(focal\): .*UCE has no p_y"),
+        ({"name": "subcenter_arcface", "sub_centers": 0}, "at least 1, got 0"),
+        ({"name": "subcenter_arcface", "sub_centers": 1.5}, "whole number of at least 1, got 1.5"),
+        ({"name": "elastic_arcface", "plus": "yes please"}, "head.loss.plus: expected true or false"),
+        ({"name": "arcface", "margin_gradient": 1}, "head.loss.margin_gradient: expected a text, got 1"),
+        ({"name": "arcface", "margin_gradient": "none"}, "margin_gradient must be one of"),
+        ({"name": "arcface", "margin": None}, "head.loss.margin: expected a number, got None"),
+    ],
+)
+def test_mistakes_in_losses_are_explained(tree: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        parse_config({**MINIMAL, "head": {"loss": tree}})

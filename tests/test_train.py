@@ -113,6 +113,42 @@ def test_the_run_folder_is_complete(finished: dict[int, Path]) -> None:
         assert words in output
 
 
+STATES = {
+    "uce": ({"name": "uce", "scale": 16}, {"loss.bias": (1,), "optimizer.loss.bias.momentum_buffer": (1,)}),
+    "focal sub-center curricularface": (
+        {
+            "name": "focal",
+            "loss": {"name": "subcenter", "sub_centers": 2, "loss": {"name": "curricularface", "scale": 16}},
+        },
+        {"loss.base.base.state": (1,), "weight": (37, 2, 32), "optimizer.weight.momentum_buffer": (37, 2, 32)},
+    ),
+    "label smoothing": (
+        {"name": "label_smoothing", "loss": {"name": "softmax"}},
+        {"bias": (37,), "optimizer.bias.momentum_buffer": (37,)},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_what_a_loss_carries_is_trained_logged_and_saved(name: str, tmp_path: Path) -> None:
+    spec, expected = STATES[name]
+    tree = write_task(tmp_path)
+    tree["head"] |= {"loss": spec, "sample_rate": 0.5}
+    tree["optim"]["epochs"] = 1
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(tree))
+    done = run(config, 2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    train = lines(tmp_path / "run", "train")
+    assert train[-1]["loss"] < train[0]["loss"]
+    assert lines(tmp_path / "run", "evaluation")[-1]["results"]["known"]["accuracy"] > 0
+    dtypes = {"loss.base.base.state": torch.float64}
+    tensors = {f"head.{key}": torch.zeros(shape, dtype=dtypes.get(key)) for key, shape in expected.items()}
+    dcp.load(tensors, checkpoint_id=next((tmp_path / "run" / "checkpoints").iterdir()), no_dist=True)
+    for key, value in tensors.items():
+        assert float(value.abs().sum()) > 0, key
+
+
 def test_the_checkpoint_is_whole_and_readable_at_another_world_size(finished: dict[int, Path]) -> None:
     weights = {}
     for ranks, folder in finished.items():
