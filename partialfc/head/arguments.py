@@ -54,9 +54,10 @@ def check_loss(loss: Loss) -> None:
     if loss.raw_logits and (loss.sub_centers is not None or not loss.negatives_are_linear):
         raise ConfigError(f"{name} works on raw logits: it cannot have sub-centers or negative_logits of its own")
     state = loss.stateful.state
-    if any(tensor.is_meta for tensor in [*loss.parameters(), *loss.buffers()]):
+    held = [*loss.parameters(), *loss.buffers()]
+    if any(tensor.is_meta for tensor in held):
         return
-    cosine = torch.tensor([0.3, 0.6], dtype=torch.float64, device=None if state is None else state.device)
+    cosine = torch.tensor([0.3, 0.6], dtype=torch.float64, device=held[0].device if held else None)
     ones = torch.ones_like(cosine)
     counted = ones.bool()
     samples = Samples(10 * ones, counted, counted.long(), 0, 0, cosine, 0 * ones, state)

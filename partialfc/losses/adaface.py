@@ -10,7 +10,7 @@ from partialfc.losses.base import MarginGradient, MarginLoss, Samples, angle, ch
 
 class AdaFace(MarginLoss):
     """``z_y = s(cos(θ_y − m·ẑ) − m(1 + ẑ))`` with ``ẑ = clip(h·(‖x‖ − μ)/(σ + ε), −1, 1)``
-    (Kim et al., "AdaFace", CVPR 2022, arXiv:2204.00964, eq. 12–16). μ and σ follow mean and standard deviation of the
+    (Kim et al., "AdaFace", CVPR 2022, arXiv:2204.00964). μ and σ follow mean and standard deviation of the
     lengths in the global batches: ``μ ← (1 − α)·μ + α·mean``, σ alike. No gradient flows through the lengths.
 
     The angle θ_y − m·ẑ is clipped to [0, π], which keeps the target logit monotone.

@@ -9,7 +9,7 @@ from partialfc.losses.base import Loss, Samples, check_range
 
 class Circle(Loss):
     """``z_y = γ·[1 + m − cos θ_y]₊·(cos θ_y − (1 − m))``, ``z_j = γ·[cos θ_j + m]₊·(cos θ_j − m)``
-    (Sun et al., "Circle loss", CVPR 2020, arXiv:2002.10857, eq. 5–8, with class-level labels).
+    (Sun et al., "Circle loss", CVPR 2020, arXiv:2002.10857, with class-level labels).
 
     The brackets are weights that follow each similarity's distance from its optimum; no gradient flows through them.
 

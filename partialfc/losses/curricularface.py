@@ -11,7 +11,7 @@ from partialfc.losses.base import MarginGradient, Samples, angle, check_range
 
 class CurricularFace(ArcFace):
     """ArcFace whose hard negatives, those with ``cos θ_j > cos(θ_y + m)``, have ``z_j = s·cos θ_j·(t + cos θ_j)``
-    (Huang et al., "CurricularFace", CVPR 2020, arXiv:2004.00288, eq. 4–6). t follows the mean target cosine of the
+    (Huang et al., "CurricularFace", CVPR 2020, arXiv:2004.00288). t follows the mean target cosine of the
     global batches: ``t ← (1 − α)·t + α·mean(cos θ_y)``.
 
     Needs the targets' cosines before any negative: one more collective.

@@ -12,7 +12,7 @@ from partialfc.losses.cosface import CosFace
 
 class ElasticArcFace(ArcFace):
     """``z_y = s·cos(θ_y + E)``, E ~ N(m, σ) for each sample (Boutros et al., "ElasticFace", CVPR workshops 2022,
-    arXiv:2109.09416, eq. 6). A draw is a function of (seed, step, position in the global batch).
+    arXiv:2109.09416). A draw is a function of (seed, step, position in the global batch).
 
     Args:
         scale: s, the inverse temperature; > 0.
@@ -41,7 +41,7 @@ class ElasticArcFace(ArcFace):
 
 class ElasticCosFace(CosFace):
     """``z_y = s(cos θ_y − E)``, E ~ N(m, σ) for each sample (Boutros et al., "ElasticFace", CVPR workshops 2022,
-    arXiv:2109.09416, eq. 7). A draw is a function of (seed, step, position in the global batch).
+    arXiv:2109.09416). A draw is a function of (seed, step, position in the global batch).
 
     Args:
         scale: s, the inverse temperature; > 0.

@@ -11,7 +11,7 @@ from partialfc.losses.cosface import CosFace
 
 class MVAMSoftmax(CosFace):
     """CosFace whose support vectors, negatives with ``cos θ_j > cos θ_y − m``, have ``z_j = s(t·cos θ_j + t − 1)``
-    (Wang et al., "Mis-classified vector guided softmax loss", AAAI 2020, arXiv:1912.00833, eq. 8, adaptive form).
+    (Wang et al., "Mis-classified vector guided softmax loss", AAAI 2020, arXiv:1912.00833, its adaptive form).
 
     Needs the targets' cosines before any negative: one more collective.
 

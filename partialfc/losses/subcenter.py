@@ -9,7 +9,7 @@ from partialfc.losses.base import Loss, MarginGradient, Wrapper
 
 class SubCenter(Wrapper):
     """Any loss on cosines, with ``cos θ_j = max_k cos θ_jk`` over K sub-centers of class j
-    (Deng et al., "Sub-center ArcFace", ECCV 2020, eq. 4). The head's weight is then [classes, K, embedding_dim].
+    (Deng et al., "Sub-center ArcFace", ECCV 2020). The head's weight is then [classes, K, embedding_dim].
 
     Args:
         loss: the loss on the classes' cosines.
@@ -26,7 +26,7 @@ class SubCenter(Wrapper):
 
 
 class SubCenterArcFace(ArcFace):
-    """ArcFace on ``cos θ_j = max_k cos θ_jk`` (Deng et al., ECCV 2020, eq. 4); :class:`SubCenter` for other losses.
+    """ArcFace on ``cos θ_j = max_k cos θ_jk`` (Deng et al., ECCV 2020); :class:`SubCenter` for other losses.
 
     Args:
         scale: s, the inverse temperature; > 0.
