@@ -194,6 +194,11 @@ class Wrapper(Loss):
         self.shared_denominator, self.class_bias = base.shared_denominator, base.class_bias
         self.base = base
 
+    def extra_repr(self) -> str:
+        """What is its own; the rest is shown with ``base``."""
+        own = vars(self).keys() - {"scale", "shared_denominator", "class_bias", "training"}
+        return ", ".join(f"{name}={vars(self)[name]}" for name in sorted(own) if name[0] != "_" and name != "needs")
+
     @property
     def stateful(self) -> Loss:
         return self.base.stateful
