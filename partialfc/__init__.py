@@ -16,7 +16,7 @@ from partialfc.errors import (
     PartialFCError,
     RankLost,
 )
-from partialfc.head import CenterLoss, ClassPartition, HeadOutput, PartialFC, RowSGD
+from partialfc.head import CenterLoss, ClassPartition, HeadOutput, PartialFC, RowAdagrad, RowAdamW, RowSGD
 
 __version__ = "0.1.0"
 
@@ -33,6 +33,8 @@ __all__ = [
     "PartialFC",
     "PartialFCError",
     "RankLost",
+    "RowAdagrad",
+    "RowAdamW",
     "RowSGD",
     "losses",
 ]

@@ -259,67 +259,6 @@ def test_micro_batches_give_the_gradient_and_centers_of_one_large_batch() -> Non
     torch.testing.assert_close(parts.center_loss.centers, whole.center_loss.centers)
 
 
-@pytest.mark.parametrize(("momentum", "weight_decay"), [(0.0, 0.0), (0.9, 0.0), (0.9, 0.01), (0.0, 0.1)])
-def test_row_sgd_at_rate_one_is_torch_sgd(momentum: float, weight_decay: float) -> None:
-    head = _head(weight_dtype=torch.float64)
-    dense = head.weight.detach().clone().requires_grad_()
-    ours = RowSGD(head.parameters(), lr=0.1, momentum=momentum, weight_decay=weight_decay)
-    theirs = torch.optim.SGD([dense], lr=0.1, momentum=momentum, weight_decay=weight_decay)
-    for seed in range(5):
-        head(*_batch(seed)).loss.backward()
-        dense.grad = head.weight.grad.to_dense()
-        ours.step()
-        theirs.step()
-        head.zero_grad()
-        torch.testing.assert_close(head.weight.detach(), dense.detach(), rtol=1e-12, atol=1e-14)
-
-
-def test_row_sgd_leaves_rows_without_a_gradient_alone() -> None:
-    weight = torch.nn.Parameter(torch.randn(6000, 3, dtype=torch.float64))
-    optimizer = RowSGD([weight], lr=0.1, momentum=0.9, weight_decay=0.1)
-    expected, velocity = weight.detach().clone(), torch.zeros(6000, 3, dtype=torch.float64)
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(4):
-        rows = torch.randint(0, 6000, (3000,), generator=generator)  # unsorted, with repetitions: not coalesced
-        values = torch.randn(3000, 3, generator=generator, dtype=torch.float64)
-        weight.grad = torch.sparse_coo_tensor(rows[None], values, weight.shape, check_invariants=True)
-        dense = torch.zeros_like(expected).index_add_(0, rows, values)
-        touched = rows.unique()
-        velocity[touched] = 0.9 * velocity[touched] + dense[touched] + 0.1 * expected[touched]
-        expected[touched] -= 0.1 * velocity[touched]
-        optimizer.step()
-        torch.testing.assert_close(weight.detach(), expected, rtol=1e-12, atol=1e-13)
-
-
-def test_row_sgd_accepts_dense_gradients_schedulers_and_state_dicts() -> None:
-    weight = torch.nn.Parameter(torch.randn(7, 3, dtype=torch.float64))
-    reference = torch.nn.Parameter(weight.detach().clone())
-    ours = RowSGD([weight], lr=0.2, momentum=0.9, weight_decay=0.01)
-    theirs = torch.optim.SGD([reference], lr=0.2, momentum=0.9, weight_decay=0.01)
-    schedules = [torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5) for optimizer in (ours, theirs)]
-    for step in range(6):
-        weight.grad = torch.full_like(weight, float(step))
-        reference.grad = weight.grad.clone()
-        ours.step()
-        theirs.step()
-        for schedule in schedules:
-            schedule.step()
-        if step == 3:
-            saved = copy.deepcopy(ours.state_dict())
-            ours = RowSGD([weight], lr=9.0)
-            ours.load_state_dict(saved)
-            schedules[0].optimizer = ours
-    torch.testing.assert_close(weight, reference)
-
-
-def test_row_sgd_updates_a_single_number() -> None:
-    number = torch.nn.Parameter(torch.tensor(1.0))
-    optimizer = RowSGD([number], lr=0.5, momentum=0.0, weight_decay=0.0)
-    number.grad = torch.tensor(0.5)
-    optimizer.step()
-    assert number.item() == 0.75
-
-
 def test_autocast_does_not_reach_into_the_head() -> None:
     head = _head()
     x, y = _batch()

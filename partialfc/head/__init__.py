@@ -3,6 +3,7 @@
 from partialfc.head.center_loss import CenterLoss
 from partialfc.head.partial_fc import HeadOutput, PartialFC
 from partialfc.head.partition import ClassPartition
-from partialfc.head.row_optim import RowSGD
+from partialfc.head.row_adaptive import RowAdagrad, RowAdamW
+from partialfc.head.row_sgd import RowSGD
 
-__all__ = ["CenterLoss", "ClassPartition", "HeadOutput", "PartialFC", "RowSGD"]
+__all__ = ["CenterLoss", "ClassPartition", "HeadOutput", "PartialFC", "RowAdagrad", "RowAdamW", "RowSGD"]

@@ -39,9 +39,10 @@ def check_options(
         raise ConfigError("filter_threshold compares cosines, but this loss works on raw logits: leave it out")
     if on_nonfinite not in ("raise", "propagate"):
         raise ConfigError(f'on_nonfinite must be "raise" or "propagate", got {on_nonfinite!r}')
-    for name, dtype in (("weight_dtype", weight_dtype), ("compute_dtype", compute_dtype)):
-        if dtype not in (torch.float32, torch.float64):
-            raise ConfigError(f"{name} must be torch.float32 or torch.float64, got {dtype}")
+    if weight_dtype not in (torch.float32, torch.float64, torch.bfloat16):
+        raise ConfigError(f"weight_dtype must be torch.float32, torch.float64 or torch.bfloat16, got {weight_dtype}")
+    if compute_dtype not in (torch.float32, torch.float64):
+        raise ConfigError(f"compute_dtype must be torch.float32 or torch.float64, got {compute_dtype}")
 
 
 def check_loss(loss: Loss) -> None:

@@ -75,7 +75,8 @@ class ClassChunks:
         self.sub_centers = weight.shape[1] if weight.dim() == 3 else 1
         batch, dim = embeddings.shape
         buffers = (2 if self.linear else 6) + (0 if self.sub_centers == 1 else 3)
-        rows = dim * self.sub_centers * (2 if weight.dim() == 2 else 3)
+        copies = 2 + (weight.dim() == 3) + (weight.dtype is not embeddings.dtype)
+        rows = dim * self.sub_centers * copies
         bytes_per_row = embeddings.element_size() * (batch * buffers + rows)
         affordable = memory_budget // bytes_per_row
         preferred = max(256, _CPU_CHUNK_ELEMENTS // max(batch, 1)) if weight.device.type == "cpu" else affordable // 2

@@ -62,8 +62,9 @@ class PartialFC(nn.Module):
         on_nonfinite: ``"raise"`` checks embeddings for NaN and Inf and raises NonFiniteEmbeddings on every rank;
             ``"propagate"`` lets them through, and makes loss and gradients NaN on every rank, so that loss scalers
             and the like decide alike everywhere.
-        weight_dtype: of the weight, float32 or float64.
-        compute_dtype: of logits and gradients, float32 or float64; default: ``weight_dtype``.
+        weight_dtype: of the weight, float32, float64 or bfloat16 (which the ``Row*`` optimizers round stochastically).
+        compute_dtype: of logits, gradients and centers, float32 or float64; default: ``weight_dtype``, for bfloat16
+            float32.
         memory_budget_mb: MiB for logits and working copies of the weight within a step. More lets backward reuse the
             forward pass's exponentials instead of forming them again.
         process_group: default: the default group if ``torch.distributed`` is initialised, else a single process.
@@ -97,7 +98,7 @@ class PartialFC(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        compute_dtype = compute_dtype or weight_dtype
+        compute_dtype = compute_dtype or (torch.float32 if weight_dtype is torch.bfloat16 else weight_dtype)
         check_sizes(num_classes, embedding_dim, memory_budget_mb)
         check_loss(loss)
         check_options(loss, sample_rate, filter_threshold, on_nonfinite, weight_dtype, compute_dtype)
@@ -114,9 +115,9 @@ class PartialFC(nn.Module):
         self.weight = nn.Parameter(torch.empty(shape, dtype=weight_dtype, device=device))
         self.bias = None
         if loss.class_bias:
-            self.bias = nn.Parameter(torch.zeros(rows, dtype=weight_dtype, device=device))
+            self.bias = nn.Parameter(torch.zeros(rows, dtype=compute_dtype, device=device))
         if center_loss is not None:
-            center_loss.allocate(rows, embedding_dim, weight_dtype, self.weight.device)
+            center_loss.allocate(rows, embedding_dim, compute_dtype, self.weight.device)
         claim(loss, self)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self._next_step: int | None = None  # what `step` holds, where reading the buffer would wait for a device
@@ -127,6 +128,7 @@ class PartialFC(nn.Module):
         self._loss_statistics: Tensor | None = None
         self._unread: tuple[Tensor, Any] | None = None  # headers on their way to the host, and the event to wait for
         self.register_state_dict_pre_hook(_before_saving)
+        self.register_load_state_dict_pre_hook(_before_loading)
         self.register_load_state_dict_post_hook(_after_loading)
         self.reset_parameters()
 
@@ -134,6 +136,7 @@ class PartialFC(nn.Module):
     def reset_parameters(self) -> None:
         """Draw the weight, N(0, 0.01²), a function of (seed, class id); set all else to its initial value."""
         if not self.weight.is_meta:
+            self.catch_up()
             for zero in (self.bias, self.step, None if self.center_loss is None else self.center_loss.centers):
                 if zero is not None:
                     zero.zero_()
@@ -181,6 +184,9 @@ class PartialFC(nn.Module):
         active = active_rows(
             y, self.first_class, last, rate, self.seed, step, self.correct_sampling, self.compute_dtype
         )
+        self.catch_up(active.rows)
+        if self.weight.dtype is torch.bfloat16:
+            self.weight.grad_dtype = self.compute_dtype  # rows' gradients are not to be rounded
         shard = ShardStep(
             loss=self.loss,
             collectives=self.collectives,
@@ -232,6 +238,7 @@ class PartialFC(nn.Module):
             raise BatchMismatch("rows() needs the same class ids on every rank; gather them first")
         local = ids - self.first_class
         mine_too = (local >= 0) & (local < len(self.weight))
+        self.catch_up(local[mine_too])
         found = self.weight.new_zeros(len(ids), *self.weight.shape[1:])
         found[mine_too] = self.weight[local[mine_too]]
         return self.collectives.sum(found)
@@ -245,6 +252,19 @@ class PartialFC(nn.Module):
                 gradient = parameter.grad.coalesce().values() if parameter.grad.is_sparse else parameter.grad
                 total += torch.linalg.vector_norm(gradient, dtype=torch.float64).square()
         return self.collectives.sum(total).sqrt()
+
+    def catch_up(self, rows: Tensor | None = None) -> None:
+        """Have the optimizer apply what it owes to ``rows [n]`` of this shard, all by default (``RowSGD`` with decayed
+        rows owes something). The head does so for what it uses or saves; call it before reading ``weight`` otherwise.
+        """
+        for parameter in (self.weight, self.bias):
+            owed = getattr(parameter, "catch_up", None)
+            if owed is not None:
+                owed(rows)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.catch_up()
+        return self.__dict__.copy()
 
     def reset_batch_format(self) -> None:
         """Forget the largest batch and the dtype agreed at the first call: the next one, on every rank, agrees anew."""
@@ -414,6 +434,11 @@ class PartialFC(nn.Module):
 
 def _before_saving(head: PartialFC, prefix: str, keep_vars: bool) -> None:
     head._close_skipped_step()
+    head.catch_up()
+
+
+def _before_loading(head: PartialFC, *_: Any) -> None:
+    head.catch_up()  # what is owed to the rows that are replaced must not fall on the new ones
 
 
 def _after_loading(head: PartialFC, incompatible_keys: Any) -> None:

@@ -1,4 +1,4 @@
-"""Optimizers that touch only the rows that have a gradient."""
+"""Optimizers that touch only the rows that have a gradient: what they share."""
 
 from __future__ import annotations
 
@@ -12,42 +12,41 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from partialfc.errors import ConfigError
+from partialfc.head.hashing import stream_key
+from partialfc.head.rounding import round_stochastically
 
 # Elements of a piece: on a CPU what its second-level cache holds, elsewhere enough to keep the device busy.
 _CPU_PIECE, _GPU_PIECE = 1 << 17, 1 << 24
+_ROUNDING = 4  # the purpose that tells this stream of random numbers from the others
+
+Rows = slice | Tensor
 
 
-class RowSGD(Optimizer):
-    """SGD with momentum and weight decay on rows: ``v ← μ·v + g + λ·w; w ← w − lr·v``.
+class RowOptimizer(Optimizer):
+    """Base of optimizers whose step works on the rows that have a gradient, a piece of them at a time.
 
-    A row without a gradient in a step is left as it is, its momentum too, and costs nothing. Where every row has a
-    gradient in every step this is ``torch.optim.SGD``. Sparse gradients are coalesced, dense ones are accepted.
-
-    Args:
-        params: as for any torch optimizer.
-        lr: learning rate; ≥ 0.
-        momentum: μ in [0, 1).
-        weight_decay: λ; ≥ 0.
-        unsampled_rows: ``"frozen"``: rows without a gradient do not decay.
+    Subclasses say in :meth:`make_state` what they keep for a parameter and in :meth:`update` what a step does to some
+    rows of it. Parameters and state may be float32, float64 or bfloat16; the arithmetic is in float32 (float64), and
+    what is stored in bfloat16 is rounded stochastically. Sparse gradients are coalesced, dense ones are accepted.
     """
 
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float = 0.1,
-        momentum: float = 0.9,
-        weight_decay: float = 5e-4,
-        unsampled_rows: str = "frozen",
-    ) -> None:
-        if not lr >= 0:
-            raise ConfigError(f"lr must be at least 0, got {lr}")
-        if not 0 <= momentum < 1:
-            raise ConfigError(f"momentum must lie in [0, 1), got {momentum}")
-        if not weight_decay >= 0:
-            raise ConfigError(f"weight_decay must be at least 0, got {weight_decay}")
-        if unsampled_rows != "frozen":
-            raise ConfigError(f'unsampled_rows must be "frozen", got {unsampled_rows!r}')
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+    def __init__(self, params: Iterable[Any], **defaults: Any) -> None:
+        if not defaults["lr"] >= 0:
+            raise ConfigError(f"lr must be at least 0, got {defaults['lr']}")
+        if not defaults["weight_decay"] >= 0:
+            raise ConfigError(f"weight_decay must be at least 0, got {defaults['weight_decay']}")
+        state_dtype = defaults.get("state_dtype")
+        if state_dtype not in (None, torch.float32, torch.float64, torch.bfloat16):
+            raise ConfigError(f"state_dtype must be torch.float32, torch.float64 or torch.bfloat16, got {state_dtype}")
+        super().__init__(params, defaults)
+
+    def make_state(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        """What is kept for ``parameter``: tensors with as many rows as it has."""
+        raise TypeError(f"{type(self).__name__} must define make_state()")
+
+    def update(self, weight: Tensor, gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
+        """One step on some rows, in place: ``weight [n, …]``, their ``gradient``, and the same rows of the state."""
+        raise TypeError(f"{type(self).__name__} must define update()")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -59,45 +58,90 @@ class RowSGD(Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._update(parameter, float(group["lr"]), group["momentum"], group["weight_decay"])
+                    self.step_parameter(parameter, group)
         return loss
 
-    def _update(self, parameter: Tensor, lr: float, momentum: float, decay: float) -> None:
+    def step_parameter(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        """One step of one parameter that has a gradient."""
+        assert parameter.grad is not None
+        state = self.state_of(parameter, group)
+        state["step"] += 1
+        stored = {"weight": parameter, **{name: value for name, value in state.items() if name != "step"}}
         gradient = parameter.grad
-        assert gradient is not None
-        velocity = None
-        if momentum:
-            state = self.state[parameter]
-            if "momentum_buffer" not in state:
-                state["momentum_buffer"] = torch.zeros_like(parameter)
-            velocity = state["momentum_buffer"]
         if parameter.dim() == 0:  # a single row
-            parameter, gradient = parameter.view(1), gradient.view(1)
-            velocity = velocity if velocity is None else velocity.view(1)
-        pieces = row_pieces(parameter, gradient)
-        buffers = [torch.empty_like(parameter[: pieces.rows_per_piece]) for _ in range(2)]
-        for rows, values in pieces:
-            gradient = values.to(parameter.dtype)
-            if isinstance(rows, slice):  # in place
-                _sgd(parameter[rows], velocity if velocity is None else velocity[rows], gradient, lr, momentum, decay)
-                continue
-            weight = torch.index_select(parameter, 0, rows, out=buffers[0][: len(rows)])
-            if velocity is None:
-                _sgd(weight, None, gradient, lr, momentum, decay)
+            stored, gradient = {name: value.view(1) for name, value in stored.items()}, gradient.view(1)
+        work = WorkingRows(stored, stream_key(_ROUNDING, int(state["step"])))
+        for rows, values in row_pieces(stored["weight"], gradient):
+            copies = work.read(rows)
+            weight = copies["weight"]
+            others = {name: value for name, value in copies.items() if name != "weight"}
+            self.update(weight, values.to(weight.dtype), others, group)
+            work.write(rows, copies)
+
+    def state_of(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        """The parameter's state, made at its first step."""
+        state = self.state[parameter]
+        if "step" not in state:
+            state["step"] = torch.zeros((), dtype=torch.int64)
+            state.update(self.make_state(parameter, group))
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As any optimizer's, but state keeps the dtype in which it was saved, whatever the parameter's."""
+        super().load_state_dict(state_dict)
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        names = [name for group in state_dict["param_groups"] for name in group["params"]]
+        for name, parameter in zip(names, parameters, strict=True):
+            for key, value in state_dict["state"].get(name, {}).items():
+                if isinstance(value, Tensor):
+                    self.state[parameter][key] = value.to("cpu" if key == "step" else parameter.device, copy=True)
+
+
+def zero_rows(parameter: Tensor, group: dict[str, Any]) -> Tensor:
+    """Zeros of the parameter's shape, in the group's ``state_dtype`` or the parameter's own."""
+    return torch.zeros_like(parameter, dtype=group["state_dtype"] or parameter.dtype)
+
+
+class WorkingRows:
+    """Reads and writes rows of tensors that are stored in several dtypes, for arithmetic in float32 or float64.
+
+    Args:
+        stored: tensors of the same number of rows.
+        key: of the random numbers for stochastic rounding.
+    """
+
+    def __init__(self, stored: dict[str, Tensor], key: int) -> None:
+        self._stored, self._key = stored, key
+        self._buffers: dict[str, Tensor] = {}
+
+    def read(self, rows: Rows) -> dict[str, Tensor]:
+        """The rows, to be changed in place; views where ``rows`` is a slice and the dtype needs no conversion."""
+        found = {}
+        for name, tensor in self._stored.items():
+            if isinstance(rows, slice):
+                part = tensor[rows]
             else:
-                speed = torch.index_select(velocity, 0, rows, out=buffers[1][: len(rows)])
-                _sgd(weight, speed, gradient, lr, momentum, decay)
-                velocity.index_copy_(0, rows, speed)
-            parameter.index_copy_(0, rows, weight)
+                buffer = self._buffers.get(name)
+                if buffer is None or len(buffer) < len(rows):
+                    buffer = self._buffers[name] = tensor.new_empty(len(rows), *tensor.shape[1:])
+                part = torch.index_select(tensor, 0, rows, out=buffer[: len(rows)])
+            found[name] = part.float() if tensor.dtype is torch.bfloat16 else part
+        return found
 
-
-def _sgd(weight: Tensor, velocity: Tensor | None, gradient: Tensor, lr: float, momentum: float, decay: float) -> None:
-    """One step on some rows, in place."""
-    if velocity is None:
-        weight.mul_(1.0 - lr * decay).add_(gradient, alpha=-lr)
-    else:
-        velocity.mul_(momentum).add_(gradient).add_(weight, alpha=decay)
-        weight.add_(velocity, alpha=-lr)
+    def write(self, rows: Rows, copies: dict[str, Tensor]) -> None:
+        """Store what :meth:`read` gave for the same ``rows``."""
+        for number, (name, tensor) in enumerate(self._stored.items()):
+            values = copies[name]
+            if tensor.dtype is torch.bfloat16:
+                start, stop = (rows.start, rows.stop) if isinstance(rows, slice) else (0, 0)
+                ids = torch.arange(start, stop, device=tensor.device) if isinstance(rows, slice) else rows
+                values = round_stochastically(values, stream_key(self._key, number), ids)
+            elif isinstance(rows, slice):
+                continue  # changed in place
+            if isinstance(rows, slice):
+                tensor[rows] = values
+            else:
+                tensor.index_copy_(0, rows, values)
 
 
 @dataclass
@@ -112,7 +156,7 @@ class RowPieces:
     values: Tensor  # [A, …]
     rows_per_piece: int
 
-    def __iter__(self) -> Iterator[tuple[slice | Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Rows, Tensor]]:
         for start in range(0, len(self.values), self.rows_per_piece):
             piece = slice(start, min(start + self.rows_per_piece, len(self.values)))
             yield piece if self.rows is None else self.rows[piece], self.values[piece]
@@ -120,15 +164,19 @@ class RowPieces:
 
 def row_pieces(parameter: Tensor, gradient: Tensor) -> RowPieces:
     """The ``gradient`` of ``parameter``, sparse or dense, a piece of rows at a time."""
-    rows, values = _coalesced(gradient) if gradient.is_sparse else (None, gradient)
+    rows, values = coalesced(gradient) if gradient.is_sparse else (None, gradient)
     if rows is not None and len(rows) == len(parameter):
         rows = None
+    return RowPieces(rows, values, rows_per_piece(parameter))
+
+
+def rows_per_piece(parameter: Tensor) -> int:
+    """How many rows of ``parameter`` to work on at once."""
     elements = math.prod(parameter.shape[1:])
-    on_cpu = parameter.device.type == "cpu"
-    return RowPieces(rows, values, max(1, (_CPU_PIECE if on_cpu else _GPU_PIECE) // max(1, elements)))
+    return max(1, (_CPU_PIECE if parameter.device.type == "cpu" else _GPU_PIECE) // max(1, elements))
 
 
-def _coalesced(gradient: Tensor) -> tuple[Tensor, Tensor]:
+def coalesced(gradient: Tensor) -> tuple[Tensor, Tensor]:
     """Sorted unique rows [A] and their values [A, …] of a sparse gradient."""
     rows = gradient._indices()[0]
     # Autograd drops the mark that the rows are sorted and unique; looking costs far less than sorting values.
