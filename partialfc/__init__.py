@@ -16,7 +16,17 @@ from partialfc.errors import (
     PartialFCError,
     RankLost,
 )
-from partialfc.head import CenterLoss, ClassPartition, HeadOutput, PartialFC, RowAdagrad, RowAdamW, RowSGD
+from partialfc.head import (
+    CenterLoss,
+    ClassPartition,
+    HeadOutput,
+    LinearRate,
+    PartialFC,
+    RowAdagrad,
+    RowAdamW,
+    RowSGD,
+    StepRate,
+)
 
 __version__ = "0.1.0"
 
@@ -28,6 +38,7 @@ __all__ = [
     "DataError",
     "HeadOutput",
     "LabelOutOfRange",
+    "LinearRate",
     "MissingDependency",
     "NonFiniteEmbeddings",
     "PartialFC",
@@ -36,5 +47,6 @@ __all__ = [
     "RowAdagrad",
     "RowAdamW",
     "RowSGD",
+    "StepRate",
     "losses",
 ]

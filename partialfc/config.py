@@ -12,12 +12,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from partialfc import losses, models
 from partialfc.errors import ConfigError
-from partialfc.head import CenterLoss, PartialFC
+from partialfc.head import CenterLoss, LinearRate, PartialFC, RowAdagrad, RowAdamW, RowSGD, StepRate
+from partialfc.head.rate_schedule import SampleRate
+from partialfc.head.row_optim import RowOptimizer
 
 
 class Section(BaseModel):
@@ -58,17 +61,29 @@ class CenterLossConfig(Section):
     alpha: float = Field(0.5, ge=0, le=1, description="learning rate of the centers")
 
 
+class SampleRateConfig(Section):
+    schedule: Literal["steps", "linear"] = Field("linear", description="each rate at once, or linear between two")
+    rates: list[float] = Field([0.1, 1.0], min_length=2, description="sample rates, each in (0, 1]")
+    epochs: list[float] = Field(
+        [0.0, 10.0], min_length=2, description="epochs at which they are reached; the first is 0"
+    )
+
+
 class HeadConfig(Section):
     loss: LossConfig = Field(LossConfig(), description="loss and its parameters")
     sample_rate: float = Field(1.0, gt=0, le=1, description="share of the classes drawn as negatives in a step")
+    sample_rate_schedule: SampleRateConfig | None = Field(None, description="a sample rate that changes, instead")
     filter_threshold: float | None = Field(None, ge=-1, le=1, description="negatives with a cosine above are left out")
     correct_sampling: bool = Field(False, description="weight drawn classes by 1/sample_rate in the denominator")
     center_loss: CenterLossConfig | None = Field(None, description="center loss beside the softmax loss")
+    weight_dtype: Literal["float32", "bfloat16"] = Field("float32", description="bfloat16 is rounded stochastically")
     memory_budget_mb: float = Field(256.0, gt=0, description="MiB for logits within a step")
 
 
 class OptimConfig(Section):
-    name: Literal["sgd"] = Field("sgd", description="SGD with momentum for the backbone, RowSGD for the head")
+    name: Literal["sgd", "adamw"] = Field("sgd", description="SGD with momentum, or AdamW")
+    head: Literal["same", "sgd", "adamw", "adagrad"] = Field("same", description="the head's; adagrad: row-wise")
+    head_state_dtype: Literal["float32", "bfloat16"] = Field("float32", description="momentum or moments of the head")
     lr: float = Field(0.1, ge=0, description="peak learning rate")
     momentum: float = Field(0.9, ge=0, lt=1, description="of both optimizers")
     weight_decay: float = Field(5e-4, ge=0, description="of both optimizers")
@@ -78,7 +93,15 @@ class OptimConfig(Section):
     warmup: float = Field(1.0, ge=0, description="epochs over which the learning rate rises linearly from zero")
     clip: float | None = Field(5.0, gt=0, description="largest norm of the backbone's gradient; null: no clipping")
     head_lr_factor: float = Field(1.0, gt=0, description="the head's learning rate over the backbone's")
-    unsampled_rows: Literal["frozen"] = Field("frozen", description="rows without a gradient stay as they are")
+    unsampled_rows: Literal["frozen", "decayed"] = Field(
+        "frozen", description="head rows without a gradient: as they are, or exactly as dense SGD would have them"
+    )
+    accumulation: int = Field(1, ge=1, description="micro-batches that a global batch is cut into")
+
+    @property
+    def head_optimizer(self) -> Literal["sgd", "adamw", "adagrad"]:
+        """The head's optimizer by name."""
+        return self.name if self.head == "same" else self.head
 
 
 class EvaluationConfig(Section):
@@ -129,6 +152,9 @@ def parse_config(tree: dict[str, Any]) -> Config:
     if config.model.name not in models.BY_NAME:
         raise ConfigError(f"model.name: {_unknown(config.model.name, models.BY_NAME)}")
     build_loss(config.head.loss)
+    build_sample_rate(config.head, steps_per_epoch=1000)
+    if config.optim.unsampled_rows == "decayed" and config.optim.head_optimizer != "sgd":
+        raise ConfigError("optim.unsampled_rows: decayed needs the head's optimizer to be sgd (optim.head)")
     return config
 
 
@@ -183,18 +209,59 @@ def _like_default(where: str, value: Any, default: Any) -> Any:
     return int(number) if isinstance(default, int) and number.is_integer() else number
 
 
-def build_head(config: Config, num_classes: int, device: Any = None) -> PartialFC:
-    """The head that a config describes, on this rank."""
+def build_sample_rate(head: HeadConfig, steps_per_epoch: int) -> SampleRate:
+    """The sample rate that a config describes.
+
+    Raises:
+        ConfigError: rates or epochs are out of range, or do not fit each other.
+    """
+    rate = head.sample_rate_schedule
+    if rate is None:
+        return head.sample_rate
+    try:
+        starts = [round(epoch * steps_per_epoch) for epoch in rate.epochs]
+        if rate.schedule == "steps":
+            return StepRate(rate.rates, starts)
+        if len(rate.rates) != 2 or len(starts) != 2 or starts[0] != 0:
+            raise ConfigError(f"linear takes two rates and two epochs, the first 0, got {rate.rates} and {rate.epochs}")
+        return LinearRate(rate.rates[0], rate.rates[1], starts[1])
+    except ConfigError as error:
+        raise ConfigError(f"head.sample_rate_schedule: {error}") from error
+
+
+def build_head_optimizer(config: Config, head: PartialFC) -> RowOptimizer:
+    """The head's optimizer, at the peak learning rate. Each group has its factor on it as ``lr_factor``."""
+    optim = config.optim
+    rows = [parameter for parameter in (head.weight, head.bias) if parameter is not None]
+    groups: list[dict[str, Any]] = [{"params": rows, "lr_factor": optim.head_lr_factor}]
+    # A number that a loss learns (UCE's threshold) is no row: neither decay nor the rows' learning rate suits it.
+    of_loss = list(head.loss.parameters())
+    if of_loss:
+        groups.append({"params": of_loss, "lr_factor": 1.0, "weight_decay": 0.0})
+    state_dtype = torch.bfloat16 if optim.head_state_dtype == "bfloat16" else torch.float32
+    common: dict[str, Any] = {"lr": optim.lr, "weight_decay": optim.weight_decay}
+    if optim.head_optimizer == "adamw":
+        return RowAdamW(groups, **common, state_dtype=state_dtype)
+    if optim.head_optimizer == "adagrad":
+        return RowAdagrad(groups, **common)
+    return RowSGD(
+        groups, **common, momentum=optim.momentum, unsampled_rows=optim.unsampled_rows, state_dtype=state_dtype
+    )
+
+
+def build_head(config: Config, num_classes: int, steps_per_epoch: int = 1000, device: Any = None) -> PartialFC:
+    """The head that a config describes, on this rank; ``steps_per_epoch`` is the unit of a sample rate's schedule."""
     head = config.head
     return PartialFC(
         num_classes,
         config.model.embedding_dim,
         build_loss(head.loss),
-        sample_rate=head.sample_rate,
+        sample_rate=build_sample_rate(head, steps_per_epoch),
         seed=config.run.seed,
         center_loss=CenterLoss(head.center_loss.weight, head.center_loss.alpha) if head.center_loss else None,
         filter_threshold=head.filter_threshold,
         correct_sampling=head.correct_sampling,
+        weight_dtype=getattr(torch, head.weight_dtype),
         memory_budget_mb=head.memory_budget_mb,
         device=device,
     )

@@ -6,11 +6,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from pydantic import BaseModel
 
-from partialfc import losses
-from partialfc.config import Config, build_head, build_loss, load_config, parse_config, to_yaml
+from partialfc import RowAdagrad, RowAdamW, RowSGD, losses
+from partialfc.config import (
+    Config,
+    build_head,
+    build_head_optimizer,
+    build_loss,
+    build_sample_rate,
+    load_config,
+    parse_config,
+    to_yaml,
+)
 from partialfc.errors import ConfigError
 
 MINIMAL: dict[str, Any] = {"data": {"train": "some/folder"}}
@@ -38,7 +48,14 @@ def test_every_key_has_a_line_of_documentation_and_all_but_the_data_have_default
         ({"optim": {"warmpu": 1}}, "did you mean 'warmup'?"),
         ({"optim": {"lr": -1}}, "optim.lr: .*greater than or equal to 0, got -1"),
         ({"optim": {"lr": "fast"}}, "optim.lr: .*valid number.*got 'fast'"),
-        ({"optim": {"unsampled_rows": "decayed"}}, "optim.unsampled_rows: .*'frozen', got 'decayed'"),
+        ({"optim": {"unsampled_rows": "lazy"}}, "optim.unsampled_rows: .*'frozen' or 'decayed', got 'lazy'"),
+        ({"optim": {"unsampled_rows": "decayed", "head": "adamw"}}, "decayed needs the head's optimizer to be sgd"),
+        (
+            {"head": {"sample_rate_schedule": {"rates": [0.1, 2.0]}}},
+            r"must lie in \(0, 1\], got 2.0",
+        ),
+        ({"head": {"sample_rate_schedule": {"epochs": [1, 2]}}}, "linear takes two rates and two epochs, the first 0"),
+        ({"head": {"sample_rate_schedule": {"schedule": "steps", "epochs": [0, 0]}}}, "they begin at 0 and rise"),
         ({"head": {"sample_rate": 0}}, "head.sample_rate: .*greater than 0, got 0"),
         ({"head": {"center_loss": {"lambda": 1}}}, "head.center_loss.lambda: unknown name"),
         ({"head": {"loss": {"name": "arcfaec"}}}, "head.loss.name: .*did you mean 'arcface'?"),
@@ -150,3 +167,35 @@ def test_parameters_of_losses_keep_their_types(tmp_path: Path) -> None:
 def test_mistakes_in_losses_are_explained(tree: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         parse_config({**MINIMAL, "head": {"loss": tree}})
+
+
+def test_the_heads_optimizer_is_the_one_named() -> None:
+    def build(**optim: Any) -> Any:
+        config = parse_config({**MINIMAL, "optim": {"lr": 0.3, **optim}, "head": {"loss": {"name": "uce"}}})
+        return build_head_optimizer(config, build_head(config, 20))
+
+    assert type(build()) is RowSGD
+    decayed = build(unsampled_rows="decayed", head_state_dtype="bfloat16", momentum=0.8)
+    assert decayed.param_groups[0] | {"unsampled_rows": "decayed", "momentum": 0.8} == decayed.param_groups[0]
+    assert decayed.param_groups[0]["state_dtype"] is torch.bfloat16
+    assert type(build(name="adamw")) is RowAdamW
+    assert type(build(name="adamw", head="sgd")) is RowSGD
+    adagrad = build(head="adagrad", weight_decay=0.1, head_lr_factor=4)
+    assert type(adagrad) is RowAdagrad
+    rows, of_loss = adagrad.param_groups
+    assert (rows["weight_decay"], rows["lr_factor"]) == (0.1, 4.0)
+    assert (of_loss["weight_decay"], of_loss["lr_factor"]) == (0.0, 1.0), "a threshold is no row"
+
+
+def test_sample_rates_follow_their_schedule() -> None:
+    def build(**tree: Any) -> Any:
+        return build_sample_rate(parse_config({**MINIMAL, "head": tree}).head, steps_per_epoch=100)
+
+    assert build(sample_rate=0.3) == 0.3
+    linear = build(sample_rate_schedule={"rates": [0.2, 1.0], "epochs": [0, 2]})
+    assert [linear(step) for step in (0, 100, 200, 500)] == pytest.approx([0.2, 0.6, 1.0, 1.0])
+    steps = build(sample_rate_schedule={"schedule": "steps", "rates": [0.1, 0.5, 0.3], "epochs": [0, 1, 2.5]})
+    assert [steps(step) for step in (0, 99, 100, 249, 250, 9999)] == [0.1, 0.1, 0.5, 0.5, 0.3, 0.3]
+    assert (linear.largest, steps.largest) == (1.0, 0.5)
+    head = build_head(parse_config({**MINIMAL, "head": {"weight_dtype": "bfloat16"}}), 20)
+    assert head.weight.dtype is torch.bfloat16

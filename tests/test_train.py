@@ -113,6 +113,50 @@ def test_the_run_folder_is_complete(finished: dict[int, Path]) -> None:
         assert words in output
 
 
+def test_micro_batches_are_one_large_batch(task: Path) -> None:
+    found = {}
+    for parts in (1, 3):
+        folder = task.parent / f"parts{parts}"
+        changes = [f"run.dir={folder}", f"optim.accumulation={parts}", "head.sample_rate=1", "optim.epochs=1"]
+        done = run(task, 2, *changes, "evaluation.every=0")
+        assert done.returncode == 0, done.stdout + done.stderr
+        found[parts] = lines(folder, "train")
+        assert f"head memory: {32 * 4 * 3} bytes a class" in done.stdout, "weight, momentum, center"
+    assert len(found[1]) == 12
+    for one, three in zip(found[1], found[3], strict=True):
+        for key in ("loss", "softmax_loss", "center_loss", "target_cosine"):
+            assert three[key] == pytest.approx(one[key], rel=1e-4, abs=1e-5), (one["step"], key)
+        assert (three["samples"], three["step"]) == (one["samples"], one["step"])
+
+
+OPTIMIZERS = {
+    "decayed rows in bfloat16": [
+        "optim.unsampled_rows=decayed",
+        "head.weight_dtype=bfloat16",
+        "optim.head_state_dtype=bfloat16",
+    ],
+    "adamw": ["optim.name=adamw", "optim.lr=2e-3", "optim.head_lr_factor=1"],
+    "adagrad for the head, all classes at the end": [
+        "optim.head=adagrad",
+        "optim.head_lr_factor=1",
+        "head.sample_rate_schedule={schedule: steps, rates: [0.3, 1.0], epochs: [0, 2]}",
+    ],
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_other_optimizers_train_too(name: str, task: Path) -> None:
+    folder = task.parent / name.replace(" ", "-").replace(",", "")
+    done = run(task, 2, f"run.dir={folder}", *OPTIMIZERS[name], "evaluation.every=0")
+    assert done.returncode == 0, done.stdout + done.stderr
+    train = lines(folder, "train")
+    assert train[-1]["loss"] < 0.8 * train[0]["loss"]
+    if "all classes" in name:
+        assert [line["active_rows"] for line in train][24:] == [37] * 12
+        assert max(line["active_rows"] for line in train[:24]) < 37
+        assert "a step at sample rate 1 takes up to" in done.stdout, "the largest rate is what has to fit"
+
+
 STATES = {
     "uce": ({"name": "uce", "scale": 16}, {"loss.bias": (1,), "optimizer.loss.bias.momentum_buffer": (1,)}),
     "focal sub-center curricularface": (

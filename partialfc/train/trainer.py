@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -12,12 +14,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from partialfc import __version__, models
-from partialfc.config import Config, build_head
+from partialfc.config import Config, build_head, build_head_optimizer
 from partialfc.data.dataset import TarDataset
 from partialfc.data.loader import Batch, build_loader
 from partialfc.data.order import steps_per_epoch
 from partialfc.errors import PartialFCError
-from partialfc.head import HeadOutput, RowSGD
+from partialfc.head import HeadOutput
+from partialfc.head.rate_schedule import SampleRate, largest_rate
+from partialfc.plan import head_memory
 from partialfc.tracking.progress import console_progress, log, no_progress
 from partialfc.train.checkpoint import checkpoint_tensors, save_checkpoint
 from partialfc.train.evaluation import Evaluation
@@ -56,19 +60,17 @@ class Trainer:
         self.backbone: nn.Module = plain
         if rank.world_size > 1:
             self.backbone = DistributedDataParallel(plain, gradient_as_bucket_view=True)
-        self.head = build_head(config, self.dataset.num_classes, rank.device)
+        self.head = build_head(config, self.dataset.num_classes, self.steps_per_epoch, rank.device)
 
         optim = config.optim
-        self.optimizer = torch.optim.SGD(
-            plain.parameters(), lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay
-        )
-        # A number that a loss learns (UCE's threshold) is no row: neither decay nor the rows' learning rate suits it.
-        of_loss = list(self.head.loss.parameters())
-        rows = [parameter for parameter in (self.head.weight, self.head.bias) if parameter is not None]
-        groups: list[dict[str, Any]] = [{"params": rows, "lr_factor": optim.head_lr_factor}]
-        if of_loss:
-            groups.append({"params": of_loss, "lr_factor": 1.0, "weight_decay": 0.0})
-        self.head_optimizer = RowSGD(groups, lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay)
+        self.optimizer: torch.optim.Optimizer
+        if optim.name == "adamw":
+            self.optimizer = torch.optim.AdamW(plain.parameters(), lr=optim.lr, weight_decay=optim.weight_decay)
+        else:
+            self.optimizer = torch.optim.SGD(
+                plain.parameters(), lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay
+            )
+        self.head_optimizer = build_head_optimizer(config, self.head)
         self.clock = PhaseClock(rank.device, entered=lambda phase: rank.enter(self.step, phase))
         self.step = 0
         self.samples = 0
@@ -157,13 +159,20 @@ class Trainer:
         _set_lr(self.head_optimizer, self.config.optim.lr * factor)
         images = batch.images.to(self.rank.device, non_blocking=True)
         labels = batch.labels.to(self.rank.device, non_blocking=True)
-
-        embeddings = self.backbone(images)
-        self.clock.mark("forward")
-        out = self.head(embeddings, labels)
-        self.clock.mark("head")
-        # embeddings.grad is world_size times this rank's part; averaging over ranks makes the exact gradient of it.
-        out.loss.backward()
+        outputs = []
+        parts = self.config.optim.accumulation
+        for part, (some_images, some_labels) in enumerate(_micro_batches(images, labels, parts)):
+            with self._gradients_stay_local(part < parts - 1):
+                embeddings = self.backbone(some_images)
+                self.clock.mark("forward")
+                out = self.head(embeddings, some_labels)
+                self.clock.mark("head")
+                # Each micro-batch counts by its samples: together they are one large batch.
+                share = out.num_samples / self._samples_of(batch.step)
+                # embeddings.grad is world_size times this rank's part; averaging over ranks makes the exact gradient.
+                (out.loss * share).backward()
+                self.clock.mark("backward")
+            outputs.append((out, share))
         grad_norm = self._clip()
         self.clock.mark("backward")
         self.optimizer.step()
@@ -171,7 +180,18 @@ class Trainer:
         self.optimizer.zero_grad()
         self.head_optimizer.zero_grad()
         self.clock.mark("update")
-        return out, grad_norm
+        return _together(outputs), grad_norm
+
+    def _gradients_stay_local(self, local: bool) -> AbstractContextManager[None]:
+        """Within it backward does not average the backbone's gradients over ranks, if ``local``."""
+        if local and isinstance(self.backbone, DistributedDataParallel):
+            return self.backbone.no_sync()
+        return nullcontext()
+
+    def _samples_of(self, step: int) -> int:
+        """Samples of a step's global batch; an epoch's last one may be short."""
+        size = self.config.data.global_batch_size
+        return min(size, self.dataset.num_samples - step % self.steps_per_epoch * size)
 
     def _clip(self) -> Tensor:
         """Clip the backbone's gradient; the norm is the one before."""
@@ -240,8 +260,32 @@ class Trainer:
         where = f"{self.rank.world_size} ranks on {self.rank.device.type}"
         log(
             f"{self.total_steps:,} steps of {self.config.data.global_batch_size} images over {where}, "
-            f"{len(self.head.weight):,} classes on rank 0, sample rate {self.config.head.sample_rate:g}; "
+            f"{len(self.head.weight):,} classes on rank 0, sample rate {_describe_rate(self.head.sample_rate)}; "
             f"run folder {self.config.run.dir}"
+        )
+        log(self._describe_memory())
+
+    def _describe_memory(self) -> str:
+        """What the head takes on this rank."""
+        config, head = self.config, self.head
+        rate = largest_rate(head.sample_rate)
+        memory = head_memory(
+            head.embedding_dim,
+            config.optim.head_optimizer,
+            unsampled_rows=config.optim.unsampled_rows,
+            momentum=config.optim.momentum > 0,
+            weight_dtype=config.head.weight_dtype,
+            state_dtype=config.optim.head_state_dtype,
+            sub_centers=head.loss.sub_centers or 1,
+            class_bias=head.loss.class_bias,
+            center_loss=head.center_loss is not None,
+            sampled=rate < 1,
+        )
+        classes = len(head.weight)
+        step = memory.total(classes, rate, head.memory_budget_mb) - classes * memory.per_class
+        return (
+            f"head memory: {memory.per_class:,} bytes a class, {_size(classes * memory.per_class)} on rank 0; "
+            f"a step at sample rate {rate:g} takes up to {_size(step)} more"
         )
 
 
@@ -274,9 +318,47 @@ class Means:
         }
 
 
+def _micro_batches(images: Tensor, labels: Tensor, parts: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """``parts`` slices of a batch, of which the last may be smaller or empty."""
+    size = -(-len(labels) // parts)
+    for part in range(parts):
+        some = slice(part * size, (part + 1) * size)
+        yield images[some], labels[some]
+
+
+def _together(outputs: list[tuple[HeadOutput, Tensor]]) -> HeadOutput:
+    """What the head would have said of all micro-batches as one, each with its share of the samples."""
+    if len(outputs) == 1:
+        return outputs[0][0]
+
+    def mean(name: str) -> Tensor:
+        return torch.stack([getattr(out, name).detach() * share for out, share in outputs]).sum(0)
+
+    return HeadOutput(
+        mean("loss"),
+        mean("softmax_loss"),
+        mean("center_loss"),
+        mean("target_cosine"),
+        torch.stack([out.num_samples for out, _ in outputs]).sum(0),
+        max(out.active_rows for out, _ in outputs),
+    )
+
+
 def _set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_factor", 1.0)
+
+
+def _describe_rate(sample_rate: SampleRate) -> str:
+    return repr(sample_rate) if callable(sample_rate) else f"{sample_rate:g}"
+
+
+def _size(num_bytes: float) -> str:
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if num_bytes < 1024 or unit == "GiB":
+            break
+        num_bytes /= 1024
+    return f"{num_bytes:,.1f} {unit}"
 
 
 def _rate(line: dict[str, Any]) -> str:

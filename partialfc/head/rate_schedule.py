@@ -1,0 +1,78 @@
+"""Sample rates that change with the step."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+from partialfc.errors import ConfigError
+
+SampleRate = float | Callable[[int], float]
+
+
+class StepRate:
+    """``rates[i]`` from step ``starts[i]`` on; ``rates[0]`` before ``starts[1]``.
+
+    Args:
+        rates: each in (0, 1].
+        starts: the steps at which each takes effect; starts at 0 and rises.
+
+    ``StepRate([0.1, 0.3, 1.0], [0, 10_000, 18_000])`` ends with all classes, as LVFace (ICCV 2025) does.
+    """
+
+    def __init__(self, rates: Sequence[float], starts: Sequence[int]) -> None:
+        check_rates(rates)
+        rising = all(a < b for a, b in pairwise(starts))
+        if len(rates) != len(starts) or not starts or starts[0] != 0 or not rising:
+            raise ConfigError(
+                f"each of the rates {list(rates)} needs a start; they begin at 0 and rise, got {list(starts)}"
+            )
+        self.rates, self.starts = tuple(rates), tuple(starts)
+
+    def __call__(self, step: int) -> float:
+        return self.rates[bisect_right(self.starts, step) - 1]
+
+    @property
+    def largest(self) -> float:
+        """The largest rate of all steps."""
+        return max(self.rates)
+
+    def __repr__(self) -> str:
+        return f"StepRate({list(self.rates)}, {list(self.starts)})"
+
+
+class LinearRate:
+    """From ``start`` at step 0 to ``end`` at step ``steps``, and constant from then on."""
+
+    def __init__(self, start: float, end: float, steps: int) -> None:
+        check_rates([start, end])
+        if steps < 1:
+            raise ConfigError(f"steps must be at least 1, got {steps}")
+        self.start, self.end, self.steps = start, end, steps
+
+    def __call__(self, step: int) -> float:
+        done = min(1.0, step / self.steps)
+        return self.start + (self.end - self.start) * done
+
+    @property
+    def largest(self) -> float:
+        """The largest rate of all steps."""
+        return max(self.start, self.end)
+
+    def __repr__(self) -> str:
+        return f"LinearRate({self.start:g}, {self.end:g}, {self.steps})"
+
+
+def check_rates(rates: Sequence[float]) -> None:
+    """Raise ConfigError unless all ``rates`` lie in (0, 1]."""
+    for rate in rates:
+        if not 0.0 < rate <= 1.0:
+            raise ConfigError(f"sample_rate must lie in (0, 1], got {rate}")
+
+
+def largest_rate(sample_rate: SampleRate) -> float:
+    """The largest rate that ``sample_rate`` can give, as far as it tells; 1 for any other function of the step."""
+    if not callable(sample_rate):
+        return float(sample_rate)
+    return float(getattr(sample_rate, "largest", 1.0))

@@ -1,0 +1,69 @@
+"""What a head needs in memory, by arithmetic."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+HeadOptimizer = Literal["sgd", "adamw", "adagrad"]
+BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}
+
+
+@dataclass(frozen=True)
+class HeadMemory:
+    """Bytes that a class costs for as long as the run lasts, by part, and while it takes part in a step."""
+
+    weight: int
+    optimizer: int
+    counter: int
+    centers: int
+    active: int
+
+    @property
+    def per_class(self) -> int:
+        """Bytes a class, whether it takes part or not."""
+        return self.weight + self.optimizer + self.counter + self.centers
+
+    def total(self, num_classes: int, sample_rate: float, budget_mb: float = 256.0) -> float:
+        """Bytes of a shard of ``num_classes`` at the peak of a step."""
+        return num_classes * (self.per_class + sample_rate * self.active) + budget_mb * 2**20
+
+    def largest_num_classes(self, num_bytes: float, sample_rate: float, budget_mb: float = 256.0) -> int:
+        """How many classes ``num_bytes`` hold."""
+        return max(0, int((num_bytes - budget_mb * 2**20) // (self.per_class + sample_rate * self.active)))
+
+
+def head_memory(
+    embedding_dim: int,
+    optimizer: HeadOptimizer = "sgd",
+    *,
+    unsampled_rows: Literal["frozen", "decayed"] = "frozen",
+    momentum: bool = True,
+    weight_dtype: str = "float32",
+    state_dtype: str | None = None,
+    sub_centers: int = 1,
+    class_bias: bool = False,
+    center_loss: bool = False,
+    sampled: bool = True,
+) -> HeadMemory:
+    """The bytes of a head's class.
+
+    Args:
+        embedding_dim: D.
+        state_dtype: of momentum or moments; default: ``weight_dtype``.
+        sub_centers: K.
+        sampled: whether the sample rate is below 1: a step then gathers the rows that take part.
+    """
+    numbers = embedding_dim * sub_centers
+    width = BYTES[state_dtype or weight_dtype]
+    vectors = {"sgd": int(momentum), "adamw": 2, "adagrad": 0}[optimizer]
+    counter = 4 if optimizer in ("adamw", "adagrad") or unsampled_rows == "decayed" else 0
+    weight = numbers * BYTES[weight_dtype]
+    state = numbers * vectors * width
+    if class_bias:
+        weight += 4
+        state += (BYTES[state_dtype] if state_dtype else 4) * vectors
+        counter *= 2
+    # The rows' gradient in float32, their indices, and where rows are gathered the indices of the sample.
+    active = numbers * 4 + 8 + (8 if sampled else 0)
+    return HeadMemory(weight, state, counter, embedding_dim * 4 if center_loss else 0, active)
