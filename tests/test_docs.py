@@ -122,3 +122,8 @@ def test_every_loss_is_on_the_page_that_says_which_one_when() -> None:
         parse_config({"data": {"train": "x"}, **yaml.safe_load(example)})
     for example in _examples("losses.md"):
         exec(example, {"num_classes": 10, "embedding_dim": 4})
+
+
+def test_the_row_optimizers_page_shows_what_works() -> None:
+    for example in _examples("row-optimizers.md"):
+        exec(example, {"num_classes": 10, "embedding_dim": 4})
