@@ -40,7 +40,8 @@ def checkpoint_tensors(
     for name, parameter in head.named_parameters():
         for key, value in head_optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor):
-                tensors[f"head.optimizer.{name}.{key}"] = _sharded(head, value) if name in per_class else value
+                rows = name in per_class and value.dim() > 0  # the optimizer's own step count is no row
+                tensors[f"head.optimizer.{name}.{key}"] = _sharded(head, value) if rows else value
     return tensors
 
 
