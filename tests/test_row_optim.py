@@ -290,6 +290,32 @@ def test_copies_and_loaded_heads_owe_nothing() -> None:
     assert again.param_groups[0]["unsampled_rows"] == "decayed"
 
 
+def test_another_optimizer_takes_over_where_the_first_one_stands() -> None:
+    weight = torch.nn.Parameter(torch.linspace(-1, 1, 12, dtype=torch.float64).view(6, 2))
+    reference = torch.nn.Parameter(weight.detach().clone())
+    kinds: list[tuple[Any, Any]] = [
+        (
+            lambda p: RowSGD([p], 0.1, unsampled_rows="decayed"),
+            lambda p: torch.optim.SGD([p], 0.1, 0.9, weight_decay=5e-4),
+        ),
+        (
+            lambda p: RowSGD([p], 0.3, unsampled_rows="decayed"),
+            lambda p: torch.optim.SGD([p], 0.3, 0.9, weight_decay=5e-4),
+        ),
+    ]
+    for make, make_reference in kinds:
+        ours, theirs = make(weight), make_reference(reference)
+        for step in range(5):
+            rows = torch.tensor([step, (step + 2) % 6]).sort().values
+            weight.grad = sparse(weight, rows, torch.ones(2, 2, dtype=torch.float64))
+            reference.grad = weight.grad.to_dense()
+            ours.step()
+            theirs.step()
+    RowAdagrad([weight], lr=0.0).step()
+    torch.testing.assert_close(weight, reference, rtol=1e-10, atol=1e-12)
+    assert not hasattr(weight, "catch_up")
+
+
 def test_a_skipped_step_decays_nothing() -> None:
     head = _head(sample_rate=0.2)
     optimizer = RowSGD(head.parameters(), lr=0.5, weight_decay=0.1, unsampled_rows="decayed")

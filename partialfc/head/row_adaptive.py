@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from partialfc.errors import ConfigError
-from partialfc.head.row_optim import RowOptimizer, zero_rows
+from partialfc.head.row_optim import RowOptimizer
 
 
 class RowAdamW(RowOptimizer):
@@ -45,13 +45,13 @@ class RowAdamW(RowOptimizer):
             raise ConfigError(f"eps must be positive, got {eps}")
         super().__init__(params, lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, state_dtype=state_dtype)
 
-    def make_state(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        counts = torch.zeros(len(parameter) if parameter.dim() else (), dtype=torch.int32, device=parameter.device)
-        return {
-            "exp_avg": zero_rows(parameter, group),
-            "exp_avg_sq": zero_rows(parameter, group),
-            "row_steps": counts,
-        }
+    def state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return ("exp_avg", "exp_avg_sq", "row_steps")
+
+    def make_state(self, name: str, parameter: Tensor, group: dict[str, Any]) -> Tensor:
+        if name == "row_steps":
+            return torch.zeros(parameter.shape[:1], dtype=torch.int32, device=parameter.device)
+        return super().make_state(name, parameter, group)
 
     def update(self, weight: Tensor, gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
         (beta1, beta2), lr = group["betas"], float(group["lr"])
@@ -86,10 +86,12 @@ class RowAdagrad(RowOptimizer):
             raise ConfigError(f"eps must be positive, got {eps}")
         super().__init__(params, lr=lr, eps=eps, weight_decay=weight_decay)
 
-    def make_state(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+    def state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return ("sum",)
+
+    def make_state(self, name: str, parameter: Tensor, group: dict[str, Any]) -> Tensor:
         dtype = torch.promote_types(parameter.dtype, torch.float32)
-        rows = len(parameter) if parameter.dim() else ()
-        return {"sum": torch.zeros(rows, dtype=dtype, device=parameter.device)}
+        return torch.zeros(parameter.shape[:1], dtype=dtype, device=parameter.device)
 
     def update(self, weight: Tensor, gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
         if group["weight_decay"]:

@@ -25,7 +25,7 @@ Rows = slice | Tensor
 class RowOptimizer(Optimizer):
     """Base of optimizers whose step works on the rows that have a gradient, a piece of them at a time.
 
-    Subclasses say in :meth:`make_state` what they keep for a parameter and in :meth:`update` what a step does to some
+    Subclasses say in :meth:`state_names` what they keep for a parameter and in :meth:`update` what a step does to some
     rows of it. Parameters and state may be float32, float64 or bfloat16; the arithmetic is in float32 (float64), and
     what is stored in bfloat16 is rounded stochastically. Sparse gradients are coalesced, dense ones are accepted.
     """
@@ -40,9 +40,13 @@ class RowOptimizer(Optimizer):
             raise ConfigError(f"state_dtype must be torch.float32, torch.float64 or torch.bfloat16, got {state_dtype}")
         super().__init__(params, defaults)
 
-    def make_state(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        """What is kept for ``parameter``: tensors with as many rows as it has."""
-        raise TypeError(f"{type(self).__name__} must define make_state()")
+    def state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """What is kept for each parameter of ``group``."""
+        raise TypeError(f"{type(self).__name__} must define state_names()")
+
+    def make_state(self, name: str, parameter: Tensor, group: dict[str, Any]) -> Tensor:
+        """One of them at the start, with as many rows as ``parameter``; zeros of its shape in ``state_dtype``."""
+        return torch.zeros_like(parameter, dtype=group["state_dtype"] or parameter.dtype)
 
     def update(self, weight: Tensor, gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
         """One step on some rows, in place: ``weight [n, …]``, their ``gradient``, and the same rows of the state."""
@@ -58,6 +62,10 @@ class RowOptimizer(Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
+                    owed = getattr(parameter, "catch_up", None)
+                    if owed is not None and getattr(owed, "optimizer", self) is not self:
+                        owed(None)  # what an earlier optimizer still owed the rows
+                        del parameter.catch_up
                     self.step_parameter(parameter, group)
         return loss
 
@@ -79,11 +87,13 @@ class RowOptimizer(Optimizer):
             work.write(rows, copies)
 
     def state_of(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        """The parameter's state, made at its first step."""
+        """The parameter's state; what is missing of it is made."""
         state = self.state[parameter]
         if "step" not in state:
             state["step"] = torch.zeros((), dtype=torch.int64)
-            state.update(self.make_state(parameter, group))
+        for name in self.state_names(group):
+            if name not in state:
+                state[name] = self.make_state(name, parameter, group)
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -95,11 +105,6 @@ class RowOptimizer(Optimizer):
             for key, value in state_dict["state"].get(name, {}).items():
                 if isinstance(value, Tensor):
                     self.state[parameter][key] = value.to("cpu" if key == "step" else parameter.device, copy=True)
-
-
-def zero_rows(parameter: Tensor, group: dict[str, Any]) -> Tensor:
-    """Zeros of the parameter's shape, in the group's ``state_dtype`` or the parameter's own."""
-    return torch.zeros_like(parameter, dtype=group["state_dtype"] or parameter.dtype)
 
 
 class WorkingRows:

@@ -11,7 +11,7 @@ from torch import Tensor
 from partialfc.errors import ConfigError
 from partialfc.head.hashing import stream_key
 from partialfc.head.pending_decay import PendingDecay
-from partialfc.head.row_optim import RowOptimizer, WorkingRows, coalesced, rows_per_piece, zero_rows
+from partialfc.head.row_optim import RowOptimizer, WorkingRows, coalesced, rows_per_piece
 
 _CATCHING_UP = 5  # the purpose that tells this stream of random numbers from the others
 
@@ -70,14 +70,8 @@ class RowSGD(RowOptimizer):
             state_dtype=state_dtype,
         )
 
-    def make_state(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        return {"momentum_buffer": zero_rows(parameter, group)} if group["momentum"] else {}
-
-    def state_of(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        state = super().state_of(parameter, group)
-        if group["momentum"] and "momentum_buffer" not in state:  # it was 0 before
-            state["momentum_buffer"] = zero_rows(parameter, group)
-        return state
+    def state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return ("momentum_buffer",) if group["momentum"] else ()
 
     def update(self, weight: Tensor, gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
         lr, momentum, decay = float(group["lr"]), group["momentum"], group["weight_decay"]
@@ -120,7 +114,9 @@ class RowSGD(RowOptimizer):
         if pending is None or pending.is_empty():
             return
         everything = rows is None
-        behind = pending.behind(torch.arange(len(parameter), device=parameter.device) if rows is None else rows)
+        behind = torch.arange(len(parameter), device=parameter.device) if rows is None else rows
+        if parameter.device.type == "cpu":  # elsewhere to look would be to wait for the device
+            behind = pending.behind(behind)
         # `.data`: a backward that is still to come may hold the parameter, but not these rows of it.
         stored = {"weight": parameter.data}
         if "momentum_buffer" in self.state[parameter]:
@@ -162,10 +158,10 @@ class CatchUp:
     """What a parameter carries as ``parameter.catch_up``. Copied or pickled, there is nothing left to catch up with."""
 
     def __init__(self, optimizer: RowSGD, parameter: Tensor) -> None:
-        self._optimizer, self._parameter = optimizer, parameter
+        self.optimizer, self._parameter = optimizer, parameter
 
     def __call__(self, rows: Tensor | None) -> None:
-        self._optimizer.catch_up(self._parameter, rows)
+        self.optimizer.catch_up(self._parameter, rows)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _nothing_to_catch_up_with, ()
