@@ -26,6 +26,7 @@ app.add_typer(data, name="data")
 def train_command(
     config: Annotated[Path, typer.Argument(help="YAML file, e.g. configs/quickstart.yaml")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, e.g. optim.lr=0.2")] = None,
+    force: Annotated[bool, typer.Option("--force", help="go on with a run although its config has changed")] = False,
 ) -> None:
     """Train. Under torchrun the classifier is sharded over all ranks:
 
@@ -34,7 +35,7 @@ def train_command(
     from partialfc.config import load_config
     from partialfc.train.main import train
 
-    train(load_config(config, overrides or []))
+    train(load_config(config, overrides or []), force)
 
 
 @data.command("glyphs")

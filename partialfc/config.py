@@ -110,6 +110,13 @@ class EvaluationConfig(Section):
     batch_size: int = Field(256, ge=1, description="images a rank embeds at once")
 
 
+class CheckpointConfig(Section):
+    every: int = Field(1000, ge=0, description="steps between checkpoints; 0: only at the end")
+    keep_last: int = Field(2, ge=1, description="how many of the newest to keep")
+    keep_every: int = Field(0, ge=0, description="steps whose multiples are kept besides; 0: none")
+    resume: Literal["auto", "never"] = Field("auto", description="auto: go on from the run folder's newest whole one")
+
+
 class TrackingConfig(Section):
     log_every: int = Field(20, ge=1, description="steps between lines of metrics.jsonl")
 
@@ -121,6 +128,7 @@ class Config(Section):
     head: HeadConfig = Field(HeadConfig(), description="the sharded classifier")
     optim: OptimConfig = Field(OptimConfig(), description="how to optimise")
     evaluation: EvaluationConfig = Field(EvaluationConfig(), description="how to measure")
+    checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="what to keep of it, and how to go on")
     tracking: TrackingConfig = Field(TrackingConfig(), description="what to write down")
 
 

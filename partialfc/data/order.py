@@ -77,6 +77,12 @@ def steps_per_epoch(num_samples: int, global_batch_size: int) -> int:
     return -(-num_samples // global_batch_size)
 
 
+def samples_before(step: int, num_samples: int, global_batch_size: int) -> int:
+    """How many samples the first ``step`` global batches hold."""
+    epochs, rest = divmod(step, steps_per_epoch(num_samples, global_batch_size))
+    return epochs * num_samples + min(rest * global_batch_size, num_samples)
+
+
 def local_slice(global_batch_size: int, rank: int, world_size: int) -> tuple[int, int]:
     """The part ``[start, stop)`` of the global batch that ``rank`` holds: contiguous slices of ceil(B / W) samples.
 

@@ -140,7 +140,7 @@ class PartialFC(nn.Module):
             for zero in (self.bias, self.step, None if self.center_loss is None else self.center_loss.centers):
                 if zero is not None:
                     zero.zero_()
-            self._forget_step()
+            self.forget_step()
             ids = torch.arange(self.first_class, self.first_class + len(self.weight), device=self.weight.device)
             if self.loss.sub_centers is not None:
                 ids = ids[:, None] * self.loss.sub_centers + torch.arange(self.loss.sub_centers, device=ids.device)
@@ -360,7 +360,8 @@ class PartialFC(nn.Module):
             self._next_step = int(self.step)
         return self._next_step
 
-    def _forget_step(self) -> None:
+    def forget_step(self) -> None:
+        """Another state was loaded: read the step from its buffer, and drop what micro-batches have left behind."""
         self._next_step = None
         self._drop_pending()
 
@@ -442,4 +443,4 @@ def _before_loading(head: PartialFC, *_: Any) -> None:
 
 
 def _after_loading(head: PartialFC, incompatible_keys: Any) -> None:
-    head._forget_step()
+    head.forget_step()

@@ -12,8 +12,10 @@ from partialfc.train.summary import summarize
 from partialfc.train.trainer import Trainer
 
 
-def train(config: Config) -> None:
+def train(config: Config, force: bool = False) -> None:
     """Train what ``config`` describes, on the ranks that torchrun started, or alone.
+
+    A run folder that holds a checkpoint is gone on with; ``force`` allows changes of the config that change results.
 
     Raises:
         PartialFCError: the run failed; the message says why. ``RankLost`` names the rank that keeps the others waiting.
@@ -22,7 +24,7 @@ def train(config: Config) -> None:
         _say_finished(config, "this run has finished before; nothing to do")
         return
     with joined() as rank:
-        Trainer(config, rank).train()
+        Trainer(config, rank, force).train()
         if rank.is_first:
             _say_finished(config, "finished")
 

@@ -36,16 +36,17 @@ def read_state(folder: Path) -> dict[str, Any] | None:
 class RunFolder:
     """What the first rank writes of a run."""
 
-    def __init__(self, config: Config, total_steps: int) -> None:
+    def __init__(self, config: Config, total_steps: int, step: int) -> None:
         self.path = config.run.dir
         self.path.mkdir(parents=True, exist_ok=True)
         self.total_steps = total_steps
         previous = read_state(self.path)
         self.attempt = previous["attempt"] + 1 if previous and isinstance(previous.get("attempt"), int) else 1
         write_atomically(self.path / "config.yaml", to_yaml(config))
+        forget_after(self.path / "metrics.jsonl", step)
         self.metrics = MetricsFile(self.path / "metrics.jsonl")
-        self.metrics.write("event", event="started", attempt=self.attempt, step=0, total_steps=total_steps)
-        self.set_state("running", 0)
+        self.metrics.write("event", event="started", attempt=self.attempt, step=step, total_steps=total_steps)
+        self.set_state("running", step)
 
     def set_state(self, state: str, step: int, reason: str = "") -> None:
         """Write state.json: ``running``, ``finished`` or ``failed``."""
@@ -63,6 +64,25 @@ class RunFolder:
 
     def close(self) -> None:
         self.metrics.close()
+
+
+def forget_after(metrics: Path, step: int) -> None:
+    """Drop the lines on training and evaluation beyond ``step``: these steps are done again. Events stay."""
+    try:
+        lines = metrics.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return
+    kept = [line for line in lines if _is_kept(line, step)]
+    if kept != lines:
+        write_atomically(metrics, "".join(f"{line}\n" for line in kept))
+
+
+def _is_kept(line: str, step: int) -> bool:
+    try:
+        values = json.loads(line)
+    except ValueError:  # a line that a kill has cut off
+        return False
+    return values.get("kind") == "event" or values.get("step", 0) <= step
 
 
 def finished_before(config: Config) -> bool:

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,19 +18,23 @@ from partialfc import __version__, models
 from partialfc.config import Config, build_head, build_head_optimizer
 from partialfc.data.dataset import TarDataset
 from partialfc.data.loader import Batch, build_loader
-from partialfc.data.order import steps_per_epoch
-from partialfc.errors import PartialFCError
+from partialfc.data.order import samples_before, steps_per_epoch
+from partialfc.errors import ConfigError, PartialFCError
 from partialfc.head import HeadOutput
+from partialfc.head.hashing import stream_key
 from partialfc.head.rate_schedule import SampleRate, largest_rate
 from partialfc.plan import head_memory
 from partialfc.tracking.progress import console_progress, log, no_progress
-from partialfc.train.checkpoint import checkpoint_tensors, save_checkpoint
+from partialfc.train.checkpoint import TrainingState, newest_whole, save_checkpoint
+from partialfc.train.checkpoint_files import prune
+from partialfc.train.config_changes import Change, config_changes
 from partialfc.train.evaluation import Evaluation
 from partialfc.train.phase_clock import PhaseClock
 from partialfc.train.ranks import Rank
 from partialfc.train.run_folder import RunFolder
 from partialfc.train.schedule import lr_factor
 
+_DRAWS = 6  # the purpose that tells this stream of random numbers from the others
 _STATE_EVERY = 10.0  # seconds between updates of state.json, at least
 
 
@@ -44,8 +49,8 @@ class Trainer:
         ConfigError, DataError: before anything is written.
     """
 
-    def __init__(self, config: Config, rank: Rank) -> None:
-        self.config, self.rank = config, rank
+    def __init__(self, config: Config, rank: Rank, force: bool = False) -> None:
+        self.config, self.rank, self.force = config, rank, force
         self.dataset = TarDataset(config.data.train, console_progress if rank.is_first else no_progress)
         self.evaluation = Evaluation(config, self.dataset.num_classes)
         self.steps_per_epoch = steps_per_epoch(self.dataset.num_samples, config.data.global_batch_size)
@@ -72,12 +77,15 @@ class Trainer:
             )
         self.head_optimizer = build_head_optimizer(config, self.head)
         self.clock = PhaseClock(rank.device, entered=lambda phase: rank.enter(self.step, phase))
+        self.state = TrainingState(plain, self.head, self.optimizer, self.head_optimizer)
         self.step = 0
         self.samples = 0
+        self.saved_step = -1  # of the newest checkpoint
 
     def train(self) -> dict[str, Any]:
         """Run to the end; returns the last evaluation. Every rank calls it."""
-        folder = RunFolder(self.config, self.total_steps) if self.rank.is_first else None
+        self._resume()
+        folder = RunFolder(self.config, self.total_steps, self.step) if self.rank.is_first else None
         try:
             if folder:
                 self._describe()
@@ -106,22 +114,23 @@ class Trainer:
             rank=self.rank.rank,
             world_size=self.rank.world_size,
             workers=data.workers,
-            start_step=0,
+            start_step=self.step,
             total_steps=self.total_steps,
         )
         log_every, evaluate_every = self.config.tracking.log_every, self.config.evaluation.every
         means = Means()
         started = state_written = time.monotonic()
-        evaluating = 0.0
+        start_step, start_samples = self.step, self.samples
+        elsewhere = 0.0  # seconds of evaluations and checkpoints
         progress = console_progress if folder else no_progress
-        with progress("training", self.total_steps) as advance:
+        with progress("training", self.total_steps - start_step) as advance:
             self.clock.mark("start")
             for batch in loader:
                 self.clock.mark("data")
                 out, grad_norm = self.train_step(batch)
                 means.add(out, grad_norm)
                 self.step += 1
-                if self.step == 1:
+                if self.step == start_step + 1:
                     self.rank.set_timeout(self.config.run.timeout)
                 if self.step % log_every == 0 or self.step == self.total_steps:
                     line = self._metrics(means, out)
@@ -133,22 +142,30 @@ class Trainer:
                 if folder and time.monotonic() - state_written > _STATE_EVERY:
                     folder.set_state("running", self.step)
                     state_written = time.monotonic()
-                if evaluate_every and self.step % evaluate_every == 0 and self.step < self.total_steps:
-                    before = time.monotonic()
+                before = time.monotonic()
+                if self._is_due(self.config.checkpoint.every):
+                    with self.rank.patience():
+                        self._save(folder)
+                if self._is_due(evaluate_every):
                     with self.rank.patience():
                         self._evaluate(folder)
-                    evaluating += time.monotonic() - before
+                elsewhere += time.monotonic() - before
                 self.clock.mark("start")
-        seconds = time.monotonic() - started - evaluating
+        seconds = time.monotonic() - started - elsewhere
         with self.rank.patience():
-            self._save(folder)
+            if self.saved_step != self.step:
+                self._save(folder)
             results = self._evaluate(folder)
         if folder:
-            rate = self.samples / seconds
+            rate = (self.samples - start_samples) / seconds
             folder.metrics.write(
                 "event", event="finished", step=self.step, training_seconds=seconds, samples_per_s=rate
             )
         return results
+
+    def _is_due(self, every: int) -> bool:
+        """Whether what happens every so many steps happens now; at the end it happens anyway."""
+        return bool(every) and self.step % every == 0 and self.step < self.total_steps
 
     def train_step(self, batch: Batch) -> tuple[HeadOutput, Tensor]:
         """One step on this rank's share of the global batch; returns the head's output and the backbone's grad norm."""
@@ -157,6 +174,8 @@ class Trainer:
         )
         _set_lr(self.optimizer, self.config.optim.lr * factor)
         _set_lr(self.head_optimizer, self.config.optim.lr * factor)
+        # What a backbone draws (dropout) is a function of the step too: a run that goes on draws the same.
+        torch.manual_seed(stream_key(self.config.run.seed, _DRAWS, self.step, self.rank.rank) % 2**63)
         images = batch.images.to(self.rank.device, non_blocking=True)
         labels = batch.labels.to(self.rank.device, non_blocking=True)
         outputs = []
@@ -237,19 +256,53 @@ class Trainer:
 
     def _save(self, folder: RunFolder | None) -> None:
         self.rank.enter(self.step, "save")
-        tensors = checkpoint_tensors(self.plain_backbone, self.head, self.optimizer, self.head_optimizer)
         manifest = {
             "step": self.step,
             "samples": self.samples,
             "num_classes": self.dataset.num_classes,
             "data_digest": self.dataset.digest,
-            "seed": self.config.run.seed,
+            "world_size": self.rank.world_size,
+            "config": self.config.model_dump(mode="json"),
             "partialfc": __version__,
         }
-        path = self.config.run.dir / "checkpoints" / f"step-{self.step:08d}"
-        save_checkpoint(path, tensors, manifest)
+        checkpoints = self.config.run.dir / "checkpoints"
+        path = checkpoints / f"step-{self.step:08d}"
+        save_checkpoint(path, self.state.tensors(), manifest)
+        self.saved_step = self.step
         if folder:
             folder.metrics.write("event", event="checkpoint", step=self.step, path=str(path))
+            prune(checkpoints, self.config.checkpoint.keep_last, self.config.checkpoint.keep_every)
+
+    def _resume(self) -> None:
+        """Go on from the newest whole checkpoint of the run folder, if there is one. A collective."""
+        if self.config.checkpoint.resume == "never":
+            return
+        found = newest_whole(self.config.run.dir / "checkpoints")
+        if found is None:
+            return
+        path, manifest = found
+        self._check_unchanged(path, manifest)
+        self.state.load(path)
+        self.step = self.saved_step = manifest["step"]
+        self.samples = samples_before(self.step, self.dataset.num_samples, self.config.data.global_batch_size)
+        if self.rank.is_first:
+            log(f"going on from {path}, written on {manifest.get('world_size')} ranks")
+
+    def _check_unchanged(self, path: Path, manifest: dict[str, Any]) -> None:
+        """Say what is different from the run that wrote the checkpoint; refuse what cannot be, or not without force."""
+        changes = config_changes(manifest.get("config", {}), self.config.model_dump(mode="json"))
+        if manifest.get("data_digest") != self.dataset.digest:
+            change = Change("data.train", "another data set", str(self.config.data.train), "needs --force")
+            changes = [other for other in changes if other.key != "data.train"] + [change]
+        impossible = [str(change) for change in changes if change.verdict == "impossible"]
+        forced = [str(change) for change in changes if change.verdict == "needs --force"]
+        if impossible or (forced and not self.force):
+            advice = "choose another run.dir" + ("" if impossible else ", or pass --force to go on all the same")
+            raise ConfigError(
+                f"{path} was written with another config:\n  " + "\n  ".join(impossible + forced) + f"\n{advice}"
+            )
+        if changes and self.rank.is_first:
+            log("changed since the checkpoint: " + "; ".join(map(str, changes)))
 
     def _describe(self) -> None:
         parameters = sum(parameter.numel() for parameter in self.plain_backbone.parameters())

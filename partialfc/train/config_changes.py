@@ -1,0 +1,70 @@
+"""What has changed in the config of a run that is to be continued, and whether it may."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Verdict = Literal["harmless", "needs --force", "impossible"]
+
+# The longest prefix decides. Harmless: no number of the run depends on it but where it looks and how much it takes.
+_VERDICTS: dict[str, Verdict] = {
+    "": "needs --force",
+    "run": "harmless",
+    "run.seed": "needs --force",
+    "data.workers": "harmless",
+    "data.train": "harmless",  # a data set may move; its digest is compared
+    "data.channels": "impossible",
+    "data.image_size": "needs --force",
+    "model": "impossible",
+    "head.memory_budget_mb": "harmless",
+    "head.weight_dtype": "impossible",
+    "head.loss.sub_centers": "impossible",
+    "optim.name": "impossible",
+    "optim.head": "impossible",
+    "optim.head_state_dtype": "impossible",
+    "optim.head_lr_factor": "needs --force",
+    "optim.accumulation": "harmless",
+    "evaluation": "harmless",
+    "tracking": "harmless",
+    "checkpoint": "harmless",
+}
+
+
+@dataclass(frozen=True)
+class Change:
+    """One key of the config that differs."""
+
+    key: str
+    before: Any
+    now: Any
+    verdict: Verdict
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.before!r} before, {self.now!r} now ({self.verdict})"
+
+
+def config_changes(before: dict[str, Any], now: dict[str, Any]) -> list[Change]:
+    """The keys whose values differ between two resolved configs."""
+    old, new = _flat(before), _flat(now)
+    keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    return [Change(key, old.get(key), new.get(key), _verdict(key)) for key in keys]
+
+
+def _verdict(key: str) -> Verdict:
+    parts = key.split(".")
+    for length in range(len(parts), 0, -1):
+        prefix = ".".join(parts[:length])
+        if prefix in _VERDICTS:
+            return _VERDICTS[prefix]
+    return _VERDICTS[""]
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            found |= _flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found

@@ -1,0 +1,318 @@
+"""Checkpoints that load anywhere: killed runs that go on at another world size, damaged and hostile files."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from made_up import write_task
+from ranks import Ranks
+from test_train import ENVIRONMENT, command, lines, run
+
+from partialfc import CenterLoss, ConfigError, PartialFC, RowAdamW, RowSGD, losses
+from partialfc.train.checkpoint import TrainingState, newest_whole, save_checkpoint
+from partialfc.train.checkpoint_files import CheckedReader, DamagedCheckpoint, prune, step_folders
+from partialfc.train.config_changes import config_changes
+
+STEPS, EVERY, KILLED_AFTER = 36, 10, 20
+SETTINGS = [f"checkpoint.every={EVERY}", "checkpoint.keep_last=5", "evaluation.every=0"]
+STATEFUL = [
+    "head.loss={name: subcenter, sub_centers: 2, loss: {name: curricularface, scale: 16, margin: 0.1}}",
+    "optim.unsampled_rows=decayed",
+]
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("task")
+    config = folder / "config.yaml"
+    config.write_text(yaml.safe_dump(write_task(folder)))
+    return config
+
+
+@pytest.fixture(scope="module")
+def whole(task: Path) -> list[dict[str, Any]]:
+    """The train lines of a run that nobody interrupts."""
+    folder = task.parent / "whole"
+    done = run(task, 2, f"run.dir={folder}", *SETTINGS, *STATEFUL)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return lines(folder, "train")
+
+
+def kill_after(config: Path, ranks: int, folder: Path, step: int) -> None:
+    """Start a run and kill all of its processes once the checkpoint of ``step`` is there."""
+    process = subprocess.Popen(
+        command(config, ranks, f"run.dir={folder}", *SETTINGS, *STATEFUL),
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 90
+    while not (folder / "checkpoints" / f"step-{step:08d}").exists():
+        assert process.poll() is None, "it ended by itself"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    for pid in [*_children(process.pid), process.pid]:  # torchrun's workers are in sessions of their own
+        os.kill(pid, signal.SIGKILL)
+    process.wait()
+
+
+def _children(pid: int) -> list[int]:
+    found = []
+    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+        found += [int(child), *_children(int(child))]
+    return found
+
+
+@pytest.fixture(scope="module")
+def killed(task: Path) -> dict[int, Path]:
+    """Run folders of runs on 1, 2 and 3 ranks that were killed after a checkpoint."""
+    folders = {}
+    for ranks in (1, 2, 3):
+        folders[ranks] = task.parent / f"killed{ranks}"
+        kill_after(task, ranks if ranks > 1 else 0, folders[ranks], KILLED_AFTER)
+    return folders
+
+
+@pytest.mark.parametrize("before", [1, 2, 3])
+@pytest.mark.parametrize("after", [1, 2, 3, 4])
+def test_a_killed_run_goes_on_at_any_world_size_as_if_nothing_had_happened(
+    task: Path, whole: list[dict[str, Any]], killed: dict[int, Path], before: int, after: int
+) -> None:
+    folder = task.parent / f"killed{before}on{after}"
+    shutil.copytree(killed[before], folder)
+    for path in step_folders(folder / "checkpoints"):
+        if int(path.name[5:]) > KILLED_AFTER:  # the kill came late
+            shutil.rmtree(path)
+    done = run(task, after if after > 1 else 0, f"run.dir={folder}", *SETTINGS, *STATEFUL)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"step-{KILLED_AFTER:08d}, written on {before} ranks" in done.stdout
+    train = lines(folder, "train")
+    assert [line["step"] for line in train] == list(range(1, STEPS + 1)), "no step lost or twice"
+    assert [line["samples"] for line in train] == [line["samples"] for line in whole]
+    for mine, other in zip(train, whole, strict=True):
+        for key in ("loss", "softmax_loss", "center_loss", "target_cosine"):
+            assert mine[key] == pytest.approx(other[key], rel=1e-4, abs=1e-5), (mine["step"], key)
+        assert (mine["active_rows"], mine["lr"]) == (other["active_rows"], other["lr"])
+    started = [line["step"] for line in lines(folder, "event") if line["event"] == "started"]
+    assert started == [0, KILLED_AFTER]
+    assert json.loads((folder / "state.json").read_text())["attempt"] == 2
+
+
+def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_used(task: Path, killed: dict[int, Path]) -> None:
+    folder = task.parent / "damaged"
+    shutil.copytree(killed[2], folder)
+    newest = folder / "checkpoints" / f"step-{KILLED_AFTER:08d}"
+    for path in step_folders(folder / "checkpoints"):
+        if int(path.name[5:]) > KILLED_AFTER:
+            shutil.rmtree(path)
+    victim = sorted(newest.glob("*.distcp"))[1]
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 4
+    victim.write_bytes(content)
+    done = run(task, 2, f"run.dir={folder}", *SETTINGS, *STATEFUL)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{victim.name} has another digest than when it was written" in done.stdout
+    assert "going on from" in done.stdout
+    assert [line["step"] for line in lines(folder, "event") if line["event"] == "started"] == [0, 10]
+    assert [line["step"] for line in lines(folder, "train")] == list(range(1, STEPS + 1))
+
+
+def test_a_changed_config_is_explained(task: Path, killed: dict[int, Path]) -> None:
+    folder = task.parent / "changed"
+    shutil.copytree(killed[2], folder)
+    settings = [f"run.dir={folder}", *SETTINGS, *STATEFUL]
+    refused = run(task, 2, *settings, "optim.lr=0.01")
+    assert refused.returncode != 0
+    assert "optim.lr: 0.05 before, 0.01 now (needs --force)" in refused.stderr
+    impossible = run(task, 0, *settings, "model.embedding_dim=16", "--force")
+    assert impossible.returncode == 2
+    assert "model.embedding_dim: 32 before, 16 now (impossible)" in impossible.stderr
+    assert "choose another run.dir" in impossible.stderr
+    forced = run(task, 0, *settings, "optim.lr=0.01", "tracking.log_every=2", "--force")
+    assert forced.returncode == 0, forced.stdout + forced.stderr
+    assert "tracking.log_every: 1 before, 2 now (harmless)" in forced.stdout
+
+
+def test_changes_are_judged_by_the_longest_prefix() -> None:
+    before = {"run": {"dir": "a", "seed": 1}, "head": {"loss": {"name": "arcface", "margin": 0.5}}, "optim": {"lr": 1}}
+    now = {"run": {"dir": "b", "seed": 2}, "head": {"loss": {"name": "arcface"}}, "optim": {"lr": 1}}
+    verdicts = {change.key: change.verdict for change in config_changes(before, now)}
+    assert verdicts == {"run.dir": "harmless", "run.seed": "needs --force", "head.loss.margin": "needs --force"}
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def made(kind: Any = RowSGD, start: int = 0, classes: int = 11, **options: Any) -> TrainingState:
+    """A small network and head; ``start`` tells initial weights apart, the seed of negatives stays."""
+    torch.manual_seed(start)
+    backbone = torch.nn.Linear(6, 8)
+    head = PartialFC(classes, 8, losses.AdaFace(16.0), **{"sample_rate": 0.5, "center_loss": CenterLoss(0.1)} | options)
+    with torch.no_grad():
+        head.weight.add_(start)
+    return TrainingState(backbone, head, torch.optim.Adam(backbone.parameters()), kind(head.parameters()))
+
+
+def train_a_little(state: TrainingState, steps: int = 3) -> list[float]:
+    found = []
+    for step in range(steps):
+        generator = torch.Generator().manual_seed(step + 50)
+        x, y = (
+            torch.randn(7, 6, generator=generator),
+            torch.randint(0, state.head.num_classes, (7,), generator=generator),
+        )
+        world_size, rank = state.head.collectives.world_size, state.head.collectives.rank
+        out = state.head(state.backbone(x.tensor_split(world_size)[rank]), y.tensor_split(world_size)[rank])
+        out.loss.backward()
+        for parameter in state.backbone.parameters():
+            state.head.collectives.sum(parameter.grad).div_(world_size)
+        for optimizer in (state.backbone_optimizer, state.head_optimizer):
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append(float(out.loss.detach()))
+    return found
+
+
+@pytest.mark.parametrize("kind", [RowSGD, RowAdamW])
+def test_everything_is_back_after_loading(tmp_path: Path, kind: Any) -> None:
+    state = made(kind)
+    train_a_little(state)
+    save_checkpoint(tmp_path / "step-00000003", state.tensors(), {"step": 3})
+    found = newest_whole(tmp_path)
+    assert found is not None
+    other = made(kind, start=2)
+    other.load(found[0])
+    for name, value in state.tensors().items():
+        loaded = other.tensors()[name]
+        assert torch.equal(loaded, value), name
+        assert loaded.dtype == value.dtype
+    assert train_a_little(other) == train_a_little(state)
+
+
+def test_another_head_or_model_is_refused_with_what_differs(tmp_path: Path) -> None:
+    state = made()
+    train_a_little(state)
+    save_checkpoint(tmp_path / "step-00000003", state.tensors(), {"step": 3})
+    for options, words in (
+        ({"classes": 12}, r"head.weight is \[11, 8\] there and \[12, 8\] in this run"),
+        ({"center_loss": None}, "holds head.center_loss.centers, which this run does not have"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            made(**options).load(tmp_path / "step-00000003")
+
+
+def test_no_random_damage_is_ever_loaded(tmp_path: Path) -> None:
+    state = made()
+    train_a_little(state)
+    save_checkpoint(tmp_path / "step-00000003", state.tensors(), {"step": 3})
+    checkpoint = tmp_path / "step-00000003"
+    before = {name: value.clone() for name, value in state.tensors().items()}
+    rng = np.random.default_rng(0)
+    loaded = 0
+    for path in sorted(checkpoint.iterdir()):
+        content = path.read_bytes()
+        for attempt in range(300):
+            damaged = bytearray(content)
+            if attempt % 3 == 0:
+                damaged = damaged[: int(rng.integers(0, len(damaged)))]
+            else:
+                for place in rng.integers(0, len(damaged), size=1 + attempt % 4):
+                    damaged[place] ^= int(rng.integers(1, 256))
+            path.write_bytes(damaged)
+            found = newest_whole(tmp_path)
+            if found is not None:  # damage within the manifest that changes nothing of what is checked
+                assert path.name == "manifest.json"
+                other = made(start=4)
+                other.load(found[0])
+                assert all(torch.equal(other.tensors()[name], value) for name, value in before.items())
+                loaded += 1
+        path.write_bytes(content)
+    assert loaded < 300
+    assert newest_whole(tmp_path) is not None
+
+
+class Hostile:
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self) -> Any:
+        return os.system, (self.command,)
+
+
+def test_a_hostile_index_is_not_executed(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "step-00000003"
+    state = made()
+    save_checkpoint(checkpoint, state.tensors(), {"step": 3})
+    for content in (pickle.dumps(Hostile(f"touch {tmp_path}/owned")), b"\x80\x04cposix\nsystem\n.", b"", b"garbage"):
+        (checkpoint / ".metadata").write_bytes(content)
+        with pytest.raises(DamagedCheckpoint, match=r"\.metadata cannot be read"):
+            CheckedReader(checkpoint).read_metadata()
+        with pytest.raises(DamagedCheckpoint):
+            state.load(checkpoint)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_an_index_that_points_elsewhere_is_refused(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "step-00000003"
+    save_checkpoint(checkpoint, made().tensors(), {"step": 3})
+    metadata = pickle.loads((checkpoint / ".metadata").read_bytes())
+    for stored in metadata.storage_data.values():
+        stored.relative_path = "../../secret"
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(DamagedCheckpoint, match="points outside the folder"):
+        CheckedReader(checkpoint).read_metadata()
+
+
+def test_old_checkpoints_are_removed_but_the_last_and_the_milestones(tmp_path: Path) -> None:
+    def write(step: int) -> None:
+        folder = tmp_path / f"step-{step:08d}"
+        folder.mkdir()
+        (folder / "manifest.json").write_text("{}")
+
+    for step in (10, 20, 30, 40, 50, 60):
+        write(step)
+    assert [path.name for path in prune(tmp_path, keep_last=2, keep_every=20)] == ["step-00000030", "step-00000010"]
+    assert [int(path.name[5:]) for path in step_folders(tmp_path)] == [60, 50, 40, 20]
+    (tmp_path / "step-00000060" / "manifest.json").unlink()  # not whole: does not count as one of the last
+    prune(tmp_path, keep_last=1, keep_every=0)
+    assert [int(path.name[5:]) for path in step_folders(tmp_path)] == [60, 50]
+    assert not list(tmp_path.glob(".*")), "nothing half removed is left"
+
+
+def _save(group: Any, folder: Path, classes: int) -> list[float]:
+    state = made(classes=classes, process_group=group)
+    train_a_little(state)
+    save_checkpoint(folder / "step-00000003", state.tensors(), {"step": 3})
+    return train_a_little(state)
+
+
+def _load(group: Any, folder: Path, classes: int) -> list[float]:
+    found = newest_whole(folder)
+    assert found is not None
+    state = made(start=8, classes=classes, process_group=group)
+    state.load(found[0])
+    return train_a_little(state)
+
+
+@pytest.mark.parametrize("classes", [11, 2])
+def test_uneven_and_empty_shards_load_at_another_world_size(ranks: Ranks, tmp_path: Path, classes: int) -> None:
+    # All four ranks of the pool take part: torch's checkpoint works on the default group.
+    curves = ranks.run(4, _save, tmp_path, classes)
+    for again in ranks.run(4, _load, tmp_path, classes):
+        assert again == pytest.approx(curves[0], rel=1e-6)
+    alone = made(start=8, classes=classes)
+    alone.load(tmp_path / "step-00000003")
+    assert train_a_little(alone) == pytest.approx(curves[0], rel=1e-5)
