@@ -20,6 +20,8 @@ app = typer.Typer(
 )
 data = typer.Typer(help="Make data sets.", no_args_is_help=True)
 app.add_typer(data, name="data")
+checkpoint = typer.Typer(help="Look at checkpoints.", no_args_is_help=True)
+app.add_typer(checkpoint, name="checkpoint")
 
 
 @app.command("train")
@@ -36,6 +38,18 @@ def train_command(
     from partialfc.train.main import train
 
     train(load_config(config, overrides or []), force)
+
+
+@checkpoint.command("inspect")
+def inspect_command(
+    folder: Annotated[Path, typer.Argument(help="a checkpoint folder, e.g. runs/run/checkpoints/step-00001000")],
+    verify: Annotated[bool, typer.Option(help="read all files and compare their digests")] = True,
+) -> None:
+    """Print what a checkpoint holds, without loading it."""
+    from partialfc.train.checkpoint_files import describe
+
+    for line in describe(folder, verify):
+        print(line)
 
 
 @data.command("glyphs")

@@ -38,3 +38,7 @@ class NonFiniteEmbeddings(PartialFCError, ArithmeticError):
 
 class RankLost(PartialFCError, RuntimeError):
     """A collective failed: another rank died, hangs, or cannot be reached."""
+
+
+class CheckpointFailed(PartialFCError, OSError):
+    """A checkpoint could not be written; what was there before is untouched."""

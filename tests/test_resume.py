@@ -21,6 +21,7 @@ from ranks import Ranks
 from test_train import ENVIRONMENT, command, lines, run
 
 from partialfc import CenterLoss, ConfigError, PartialFC, RowAdamW, RowSGD, losses
+from partialfc.errors import CheckpointFailed
 from partialfc.train.checkpoint import TrainingState, newest_whole, save_checkpoint
 from partialfc.train.checkpoint_files import CheckedReader, DamagedCheckpoint, prune, step_folders
 from partialfc.train.config_changes import config_changes
@@ -316,3 +317,109 @@ def test_uneven_and_empty_shards_load_at_another_world_size(ranks: Ranks, tmp_pa
     alone = made(start=8, classes=classes)
     alone.load(tmp_path / "step-00000003")
     assert train_a_little(alone) == pytest.approx(curves[0], rel=1e-5)
+
+
+def test_a_checkpoint_tells_what_is_in_it(killed: dict[int, Path]) -> None:
+    checkpoint = killed[3] / "checkpoints" / f"step-{KILLED_AFTER:08d}"
+    inspect = [*command(Path("x"), 0)[:3], "checkpoint", "inspect", str(checkpoint)]
+    done = subprocess.run(inspect, capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    assert done.returncode == 0, done.stderr
+    for words in (
+        f"step {KILLED_AFTER}, ",
+        "written on 3 ranks",
+        "37 classes",
+        "all as they were written",
+        "head.weight  [37, 2, 32] float32, in 3 parts",
+        "head.loss.base.state  [1] float64",
+    ):
+        assert words in done.stdout
+    empty = subprocess.run(
+        [*inspect[:-1], str(killed[3])], capture_output=True, text=True, env=ENVIRONMENT, check=False
+    )
+    assert empty.returncode == 1
+    assert "its manifest cannot be read" in empty.stderr
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Any:
+    """A file system of its own, of a few hundred KiB."""
+    mount = tmp_path / "disk"
+    mount.mkdir()
+    made_it = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=900k", "tmpfs", str(mount)], capture_output=True, check=False
+    )
+    if made_it.returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    yield mount
+    subprocess.run(["umount", "-l", str(mount)], check=False)
+
+
+def _save_until_full(group: Any, folder: Path) -> list[str]:
+    found = []
+    state = made(classes=4000, process_group=group, sample_rate=1.0)
+    for step in range(1, 6):
+        train_a_little(state, 1)
+        try:
+            save_checkpoint(folder / f"step-{step:08d}", state.tensors(), {"step": step})
+            found.append("written")
+        except CheckpointFailed as error:
+            found.append(str(error))
+    newest = newest_whole(folder)
+    assert newest is not None
+    made(start=3, classes=4000, process_group=group, sample_rate=1.0).load(newest[0])
+    return found
+
+
+def test_a_full_disk_costs_no_checkpoint_and_no_rank_hangs(ranks: Ranks, small_disk: Path) -> None:
+    results = ranks.run(4, _save_until_full, small_disk)
+    assert results[0][0] == "written"
+    assert "No space left on device" in results[0][-1]
+    for result in results:
+        assert result == results[0], "the same on every rank"
+    assert not list(small_disk.glob(".*")), "what could not be finished makes room again"
+
+
+def test_training_goes_on_when_the_disk_is_full(task: Path, small_disk: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "checkpoints").symlink_to(small_disk)
+    (small_disk / "ballast").write_bytes(bytes(800_000))
+    done = run(task, 2, f"run.dir={folder}", *SETTINGS, "optim.epochs=2")
+    assert done.returncode != 0, "without the last checkpoint a run is not finished"
+    failures = [line for line in lines(folder, "event") if line["event"] == "checkpoint_failed"]
+    assert [line["step"] for line in failures] == [10, 20]
+    assert "training goes on without it" in done.stdout
+    assert [line["step"] for line in lines(folder, "train")] == list(range(1, 25))
+    assert json.loads((folder / "state.json").read_text())["state"] == "failed"
+    (small_disk / "ballast").unlink()
+
+
+@pytest.mark.slow
+def test_twenty_kills_while_saving_never_cost_the_last_checkpoint(task: Path, whole: list[dict[str, Any]]) -> None:
+    folder = task.parent / "twenty"
+    rng = np.random.default_rng(3)
+    settings = [f"run.dir={folder}", "checkpoint.every=1", "evaluation.every=0", *STATEFUL]
+    for kill in range(20):
+        process = subprocess.Popen(
+            command(task, 2, *settings), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        before = {path.name for path in step_folders(folder / "checkpoints")} if folder.exists() else set()
+        deadline = time.monotonic() + 90
+        while process.poll() is None and time.monotonic() < deadline:
+            now = {path.name for path in step_folders(folder / "checkpoints")} if folder.exists() else set()
+            if now - before:  # it is saving after every step from here on
+                break
+            time.sleep(0.005)
+        time.sleep(float(rng.uniform(0, 0.15)))
+        for pid in [*_children(process.pid), process.pid] if process.poll() is None else []:
+            os.kill(pid, signal.SIGKILL)
+        process.wait()
+        assert newest_whole(folder / "checkpoints") is not None, kill
+        if lines(folder, "train")[-1]["step"] >= STEPS - 2:
+            break
+    done = run(task, 2, *settings)
+    assert done.returncode == 0, done.stdout + done.stderr
+    train = lines(folder, "train")
+    assert [line["step"] for line in train] == list(range(1, STEPS + 1))
+    for mine, other in zip(train, whole, strict=True):
+        assert mine["loss"] == pytest.approx(other["loss"], rel=1e-5)

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,13 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 
-from partialfc.errors import ConfigError
+from partialfc.errors import CheckpointFailed, ConfigError
 from partialfc.head import PartialFC
 from partialfc.tracking.progress import log
 from partialfc.train.checkpoint_files import (
@@ -127,30 +129,72 @@ def _check_shapes(checkpoint: Path, targets: dict[str, Tensor], stored: dict[str
 
 
 def save_checkpoint(folder: Path, tensors: dict[str, Tensor], manifest: dict[str, Any]) -> None:
-    """Write ``folder``. A collective: every rank calls it. ``manifest`` is the first rank's."""
+    """Write ``folder``. A collective: every rank calls it. ``manifest`` is the first rank's.
+
+    Raises:
+        CheckpointFailed: on every rank, if it cannot be written (a full disk); no other checkpoint is touched.
+    """
     distributed = dist.is_initialized()
     first = not distributed or dist.get_rank() == 0
     temporary = folder.with_name(f".{folder.name}.incomplete")
-    if first:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    if distributed:
-        dist.barrier()
+    try:
+        _together(lambda: _make_empty(temporary) if first else None)
+        _together(lambda: _write_tensors(temporary, tensors, distributed))
+        files = _together(lambda: _describe_mine(temporary))
+        _together(lambda: _finish(temporary, folder, manifest, files) if first else None)
+    except CheckpointFailed:
+        if first:
+            shutil.rmtree(temporary, ignore_errors=True)  # its room is needed
+        raise
+
+
+def _make_empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _write_tensors(folder: Path, tensors: dict[str, Tensor], distributed: bool) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # about saving in a single process, which is meant
-        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(temporary, sync_files=True), no_dist=not distributed)
-    files = _describe_all(temporary)
-    if first:
-        manifest = {"format": FORMAT, **manifest, "files": files, "torch": torch.__version__}
-        path = temporary / MANIFEST
-        path.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        _sync(path)
-        _sync(temporary)
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
-        _sync(folder.parent)
-    if distributed:
-        dist.barrier()
+        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder, sync_files=True), no_dist=not distributed)
+
+
+def _describe_mine(folder: Path) -> dict[str, dict[str, Any]]:
+    """Sizes and digests of this rank's share of the files."""
+    paths = sorted(folder.iterdir())
+    if dist.is_initialized():
+        paths = paths[dist.get_rank() :: dist.get_world_size()]
+    return {path.name: _describe(path) for path in paths}
+
+
+def _finish(temporary: Path, folder: Path, manifest: dict[str, Any], files: list[dict[str, Any]]) -> None:
+    """Write the manifest, and give the folder its name: only now it is a checkpoint."""
+    described = dict(sorted((name, file) for part in files for name, file in part.items()))
+    path = temporary / MANIFEST
+    content = {"format": FORMAT, **manifest, "files": described, "torch": torch.__version__}
+    path.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    _sync(path)
+    _sync(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+    _sync(folder.parent)
+
+
+def _together(work: Callable[[], Any]) -> list[Any]:
+    """What ``work`` gives on each rank; where it fails on one, the same error on all of them. A collective."""
+    try:
+        mine = work(), None
+    except (OSError, CheckpointException) as error:
+        mine = None, f"{type(error).__name__}: {error}"
+    if not dist.is_initialized():
+        results = [mine]
+    else:
+        results = [(None, None)] * dist.get_world_size()
+        dist.all_gather_object(results, mine)
+    failed = [f"rank {rank}: {reason}" for rank, (_, reason) in enumerate(results) if reason]
+    if failed:
+        raise CheckpointFailed(f"the checkpoint could not be written ({failed[0]}); is the disk full?")
+    return [value for value, _ in results]
 
 
 def newest_whole(folder: Path) -> tuple[Path, dict[str, Any]] | None:
@@ -209,17 +253,6 @@ def _sharded(head: PartialFC, local: Tensor) -> Tensor:
     shape = torch.Size((head.num_classes, *local.shape[1:]))
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
-
-
-def _describe_all(folder: Path) -> dict[str, dict[str, Any]]:
-    """Sizes and digests of all files of ``folder``; the ranks share the reading. A collective."""
-    paths = sorted(folder.iterdir())
-    if not dist.is_initialized():
-        return {path.name: _describe(path) for path in paths}
-    mine = {path.name: _describe(path) for path in paths[dist.get_rank() :: dist.get_world_size()]}
-    parts: list[dict[str, dict[str, Any]]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(parts, mine)
-    return dict(sorted((name, file) for part in parts for name, file in part.items()))
 
 
 def _describe(path: Path) -> dict[str, Any]:

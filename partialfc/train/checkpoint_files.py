@@ -151,3 +151,38 @@ class CheckedReader(FileSystemReader):
             metadata.storage_meta = dcp_metadata.StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
+
+
+def describe(checkpoint: Path, verify: bool = True) -> list[str]:
+    """What a checkpoint folder holds, in lines for people; no tensor is read.
+
+    Raises:
+        DamagedCheckpoint: it is not one, or with ``verify`` a file is not as it was written.
+    """
+    manifest = read_manifest(checkpoint)
+    files: dict[str, dict[str, Any]] = manifest["files"]
+    if verify:
+        problems = [problem for name in files if (problem := check_file(checkpoint, name, files[name]))]
+        if problems:
+            raise DamagedCheckpoint(f"{checkpoint}: {'; '.join(problems)}")
+    else:
+        check = check_file(checkpoint, ".metadata", files[".metadata"])
+        if check:
+            raise DamagedCheckpoint(f"{checkpoint}: {check}")
+    total = sum(file["bytes"] for file in files.values())
+    config = manifest.get("config", {})
+    lines = [
+        f"step {manifest['step']:,}, {manifest.get('samples', 0):,} samples seen, written on "
+        f"{manifest.get('world_size', '?')} ranks by partialfc {manifest.get('partialfc', '?')}, "
+        f"torch {manifest.get('torch', '?')}",
+        f"{manifest.get('num_classes', 0):,} classes, {len(files)} files, {total / 2**20:,.1f} MiB"
+        + (", all as they were written" if verify else ""),
+        f"model {config.get('model', {}).get('name', '?')}, loss {config.get('head', {}).get('loss', '?')}",
+    ]
+    stored = CheckedReader(checkpoint).read_metadata().state_dict_metadata
+    for name, entry in sorted(stored.items()):
+        if isinstance(entry, dcp_metadata.TensorStorageMetadata):
+            dtype = str(entry.properties.dtype).removeprefix("torch.")
+            parts = f", in {len(entry.chunks)} parts" if len(entry.chunks) > 1 else ""
+            lines.append(f"  {name}  {list(entry.size)} {dtype}{parts}")
+    return lines

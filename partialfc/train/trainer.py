@@ -19,7 +19,7 @@ from partialfc.config import Config, build_head, build_head_optimizer
 from partialfc.data.dataset import TarDataset
 from partialfc.data.loader import Batch, build_loader
 from partialfc.data.order import samples_before, steps_per_epoch
-from partialfc.errors import ConfigError, PartialFCError
+from partialfc.errors import CheckpointFailed, ConfigError, PartialFCError
 from partialfc.head import HeadOutput
 from partialfc.head.hashing import stream_key
 from partialfc.head.rate_schedule import SampleRate, largest_rate
@@ -267,7 +267,15 @@ class Trainer:
         }
         checkpoints = self.config.run.dir / "checkpoints"
         path = checkpoints / f"step-{self.step:08d}"
-        save_checkpoint(path, self.state.tensors(), manifest)
+        try:
+            save_checkpoint(path, self.state.tensors(), manifest)
+        except CheckpointFailed as error:
+            if self.step == self.total_steps:
+                raise
+            if folder:  # the run is worth more than one checkpoint of it, and the one before is still there
+                log(f"WARNING: {error}; training goes on without it")
+                folder.metrics.write("event", event="checkpoint_failed", step=self.step, reason=str(error))
+            return
         self.saved_step = self.step
         if folder:
             folder.metrics.write("event", event="checkpoint", step=self.step, path=str(path))
