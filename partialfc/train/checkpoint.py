@@ -182,14 +182,14 @@ def _finish(temporary: Path, folder: Path, manifest: dict[str, Any], files: list
 
 def _together(work: Callable[[], Any]) -> list[Any]:
     """What ``work`` gives on each rank; where it fails on one, the same error on all of them. A collective."""
+    mine: tuple[Any, str | None]
     try:
         mine = work(), None
     except (OSError, CheckpointException) as error:
         mine = None, f"{type(error).__name__}: {error}"
-    if not dist.is_initialized():
-        results = [mine]
-    else:
-        results = [(None, None)] * dist.get_world_size()
+    results = [mine]
+    if dist.is_initialized():
+        results = [mine] * dist.get_world_size()
         dist.all_gather_object(results, mine)
     failed = [f"rank {rank}: {reason}" for rank, (_, reason) in enumerate(results) if reason]
     if failed:
