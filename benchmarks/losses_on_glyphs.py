@@ -68,7 +68,7 @@ def main() -> None:
         if name in runs and not arguments.only:
             continue
         print(f"[{number + 1}/{len(chosen)}] {name}", flush=True)
-        runs[name] = {"loss": LOSSES[name], **run(arguments, name)}
+        runs[name] = {"loss": LOSSES[name], "epochs": arguments.epochs, "seed": arguments.seed, **run(arguments, name)}
         print(f"    {summary(runs[name])}", flush=True)
         arguments.out.write_text(json.dumps(results, indent=1) + "\n")
     print(table(runs))

@@ -300,7 +300,6 @@ def test_rows_gives_any_class_centres_on_every_rank(ranks: Ranks) -> None:
         ({"sample_rate": 0.0}, r"sample_rate must lie in \(0, 1\], got 0.0"),
         ({"sample_rate": 1.5}, r"sample_rate must lie in \(0, 1\], got 1.5"),
         ({"filter_threshold": 1.5}, r"\[-1, 1\], got 1.5"),
-        ({"filter_threshold": 0.4, "loss": losses.Softmax()}, "raw logits"),
         ({"on_nonfinite": "ignore"}, "raise"),
         ({"weight_dtype": torch.float16}, "weight_dtype must be .*, got torch.float16"),
         ({"compute_dtype": torch.bfloat16}, "float32 or torch.float64, got torch.bfloat16"),

@@ -276,7 +276,7 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: losses.ASoftmax(margin=0), r"margin must lie in \[1, 8\], got 0"),
     (lambda: losses.ASoftmax(margin=1.35), "whole number in .* SphereFace takes fractions"),
     (lambda: losses.ASoftmax(annealing_start=1.0, annealing_end=5.0), r"annealing_start must lie in \[5, 1e\+09\]"),
-    (lambda: losses.SubCenterArcFace(sub_centers=0), "sub_centers must be a whole number of at least 1, got 0"),
+    (lambda: losses.SubCenterArcFace(sub_centers=0), r"sub_centers must be a whole number in \[1, 256\], got 0"),
     (lambda: losses.SubCenter(losses.CosFace(), sub_centers=1.5), "sub_centers must be a whole number"),
     (lambda: losses.SubCenter(losses.Softmax()), "Softmax works on raw logits"),
     (lambda: losses.SubCenter(losses.SubCenterArcFace()), "has sub-centers already"),
@@ -291,7 +291,13 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: losses.ElasticArcFace(std=-0.1), r"std must lie in \[0, 1\], got -0.1"),
     (lambda: losses.Circle(margin=2), r"margin must lie in \[0, 1\], got 2"),
     (lambda: losses.UCE(negative_weight=0), "negative_weight must be a positive number, got 0"),
-    (lambda: losses.UCE(bias=math.inf), "bias must be a finite number"),
+    (lambda: losses.UCE(bias=math.inf), r"bias must lie in \[-10000, 10000\], got inf"),
+    (lambda: losses.UCE(bias="x"), "bias must lie in"),
+    (lambda: losses.SubCenterArcFace(sub_centers=math.nan), "whole number in .* got nan"),
+    (lambda: losses.SubCenterArcFace(sub_centers=257), "whole number in .* got 257"),
+    (lambda: losses.MagFace(norm_low="a"), "norm_low must be a positive number, got a"),
+    (lambda: losses.ArcFace(scale=True), "scale must be a positive number, got True"),
+    (lambda: losses.LabelSmoothing(losses.Softmax(), "a"), "smoothing must lie in"),
     (lambda: losses.Focal(losses.ArcFace(), gamma=-1), r"gamma must lie in \[0, 10\], got -1"),
     (lambda: losses.Focal(losses.ArcFace(), alpha=0), "alpha must be a positive number, got 0"),
     (lambda: losses.Focal(losses.UCE()), "UCE has no p_y"),
@@ -299,9 +305,8 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: losses.Focal(losses.LabelSmoothing(losses.ArcFace())), "LabelSmoothing has no p_y"),
     (lambda: losses.LabelSmoothing(losses.Circle()), "whose negatives are plain logits, got Circle"),
     (lambda: losses.LabelSmoothing(losses.UCE()), "got UCE"),
-    (lambda: losses.LabelSmoothing(losses.Softmax(), smoothing=1.0), r"smoothing must lie in \[0, 1\), got 1.0"),
+    (lambda: losses.LabelSmoothing(losses.Softmax(), smoothing=1.0), r"smoothing must lie in \[0, 0.99\], got 1.0"),
     (lambda: head_of(losses.ArcFace(), filter_threshold=1.5), r"in \[-1, 1\], got 1.5"),
-    (lambda: head_of(losses.Focal(losses.Softmax()), filter_threshold=0.4), "works on raw logits: leave it out"),
 ]
 
 
@@ -332,7 +337,25 @@ def test_a_loss_that_breaks_its_contract_is_refused_when_the_head_is_made() -> N
             super().__init__()
             self.register_buffer("state", torch.zeros(1))
 
+    class FromNorms(losses.NormFace):
+        needs = frozenset({"norms"})
+
+        def negative_logits(self, cosine: Tensor, samples: losses.Samples) -> Tensor:
+            return self.scale * cosine * (samples.norms / 10).to(cosine.dtype)[:, None]
+
+    class Scalar(losses.NormFace):
+        def sample_loss(self, d: Tensor) -> Tensor:
+            return d.mean()
+
+    class Undeclared(losses.NormFace):
+        def target_logit(self, cosine: Tensor, samples: losses.Samples) -> Tensor:
+            return self.scale * (cosine - samples.noise)
+
+    with pytest.raises(TypeError):
+        head_of(Undeclared())
     for kind, words in (
+        (FromNorms, r"FromNorms.negative_logits depends on a parameter of the loss or on samples.norms"),
+        (Scalar, r"Scalar.objective must keep the shape \[2\]"),
         (Unknown, r"Unknown.needs may hold .* got \['labels'\]"),
         (Mean, r"Mean.target_logit must keep the shape \[2\] of what it is given, got \[\]"),
         (Hidden, "Hidden.negative_logits depends on a parameter of the loss"),
@@ -350,3 +373,62 @@ def test_a_loss_with_a_state_belongs_to_one_head() -> None:
         assert head.loss is loss
     shared = losses.ArcFace()
     assert head_of(shared).loss is head_of(shared).loss, "nothing in it to disturb"
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    import numpy as np
+
+    assert losses.ArcFace(np.float32(32), np.float64(0.3)).scale == 32.0
+
+
+def test_slopes_at_the_ends_are_those_of_normface_without_a_margin() -> None:
+    ends = torch.tensor([-1.0, 1.0], dtype=torch.float64)
+    for loss in (losses.ArcFace(8.0, margin=0.0), losses.MagFace(8.0, 0.0, 0.0), losses.ElasticArcFace(8.0, 0.0, 0.0)):
+        assert curve(loss, describe(2), ends)[1].tolist() == [8.0, 8.0]
+
+
+def test_focal_without_gamma_is_the_loss_itself_also_without_negatives() -> None:
+    x, y = batch()
+    for options in ({"filter_threshold": -1.0}, {}):
+        plain, focal = (head_of(loss, **options) for loss in (losses.ArcFace(), losses.Focal(losses.ArcFace(), 0.0)))
+        assert torch.equal(plain(x, y).loss, focal(x, y).loss)
+
+
+def test_a_wrapper_may_change_the_negatives() -> None:
+    class Harder(losses.Wrapper):
+        def negative_logits(self, cosine: Tensor, samples: losses.Samples) -> Tensor:
+            return super().negative_logits(cosine, samples) + 0.3
+
+    x, y = batch()
+    plain = head_of(losses.CosFace(10.0, 0.0))
+    head = head_of(Harder(losses.CosFace(10.0, 0.0)))
+    logits = 10 * normalize(x.detach()) @ normalize(plain.weight.detach()).T
+    own = torch.nn.functional.one_hot(y, CLASSES).bool()
+    expected = cross_entropy(torch.where(own, logits, logits + 0.3), y)
+    torch.testing.assert_close(head(x, y).loss.detach(), expected)
+
+
+def test_a_loss_on_raw_logits_may_have_a_scale() -> None:
+    class Tempered(losses.Loss):
+        needs = frozenset({"raw_logits"})
+
+    x, y = batch()
+    head = head_of(Tempered(scale=40.0))
+    theirs = x.detach().clone().requires_grad_()
+    with torch.no_grad():
+        head.weight.mul_(30)
+    expected = cross_entropy(40 * theirs @ head.weight.detach().T, y)
+    expected.backward()
+    out = head(x, y)
+    out.loss.backward()
+    torch.testing.assert_close(out.loss.detach(), expected.detach())
+    torch.testing.assert_close(x.grad, theirs.grad)
+
+
+def test_moving_averages_stay_in_float64() -> None:
+    head = head_of(losses.AdaFace())
+    with torch.no_grad():
+        head.loss.state.copy_(torch.tensor([20.123456789012, 99.9]))
+    before = head.loss.state.clone()
+    for convert in (head.bfloat16, head.float, lambda: head.to(torch.float16)):
+        assert torch.equal(convert().loss.state, before)

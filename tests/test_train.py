@@ -129,6 +129,18 @@ def test_micro_batches_are_one_large_batch(task: Path) -> None:
         assert (three["samples"], three["step"]) == (one["samples"], one["step"])
 
 
+def test_micro_batches_hold_the_same_samples_at_any_world_size(task: Path) -> None:
+    loss = "head.loss={name: elastic_arcface, scale: 16, margin: 0.1, std: 0.2, plus: true}"
+    found = {}
+    for ranks in (0, 3):
+        folder = task.parent / f"micro{ranks}"
+        changes = [f"run.dir={folder}", "optim.accumulation=3", loss, "optim.epochs=2", "evaluation.every=0"]
+        done = run(task, ranks, *changes)
+        assert done.returncode == 0, done.stdout + done.stderr
+        found[ranks] = [line["loss"] for line in lines(folder, "train")]
+    assert found[3] == pytest.approx(found[0], rel=1e-4)
+
+
 OPTIMIZERS = {
     "decayed rows in bfloat16": [
         "optim.unsampled_rows=decayed",

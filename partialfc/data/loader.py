@@ -46,7 +46,9 @@ class StepDataset(Dataset[Batch]):
         world_size: int,
         start_step: int,
         total_steps: int,
+        micro_batches: int = 1,
     ) -> None:
+        self.micro_batches = micro_batches
         self.dataset, self.augment, self.seed = dataset, augment, seed
         self.global_batch_size, self.rank, self.world_size = global_batch_size, rank, world_size
         self.image_size, self.channels = image_size, channels
@@ -61,7 +63,9 @@ class StepDataset(Dataset[Batch]):
         step = self.start_step + i
         samples = self.dataset.num_samples
         epoch = step // steps_per_epoch(samples, self.global_batch_size)
-        indices = batch_indices(step, samples, self.global_batch_size, self.seed, self.rank, self.world_size)
+        indices = batch_indices(
+            step, samples, self.global_batch_size, self.seed, self.rank, self.world_size, self.micro_batches
+        )
         images = np.zeros((len(indices), self.channels, self.image_size, self.image_size), dtype=np.float32)
         labels = np.full(len(indices), -1, dtype=np.int64)
         for slot, index in enumerate(indices.tolist()):
@@ -85,6 +89,7 @@ def build_loader(
     workers: int,
     start_step: int,
     total_steps: int,
+    micro_batches: int = 1,
 ) -> DataLoader[Batch]:
     """Yields a :class:`Batch` for every step from ``start_step`` up to, not including, ``total_steps``.
 
@@ -94,6 +99,7 @@ def build_loader(
         channels: 1 (grey) or 3 (RGB); images are converted.
         augment: ``none`` or ``light``.
         workers: decoding processes of this rank; 0 decodes in the training process.
+        micro_batches: equal parts of each batch, to be taken one after the other.
     Raises:
         DataError: when iterating, for a sample that cannot be decoded: with its shard, key and index.
     """
@@ -109,6 +115,7 @@ def build_loader(
         world_size=world_size,
         start_step=start_step,
         total_steps=total_steps,
+        micro_batches=micro_batches,
     )
     # batch_size=None: an item is a whole batch, so workers hand over a few large tensors instead of many small ones.
     return DataLoader(

@@ -95,18 +95,27 @@ def local_slice(global_batch_size: int, rank: int, world_size: int) -> tuple[int
 
 
 def batch_indices(
-    step: int, num_samples: int, global_batch_size: int, seed: int, rank: int, world_size: int
+    step: int, num_samples: int, global_batch_size: int, seed: int, rank: int, world_size: int, micro_batches: int = 1
 ) -> Indices:
     """Sample indices of ``rank`` in global step ``step`` (0-based, counted over all epochs).
 
+    A global batch is cut into ``micro_batches`` first, and each of these among the ranks: so a micro-batch holds the
+    same samples at any world size.
+
     Returns:
-        int64 [ceil(B / W)], padded with -1 where the slice reaches past the global batch, and where the epoch's last
-        global batch is short.
+        int64 [micro_batches · ceil(P / W)] for micro-batches of P = ceil(B / micro_batches): one after the other,
+        padded with -1 where a slice reaches past its micro-batch, and where the epoch's last global batch is short.
     """
     epoch, step_in_epoch = divmod(step, steps_per_epoch(num_samples, global_batch_size))
-    start, stop = local_slice(global_batch_size, rank, world_size)
     first = step_in_epoch * global_batch_size
-    positions = np.arange(first + start, min(first + stop, num_samples), dtype=np.int64)
-    indices = np.full(-(-global_batch_size // world_size), -1, dtype=np.int64)
-    indices[: len(positions)] = epoch_permutation(positions, num_samples, seed, epoch)
+    last = min(first + global_batch_size, num_samples)
+    size = -(-global_batch_size // micro_batches)
+    start, stop = local_slice(size, rank, world_size)
+    share = -(-size // world_size)
+    indices = np.full(micro_batches * share, -1, dtype=np.int64)
+    for part in range(micro_batches):
+        begin = first + part * size
+        positions = np.arange(begin + start, min(begin + stop, last), dtype=np.int64)
+        slot = part * share
+        indices[slot : slot + len(positions)] = epoch_permutation(positions, num_samples, seed, epoch)
     return indices

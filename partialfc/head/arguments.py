@@ -35,8 +35,6 @@ def check_options(
         raise ConfigError(f"sample_rate must lie in (0, 1], got {sample_rate}")
     if filter_threshold is not None and not -1.0 <= filter_threshold <= 1.0:
         raise ConfigError(f"filter_threshold is a cosine, in [-1, 1], got {filter_threshold}")
-    if filter_threshold is not None and loss.raw_logits:
-        raise ConfigError("filter_threshold compares cosines, but this loss works on raw logits: leave it out")
     if on_nonfinite not in ("raise", "propagate"):
         raise ConfigError(f'on_nonfinite must be "raise" or "propagate", got {on_nonfinite!r}')
     if weight_dtype not in (torch.float32, torch.float64, torch.bfloat16):
@@ -61,19 +59,25 @@ def check_loss(loss: Loss) -> None:
     cosine = torch.tensor([0.3, 0.6], dtype=torch.float64, device=held[0].device if held else None)
     ones = torch.ones_like(cosine)
     counted = ones.bool()
-    samples = Samples(10 * ones, counted, counted.long(), 0, 0, cosine, 0 * ones, state)
+    norms = (10 * ones).requires_grad_("norms" in loss.needs)
+    first, noise = "target_cosine_first" in loss.needs, "noise" in loss.needs
+    samples = Samples(norms, counted, counted.long(), 0, 0, cosine if first else None, ones if noise else None, state)
     with torch.enable_grad():
         _check_shape(f"{name}.target_logit", loss.target_logit(cosine.clone().requires_grad_(), samples), (2,))
         chunk = torch.zeros(2, 3, device=cosine.device, requires_grad=True)
         negatives = loss.negative_logits(chunk, samples)
         _check_shape(f"{name}.negative_logits", negatives, (2, 3))
-        parameters = [parameter for parameter in loss.parameters() if parameter.requires_grad]
-        if parameters and negatives.requires_grad:
-            found = torch.autograd.grad(negatives.sum(), parameters, allow_unused=True)
+        _check_shape(f"{name}.objective", loss.objective(ones, ones, ones), (2,))
+        penalty = loss.penalty(samples)
+        if penalty is not None:
+            _check_shape(f"{name}.penalty", penalty, (2,))
+        held = [tensor for tensor in (*loss.parameters(), norms) if tensor.requires_grad]
+        if held and negatives.requires_grad:
+            found = torch.autograd.grad(negatives.sum(), held, allow_unused=True)
             if any(gradient is not None for gradient in found):
                 raise ConfigError(
-                    f"{name}.negative_logits depends on a parameter of the loss, whose gradient would be lost; "
-                    "parameters may enter target_logit, objective, penalty and logit_offset"
+                    f"{name}.negative_logits depends on a parameter of the loss or on samples.norms, whose gradient "
+                    "would be lost; they may enter target_logit, objective and penalty, parameters also logit_offset"
                 )
     if state is not None:
         statistics = loss.statistics(samples)

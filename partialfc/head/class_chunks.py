@@ -67,14 +67,14 @@ class ClassChunks:
         self.active, self.target_rows, self.filter_threshold = active, target_rows, filter_threshold
         self.raw, self.linear = loss.raw_logits, loss.negatives_are_linear
         #: dz/dcos of linear negatives. It is applied to the embeddings once: that saves a pass over the logits.
-        self.slope = loss.scale if self.linear and not self.raw else 1.0
+        self.slope = loss.scale if self.linear else 1.0
         self.embeddings = embeddings
         self.scaled = embeddings if self.slope == 1.0 else embeddings * self.slope
         offset = loss.logit_offset()
         self.offset = None if offset is None else offset.detach().to(embeddings.dtype)
         self.sub_centers = weight.shape[1] if weight.dim() == 3 else 1
         batch, dim = embeddings.shape
-        buffers = (2 if self.linear else 6) + (0 if self.sub_centers == 1 else 3)
+        buffers = (2 if self.linear else 8) + 3 * (self.sub_centers > 1) + 6 * ("mean_logit" in loss.needs)
         copies = 2 + (weight.dim() == 3) + (weight.dtype is not embeddings.dtype)
         rows = dim * self.sub_centers * copies
         bytes_per_row = embeddings.element_size() * (batch * buffers + rows)
@@ -137,7 +137,7 @@ class ClassChunks:
         logits, nearest = self._similarity(chunk, out)
         if self.linear:
             if threshold is not None:
-                logits.masked_fill_(logits > threshold * self.slope, -torch.inf)
+                logits.masked_fill_(logits > threshold * self.slope * self._lengths(chunk), -torch.inf)
         else:
             cosines = logits
             with torch.enable_grad():
@@ -153,6 +153,13 @@ class ClassChunks:
             logits.add_(self.offset)
         self._leave_out_targets(logits, chunk)
         return Logits(logits, slopes, nearest)
+
+    def _lengths(self, chunk: Chunk) -> Tensor | float:
+        """What the inner products of raw logits are cosines times, [B, n]; 1 for cosines."""
+        if not self.raw:
+            return 1.0
+        weights = torch.linalg.vector_norm(chunk.directions[0], dim=1)
+        return self.samples.norms.to(weights.dtype)[:, None] * weights
 
     def _similarity(self, chunk: Chunk, out: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scaled cosines (inner products for raw logits) of the batch with a chunk's classes, and nearest sub-centers.

@@ -94,7 +94,7 @@ class LogSumExp:
         log_weight = self.chunks.log_weight(chunk)
         if self._mean_pull is not None:
             present = self._weight_of_each(logits.values, log_weight)
-            self._count += present.sum(dim=1, dtype=torch.float64)
+            self._count += present.sum(dim=1).double()
             values = logits.values.masked_fill(torch.isneginf(logits.values), 0.0)
             self._logit_sum += torch.linalg.vecdot(values, present).double()
             if wants_grad:

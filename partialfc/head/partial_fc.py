@@ -56,7 +56,7 @@ class PartialFC(nn.Module):
         seed: of the initial weights and the negatives. Both are functions of the class id, whatever the world size.
         center_loss: e.g. ``CenterLoss(weight=0.003, alpha=0.5)``; owned by this head from now on.
         filter_threshold: negatives whose cosine exceeds it, in [-1, 1], are left out of the denominator (interclass
-            filtering, for data sets in which one identity occurs under several ids).
+            filtering, for data sets in which one identity occurs under several ids); also for raw logits.
         correct_sampling: weight classes that take part only because they were drawn by 1/sample_rate in the
             denominator, so that its expectation is that of all classes.
         on_nonfinite: ``"raise"`` checks embeddings for NaN and Inf and raises NonFiniteEmbeddings on every rank;
@@ -211,7 +211,7 @@ class PartialFC(nn.Module):
         assert found is not None
         if wants_grad and self.training:
             follow(self)
-            loss.register_hook(partial(self._enter_step, [(counts.sum(), found.of_loss)]))
+            loss.register_hook(partial(self._enter_step, [(found.num_samples, found.of_loss)]))
         return HeadOutput(
             loss, found.softmax_loss, found.center_loss, found.target_cosine, found.num_samples, active.count
         )
@@ -309,7 +309,7 @@ class PartialFC(nn.Module):
         return x, y, headers[:, packing.Field.COUNT]
 
     def _positions(self, counts: Tensor, batch: int) -> Tensor:
-        """[B]: positions of the gathered samples among those that the ranks have passed in this step, in rank order."""
+        """[B]: positions of the gathered samples in the step's batch, in rank order, after earlier micro-batches."""
         within = torch.arange(batch // len(counts), device=counts.device)
         return ((counts.cumsum(0) - counts)[:, None] + within).flatten() + self._samples_passed
 

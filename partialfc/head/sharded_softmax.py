@@ -224,7 +224,8 @@ def _differentiate(
         logit_sum = mean_logit = None
         if combined.logit_sum is not None and combined.count is not None:
             logit_sum = leaf(combined.logit_sum)
-            mean_logit = (target_logit + logit_sum) / (1.0 + combined.count)
+            carried = 0.0 if offset is None else combined.count * (offset - offset.detach())
+            mean_logit = (target_logit + logit_sum + carried) / (1.0 + combined.count)
         sample_losses = loss.objective(negatives, target_logit, mean_logit)
         penalty = loss.penalty(samples)
         if penalty is not None:

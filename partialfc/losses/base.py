@@ -8,8 +8,10 @@ and the negatives' cosines become logits; its derivatives are taken by autograd,
 from __future__ import annotations
 
 import math
+import numbers
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -90,7 +92,7 @@ class Loss(nn.Module):
 
     def logit_bound(self) -> float:
         """The largest |z_j| a negative can have; ``math.inf`` if there is none, which costs one more collective."""
-        return self.scale if self.negatives_are_linear else math.inf
+        return self.scale if self.negatives_are_linear and not self.raw_logits else math.inf
 
     # --- from logits to a loss ----------------------------------------------------------------------------------------
 
@@ -134,6 +136,13 @@ class Loss(nn.Module):
         return self
 
     # --- what follows from the above ----------------------------------------------------------------------------------
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        state = self.state
+        super()._apply(fn, recurse)
+        if state is not None and self.state is not None:  # `head.bfloat16()` is not meant for a moving average
+            self.state = self.state.double() if state.is_meta else state.to(self.state.device)
+        return self
 
     def extra_repr(self) -> str:
         settings = {name: value for name, value in vars(self).items() if isinstance(value, float | int | str)}
@@ -213,7 +222,8 @@ class Wrapper(Loss):
         return self.base.logit_offset()
 
     def logit_bound(self) -> float:
-        return self.base.logit_bound()
+        unchanged = type(self).negative_logits is Wrapper.negative_logits
+        return self.base.logit_bound() if unchanged else math.inf
 
     def sample_loss(self, d: Tensor) -> Tensor:
         return self.base.sample_loss(d)
@@ -235,7 +245,7 @@ class Wrapper(Loss):
 
     @property
     def negatives_are_linear(self) -> bool:
-        return self.base.negatives_are_linear
+        return type(self).negative_logits is Wrapper.negative_logits and self.base.negatives_are_linear
 
     @property
     def is_cross_entropy(self) -> bool:
@@ -243,15 +253,18 @@ class Wrapper(Loss):
         return unchanged and self.base.is_cross_entropy
 
 
-def angle(cosine: Tensor, smallest_sine: float = 1e-4) -> Tensor:
-    """θ = arccos(cosine) in [0, π], with dθ/dcos = −1/sin θ bounded by ``1/smallest_sine`` at the ends.
+_SMALLEST_SINE = 1e-4
+
+
+def angle(cosine: Tensor) -> Tensor:
+    """θ = arccos(cosine) in [0, π], with dθ/dcos = −1/sin θ bounded by 1e4 at the ends.
 
     The bound sits where sin θ < 1e-4 (cosines within 5e-9 of ±1): below the resolution of float32 embeddings, and far
     from any angle where the derivative matters.
     """
     fixed = cosine.detach()
     value = torch.acos(fixed.clamp(-1.0, 1.0))
-    slope = -1.0 / torch.sin(value).clamp_min(smallest_sine)
+    slope = -1.0 / torch.sin(value).clamp_min(_SMALLEST_SINE)
     return value + slope * (cosine - fixed)  # the value is exact, the derivative is `slope`
 
 
@@ -262,21 +275,40 @@ def cos_of_sum(cosine: Tensor, margin: float | Tensor) -> Tensor:
     2.3 ``cos θ − (1 − cos m)``, as the former would be too high. Where θ + m < 0 (a negative m) it would fall again:
     there it stays 1.
     """
-    m = torch.as_tensor(margin, dtype=cosine.dtype, device=cosine.device)
-    shifted = angle(cosine) + m
-    drop = torch.maximum(m * torch.sin(m), 1.0 - torch.cos(m))
-    return torch.where(shifted <= math.pi, torch.cos(shifted.clamp_min(0.0)), cosine - drop)
+    cos_m: float | Tensor
+    sin_m: float | Tensor
+    drop: float | Tensor
+    if isinstance(margin, Tensor):
+        cos_m, sin_m = torch.cos(margin), torch.sin(margin)
+        drop = torch.maximum(margin * sin_m, 1.0 - cos_m)
+    else:  # no tensor is made of it: that would wait for a device
+        cos_m, sin_m = math.cos(margin), math.sin(margin)
+        drop = max(margin * sin_m, 1.0 - cos_m)
+    shifted = torch.acos(cosine.detach().clamp(-1.0, 1.0)) + margin
+    inside = cosine * cos_m - _sine(cosine) * sin_m  # the addition theorem: at m = 0 the slope is 1 also at the ends
+    return torch.where(shifted > math.pi, cosine - drop, torch.where(shifted < 0, torch.ones_like(cosine), inside))
+
+
+def _sine(cosine: Tensor) -> Tensor:
+    """sin θ ≥ 0, with a derivative that is bounded like that of :func:`angle`."""
+    fixed = cosine.detach().clamp(-1.0, 1.0)
+    value = torch.sqrt((1.0 - fixed) * (1.0 + fixed))
+    return value - fixed / value.clamp_min(_SMALLEST_SINE) * (cosine - cosine.detach())
 
 
 def check_range(name: str, value: float, low: float, high: float) -> float:
     """Return ``value`` if it lies in [low, high], else raise ConfigError with the valid range."""
-    if not isinstance(value, float | int) or not low <= value <= high:
+    if not _is_number(value) or not low <= value <= high:
         raise ConfigError(f"{name} must lie in [{low:g}, {high:g}], got {value}")
     return float(value)
 
 
 def check_positive(name: str, value: float) -> float:
     """Return ``value`` if it is a finite number > 0, else raise ConfigError."""
-    if not (isinstance(value, float | int) and math.isfinite(value) and value > 0):
+    if not (_is_number(value) and math.isfinite(value) and value > 0):
         raise ConfigError(f"{name} must be a positive number, got {value}")
     return float(value)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)

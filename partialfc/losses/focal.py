@@ -30,6 +30,8 @@ class Focal(Wrapper):
         self.alpha = check_positive("alpha", alpha)
 
     def sample_loss(self, d: Tensor) -> Tensor:
+        if self.gamma == 0:  # 0 · log 0 would not be 0
+            return self.alpha * self.base.sample_loss(d)
         not_certain = torch.exp(self.gamma * logsigmoid(d))  # (1 − p_y)^γ
         return self.alpha * not_certain * self.base.sample_loss(d)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from partialfc.errors import ConfigError
-from partialfc.losses.base import Loss, Wrapper
+from partialfc.losses.base import Loss, Wrapper, check_range
 
 
 class LabelSmoothing(Wrapper):
@@ -17,7 +17,7 @@ class LabelSmoothing(Wrapper):
 
     Args:
         loss: a softmax loss with unmodified negatives, e.g. ``Softmax()``.
-        smoothing: ε, in [0, 1).
+        smoothing: ε, in [0, 0.99].
     """
 
     def __init__(self, loss: Loss, smoothing: float = 0.1) -> None:
@@ -27,9 +27,7 @@ class LabelSmoothing(Wrapper):
                 "label smoothing needs a loss that is the cross-entropy of a softmax whose negatives are plain logits, "
                 f"got {type(loss).__name__}"
             )
-        if not 0 <= smoothing < 1:
-            raise ConfigError(f"smoothing must lie in [0, 1), got {smoothing}")
-        self.smoothing = float(smoothing)
+        self.smoothing = check_range("smoothing", smoothing, 0.0, 0.99)
         self.needs = self.needs | {"mean_logit"}
 
     def objective(self, negatives: Tensor, target_logit: Tensor, mean_logit: Tensor | None) -> Tensor:

@@ -7,7 +7,7 @@ import math
 from torch import Tensor
 
 from partialfc.errors import ConfigError
-from partialfc.losses.base import MarginGradient, MarginLoss, Samples, check_range, cos_of_sum
+from partialfc.losses.base import MarginGradient, MarginLoss, Samples, check_positive, check_range, cos_of_sum
 
 
 class MagFace(MarginLoss):
@@ -39,9 +39,9 @@ class MagFace(MarginLoss):
         super().__init__(scale, margin_gradient)
         self.margin_low = check_range("margin_low", margin_low, 0.0, math.pi / 2)
         self.margin_high = check_range("margin_high", margin_high, self.margin_low, math.pi / 2)
-        if not 0 < norm_low < norm_high < math.inf:
+        self.norm_low, self.norm_high = check_positive("norm_low", norm_low), check_positive("norm_high", norm_high)
+        if not self.norm_low < self.norm_high:
             raise ConfigError(f"0 < norm_low < norm_high must hold, got {norm_low} and {norm_high}")
-        self.norm_low, self.norm_high = float(norm_low), float(norm_high)
         self.penalty_weight = check_range("penalty_weight", penalty_weight, 0.0, 1e9)
 
     def with_margin(self, cosine: Tensor, samples: Samples) -> Tensor:

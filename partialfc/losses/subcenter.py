@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numbers
+
 from partialfc.errors import ConfigError
 from partialfc.losses.arcface import ArcFace
 from partialfc.losses.base import Loss, MarginGradient, Wrapper
@@ -13,7 +15,7 @@ class SubCenter(Wrapper):
 
     Args:
         loss: the loss on the classes' cosines.
-        sub_centers: K, at least 1.
+        sub_centers: K, in [1, 256].
     """
 
     def __init__(self, loss: Loss, sub_centers: int = 3) -> None:
@@ -31,7 +33,7 @@ class SubCenterArcFace(ArcFace):
     Args:
         scale: s, the inverse temperature; > 0.
         margin: m in radians, in [0, π/2].
-        sub_centers: K, at least 1.
+        sub_centers: K, in [1, 256].
         margin_gradient: see :class:`~partialfc.losses.MarginLoss`.
     """
 
@@ -47,7 +49,7 @@ class SubCenterArcFace(ArcFace):
 
 
 def check_sub_centers(sub_centers: int) -> int:
-    """Return ``sub_centers`` if it is a whole number ≥ 1, else raise ConfigError."""
-    if isinstance(sub_centers, bool) or int(sub_centers) != sub_centers or sub_centers < 1:
-        raise ConfigError(f"sub_centers must be a whole number of at least 1, got {sub_centers}")
+    """Return ``sub_centers`` if it is a whole number in [1, 256], else raise ConfigError."""
+    if not (isinstance(sub_centers, numbers.Real) and 1 <= sub_centers <= 256 and sub_centers == int(sub_centers)):
+        raise ConfigError(f"sub_centers must be a whole number in [1, 256], got {sub_centers}")
     return int(sub_centers)

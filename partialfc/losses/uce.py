@@ -7,7 +7,6 @@ import math
 import torch
 from torch import Tensor, nn
 
-from partialfc.errors import ConfigError
 from partialfc.losses.base import Loss, Samples, check_positive, check_range
 
 
@@ -35,10 +34,8 @@ class UCE(Loss):
         super().__init__(scale)
         self.margin = check_range("margin", margin, 0.0, 2.0)
         self.negative_weight = check_positive("negative_weight", negative_weight)
-        if bias is not None and not math.isfinite(bias):
-            raise ConfigError(f"bias must be a finite number, or None for log(10·num_classes·sample_rate), got {bias}")
-        self.initial_bias = None if bias is None else float(bias)
-        self.bias = nn.Parameter(torch.full((1,), self.initial_bias or 0.0))
+        self.initial_bias = None if bias is None else check_range("bias", bias, -1e4, 1e4)
+        self.bias = nn.Parameter(torch.full((1,), self.initial_bias or 0.0, dtype=torch.float32))
 
     def target_logit(self, cosine: Tensor, samples: Samples) -> Tensor:
         return self.scale * (cosine - self.margin) - self.bias.double()

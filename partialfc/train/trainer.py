@@ -116,6 +116,7 @@ class Trainer:
             workers=data.workers,
             start_step=self.step,
             total_steps=self.total_steps,
+            micro_batches=self.config.optim.accumulation,
         )
         log_every, evaluate_every = self.config.tracking.log_every, self.config.evaluation.every
         means = Means()
@@ -380,8 +381,8 @@ class Means:
 
 
 def _micro_batches(images: Tensor, labels: Tensor, parts: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """``parts`` slices of a batch, of which the last may be smaller or empty."""
-    size = -(-len(labels) // parts)
+    """The ``parts`` slices of a batch, all of one size; the loader has laid them out."""
+    size = len(labels) // parts
     for part in range(parts):
         some = slice(part * size, (part + 1) * size)
         yield images[some], labels[some]
