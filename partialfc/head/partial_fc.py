@@ -18,6 +18,7 @@ from partialfc.head.arguments import check_loss, check_options, check_sizes, cla
 from partialfc.head.center_loss import CenterLoss
 from partialfc.head.collectives import Collectives
 from partialfc.head.hashing import normal_rows, stream_key
+from partialfc.head.late_reading import LateReading
 from partialfc.head.optimizer_hooks import follow
 from partialfc.head.partition import ClassPartition
 from partialfc.head.sampling import active_rows
@@ -126,7 +127,7 @@ class PartialFC(nn.Module):
         # Of the step's micro-batches that have run backward: samples passed, and the loss's statistics.
         self._samples_passed: int | Tensor = 0
         self._loss_statistics: Tensor | None = None
-        self._unread: tuple[Tensor, Any] | None = None  # headers on their way to the host, and the event to wait for
+        self._unread: LateReading | None = None  # headers on their way to the host
         self.register_state_dict_pre_hook(_before_saving)
         self.register_load_state_dict_pre_hook(_before_loading)
         self.register_load_state_dict_post_hook(_after_loading)
@@ -302,7 +303,7 @@ class PartialFC(nn.Module):
         if (agreed is None and found_by_host) or not self._errors_are_deferred():
             packing.raise_problem(headers.tolist(), self.num_classes, self.embedding_dim, agreed)
         else:
-            self._read_later(headers)
+            self._unread = LateReading(headers)
             failed = packing.any_problem(headers)  # then no sample counts, and nothing is updated
             y = torch.where(failed, torch.full_like(y, -1), y)
         x = x.masked_fill((y < 0)[:, None], 0.0)  # what is ignored has no influence, not even as NaN
@@ -409,25 +410,12 @@ class PartialFC(nn.Module):
     def _errors_are_deferred(self) -> bool:
         return self.weight.device.type != "cpu"
 
-    def _read_later(self, headers: Tensor) -> None:
-        if headers.device.type == "cuda":
-            host = torch.empty(headers.shape, dtype=headers.dtype, pin_memory=True)
-            host.copy_(headers, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-            self._unread = (host, event)
-        else:
-            self._unread = (headers.cpu(), None)
-
     def _raise_unread(self) -> None:
-        """Raise what the headers of the last call report. Waits for their copy only, not for the work behind it."""
+        """Raise what the headers of the last call report, where nobody has looked yet."""
         if self._unread is not None:
-            headers, event = self._unread
-            self._unread = None
-            if event is not None:
-                event.synchronize()
+            headers, self._unread = self._unread.read(), None
             try:
-                packing.raise_problem(headers.tolist(), self.num_classes, self.embedding_dim, self._batch_format)
+                packing.raise_problem(headers, self.num_classes, self.embedding_dim, self._batch_format)
             except Exception:
                 self._drop_pending()
                 raise

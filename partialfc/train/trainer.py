@@ -22,12 +22,11 @@ from partialfc.data.order import samples_before, steps_per_epoch
 from partialfc.errors import CheckpointFailed, ConfigError, PartialFCError
 from partialfc.head import HeadOutput
 from partialfc.head.hashing import stream_key
-from partialfc.head.rate_schedule import SampleRate, largest_rate
-from partialfc.plan import head_memory
 from partialfc.tracking.progress import console_progress, log, no_progress
 from partialfc.train.checkpoint import TrainingState, newest_whole, save_checkpoint
 from partialfc.train.checkpoint_files import prune
 from partialfc.train.config_changes import Change, config_changes
+from partialfc.train.describe import describe_memory, describe_rate
 from partialfc.train.evaluation import Evaluation
 from partialfc.train.phase_clock import PhaseClock
 from partialfc.train.ranks import Rank
@@ -322,33 +321,10 @@ class Trainer:
         where = f"{self.rank.world_size} ranks on {self.rank.device.type}"
         log(
             f"{self.total_steps:,} steps of {self.config.data.global_batch_size} images over {where}, "
-            f"{len(self.head.weight):,} classes on rank 0, sample rate {_describe_rate(self.head.sample_rate)}; "
+            f"{len(self.head.weight):,} classes on rank 0, sample rate {describe_rate(self.head.sample_rate)}; "
             f"run folder {self.config.run.dir}"
         )
-        log(self._describe_memory())
-
-    def _describe_memory(self) -> str:
-        """What the head takes on this rank."""
-        config, head = self.config, self.head
-        rate = largest_rate(head.sample_rate)
-        memory = head_memory(
-            head.embedding_dim,
-            config.optim.head_optimizer,
-            unsampled_rows=config.optim.unsampled_rows,
-            momentum=config.optim.momentum > 0,
-            weight_dtype=config.head.weight_dtype,
-            state_dtype=config.optim.head_state_dtype,
-            sub_centers=head.loss.sub_centers or 1,
-            class_bias=head.loss.class_bias,
-            center_loss=head.center_loss is not None,
-            sampled=rate < 1,
-        )
-        classes = len(head.weight)
-        step = memory.total(classes, rate, head.memory_budget_mb) - classes * memory.per_class
-        return (
-            f"head memory: {memory.per_class:,} bytes a class, {_size(classes * memory.per_class)} on rank 0; "
-            f"a step at sample rate {rate:g} takes up to {_size(step)} more"
-        )
+        log(describe_memory(self.config, self.head))
 
 
 class Means:
@@ -409,18 +385,6 @@ def _together(outputs: list[tuple[HeadOutput, Tensor]]) -> HeadOutput:
 def _set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_factor", 1.0)
-
-
-def _describe_rate(sample_rate: SampleRate) -> str:
-    return repr(sample_rate) if callable(sample_rate) else f"{sample_rate:g}"
-
-
-def _size(num_bytes: float) -> str:
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if num_bytes < 1024 or unit == "GiB":
-            break
-        num_bytes /= 1024
-    return f"{num_bytes:,.1f} {unit}"
 
 
 def _rate(line: dict[str, Any]) -> str:
