@@ -563,3 +563,33 @@ def test_micro_batches_cost_the_union_of_their_rows() -> None:
 def test_wrong_constants_are_refused(make: Callable[[Any], Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         make([torch.nn.Parameter(torch.zeros(2, 2))])
+
+
+class Concatenating(PartialFC):
+    """A head on a device where torch appends the rows of sparse gradients."""
+
+    merged = 0
+
+    def _sparse_sums_concatenate(self) -> bool:
+        return True
+
+    def _merge_gradients(self) -> None:
+        rows = self.weight.grad._indices()[0]
+        values = self.weight.grad._values()
+        # What such a device would have left: every row twice, with half of its gradient.
+        doubled = torch.cat((rows, rows))[None], torch.cat((values / 2, values / 2))
+        self.weight.grad = torch.sparse_coo_tensor(*doubled, self.weight.shape, check_invariants=True)
+        super()._merge_gradients()
+        assert len(self.weight.grad._indices()[0].unique()) == self.weight.grad._nnz()
+        self.merged += 1
+
+
+def test_appended_gradients_of_micro_batches_are_merged() -> None:
+    found = []
+    for kind in (PartialFC, Concatenating):
+        head = kind(CLASSES, DIM, losses.ArcFace(scale=16.0), sample_rate=0.3)
+        for seed in range(4):
+            head(*_batch(seed)).loss.backward()
+        found.append(head.weight.grad.to_dense())
+    assert head.merged == 3
+    torch.testing.assert_close(found[0], found[1])

@@ -374,6 +374,8 @@ class PartialFC(nn.Module):
 
     def _enter_step(self, news: list[tuple[Tensor, Tensor | None]], grad: Tensor) -> None:
         self._close_skipped_step()  # here too: zero_grad() may stand between forward and backward
+        if self._in_step and self._sparse_sums_concatenate():
+            self._merge_gradients()
         self._in_step = True
         while news:  # a second backward through a retained graph sees the same samples
             samples, statistics = news.pop()
@@ -381,6 +383,17 @@ class PartialFC(nn.Module):
             if statistics is not None:
                 earlier = self._loss_statistics
                 self._loss_statistics = statistics if earlier is None else earlier + statistics
+
+    def _sparse_sums_concatenate(self) -> bool:
+        """Whether torch appends the rows of a second sparse gradient; on a CPU it merges sorted ones."""
+        return self.weight.device.type != "cpu"
+
+    @torch.no_grad()
+    def _merge_gradients(self) -> None:
+        """Merge what earlier micro-batches have left: memory is to follow the union of their rows, not the sum."""
+        for parameter in (self.weight, self.bias):
+            if parameter is not None and parameter.grad is not None and parameter.grad.is_sparse:
+                parameter.grad = parameter.grad.coalesce()
 
     def _close_skipped_step(self) -> None:
         """A backward whose gradient was cleared without an optimizer step (a loss scaler does that) ends its step."""
