@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,15 @@ class RunFolder:
 
     def close(self) -> None:
         self.metrics.close()
+
+
+def record_failure(folder: Path, reason: str) -> None:
+    """Write why a run has failed, from a rank that is not the first: the launcher may end the first before it can."""
+    state = read_state(folder)
+    if state is not None and state.get("state") == "running":
+        state |= {"state": "failed", "reason": reason, "updated": round(time.time(), 3)}
+        with suppress(OSError):
+            write_atomically(folder / "state.json", json.dumps(state, indent=1) + "\n")
 
 
 def forget_after(metrics: Path, step: int) -> None:

@@ -19,7 +19,7 @@ from partialfc.config import Config, build_head, build_head_optimizer
 from partialfc.data.dataset import TarDataset
 from partialfc.data.loader import Batch, build_loader
 from partialfc.data.order import samples_before, steps_per_epoch
-from partialfc.errors import CheckpointFailed, ConfigError, PartialFCError
+from partialfc.errors import CheckpointFailed, ConfigError, PartialFCError, RankLost
 from partialfc.head import HeadOutput
 from partialfc.head.hashing import stream_key
 from partialfc.tracking.progress import console_progress, log, no_progress
@@ -30,7 +30,7 @@ from partialfc.train.describe import describe_memory, describe_rate
 from partialfc.train.evaluation import Evaluation
 from partialfc.train.phase_clock import PhaseClock
 from partialfc.train.ranks import Rank
-from partialfc.train.run_folder import RunFolder
+from partialfc.train.run_folder import RunFolder, record_failure
 from partialfc.train.schedule import lr_factor
 
 _DRAWS = 6  # the purpose that tells this stream of random numbers from the others
@@ -95,6 +95,8 @@ class Trainer:
                 reason = str(explained) or type(explained).__name__
                 folder.metrics.write("event", event="failed", step=self.step, reason=reason)
                 folder.set_state("failed", self.step, reason)
+            elif isinstance(explained, PartialFCError) and not isinstance(explained, RankLost):
+                record_failure(self.config.run.dir, f"rank {self.rank.rank}: {explained}")
             raise explained from (None if explained is error else error)
         if folder:
             folder.set_state("finished", self.step)
