@@ -114,6 +114,11 @@ class CheckpointConfig(Section):
     every: int = Field(1000, ge=0, description="steps between checkpoints; 0: only at the end")
     keep_last: int = Field(2, ge=1, description="how many of the newest to keep")
     keep_every: int = Field(0, ge=0, description="steps whose multiples are kept besides; 0: none")
+    asynchronous: bool = Field(True, description="write while training goes on, from a copy in host memory")
+    grow: bool = Field(False, description="go on with classes that the checkpoint does not have, added after its own")
+    grow_init: Literal["random", "embedding"] = Field(
+        "random", description="weights of new classes: drawn, or the mean embedding of their samples"
+    )
     resume: Literal["auto", "never"] = Field("auto", description="auto: go on from the run folder's newest whole one")
 
 

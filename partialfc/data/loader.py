@@ -135,19 +135,24 @@ def evaluation_batches(
     Yields:
         indices: int64 [b], images: float32 [b, channels, image_size, image_size] in [-1, 1]; the last b may be smaller.
     """
-    _check_sizes(dataset, image_size, channels, "batch_size", batch_size)
-    first, last = local_slice(dataset.num_samples, rank, world_size)
-    return _evaluation_batches(dataset, image_size, channels, batch_size, first, last)
+    samples = np.arange(*local_slice(dataset.num_samples, rank, world_size), dtype=np.int64)
+    return plain_batches(dataset, samples, image_size=image_size, channels=channels, batch_size=batch_size)
 
 
-def _evaluation_batches(
-    dataset: TarDataset, image_size: int, channels: int, batch_size: int, first: int, last: int
+def plain_batches(
+    dataset: TarDataset, samples: npt.NDArray[np.int64], *, image_size: int, channels: int, batch_size: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    for start in range(first, last, batch_size):
-        indices = np.arange(start, min(start + batch_size, last), dtype=np.int64)
-        pixels: list[npt.NDArray[np.float32]] = [
-            to_pixels(decode(dataset, index, image_size, channels)) for index in indices.tolist()
-        ]
+    """The ``samples [n]``, in order, without augmentation; yields as :func:`evaluation_batches` does."""
+    _check_sizes(dataset, image_size, channels, "batch_size", batch_size)
+    return _plain_batches(dataset, samples, image_size, channels, batch_size)
+
+
+def _plain_batches(
+    dataset: TarDataset, samples: npt.NDArray[np.int64], image_size: int, channels: int, batch_size: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    for start in range(0, len(samples), batch_size):
+        indices = samples[start : start + batch_size]
+        pixels = [to_pixels(decode(dataset, index, image_size, channels)) for index in indices.tolist()]
         yield torch.from_numpy(indices), torch.from_numpy(np.stack(pixels))
 
 

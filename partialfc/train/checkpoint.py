@@ -6,39 +6,33 @@ number of ranks: each takes its own range of the classes.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import shutil
 import warnings
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 
-from partialfc.errors import CheckpointFailed, ConfigError
+from partialfc.errors import ConfigError
 from partialfc.head import PartialFC
 from partialfc.tracking.progress import log
+from partialfc.train.agreement import gathered, is_first, my_share, on_first
 from partialfc.train.checkpoint_files import (
-    FORMAT,
-    MANIFEST,
     CheckedReader,
     DamagedCheckpoint,
     check_file,
     read_manifest,
     step_folders,
 )
+from partialfc.train.row_loading import RowLoadPlanner
 
-_PER_CLASS = {"weight", "bias", "center_loss.centers"}
+_PER_CLASS = {"weight", "bias", "center_loss.centers"}  # of the head
 _BACKBONE_OPTIMIZER, _HEAD_OPTIMIZER = "backbone_optimizer.", "head.optimizer."
 
 
@@ -64,19 +58,23 @@ class TrainingState:
         for name, parameter in self.head.named_parameters():
             for key, value in self.head_optimizer.state.get(parameter, {}).items():
                 if isinstance(value, Tensor):
-                    rows = name in _PER_CLASS and value.dim() > 0  # the optimizer's own step count is no row
-                    found[f"{_HEAD_OPTIMIZER}{name}.{key}"] = _sharded(self.head, value) if rows else value
-        return found
+                    found[f"{_HEAD_OPTIMIZER}{name}.{key}"] = value
+        return {
+            name: _sharded(self.head, value) if _has_rows(name, value.dim()) else value for name, value in found.items()
+        }
 
     def _of_modules(self) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {f"backbone.{name}": value for name, value in self.backbone.state_dict().items()}
-        for name, value in self.head.state_dict().items():
-            found[f"head.{name}"] = _sharded(self.head, value) if name in _PER_CLASS else value
-        return found
+        return found | {f"head.{name}": value for name, value in self.head.state_dict().items()}
 
-    def load(self, checkpoint: Path) -> None:
-        """Take everything from a checkpoint folder that has been checked. A collective.
+    def load(self, checkpoint: Path, grow: bool = False) -> int:
+        """Take everything from a checkpoint folder that has been checked. A collective of the head's ranks.
 
+        With ``grow`` it may be of fewer classes: the others keep the weight that they have, and their optimizer state
+        is zero, as at the start.
+
+        Returns:
+            The number of classes that the checkpoint has.
         Raises:
             ConfigError: it is of another model, head or number of classes.
             DamagedCheckpoint: it cannot be read.
@@ -84,7 +82,7 @@ class TrainingState:
         reader = CheckedReader(checkpoint)
         stored = reader.read_metadata().state_dict_metadata
         targets = self._of_modules()
-        _check_shapes(checkpoint, targets, stored)
+        self._check_shapes(checkpoint, targets, stored, grow)
         states: list[tuple[Optimizer, nn.Parameter, str, str]] = []
         for prefix, optimizer, module in (
             (_BACKBONE_OPTIMIZER, self.backbone_optimizer, self.backbone),
@@ -98,103 +96,44 @@ class TrainingState:
                 if owner not in parameters:
                     raise ConfigError(f"{checkpoint} holds optimizer state of {owner!r}, which this run does not have")
                 parameter = parameters[owner]
-                rows = module is self.head and owner in _PER_CLASS and len(entry.size) > 0
-                shape = (len(parameter), *entry.size[1:]) if rows else entry.size
+                shape = (len(parameter), *entry.size[1:]) if _has_rows(name, len(entry.size)) else entry.size
                 device = parameter.device if key != "step" else torch.device("cpu")
-                value = torch.zeros(shape, dtype=entry.properties.dtype, device=device)
-                targets[name] = _sharded(self.head, value) if rows else value
+                targets[name] = torch.zeros(shape, dtype=entry.properties.dtype, device=device)
                 states.append((optimizer, parameter, key, name))
+        first = self.head.first_class
+        planner = RowLoadPlanner({name: first for name, value in targets.items() if _has_rows(name, value.dim())})
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # about loading in a single process, which is meant
-            dcp.load(targets, storage_reader=reader, no_dist=not dist.is_initialized())
+            group = self.head.collectives.group
+            dcp.load(targets, storage_reader=reader, planner=planner, process_group=group, no_dist=group is None)
         for optimizer, parameter, key, name in states:
-            value = targets[name]
-            optimizer.state[parameter][key] = value.to_local() if isinstance(value, DTensor) else value
+            optimizer.state[parameter][key] = targets[name]
         self.head.forget_step()
+        weight: Any = stored["head.weight"]
+        return weight.size[0]
+
+    def _check_shapes(self, checkpoint: Path, targets: dict[str, Tensor], stored: dict[str, Any], grow: bool) -> None:
+        missing = [name for name in targets if name not in stored]
+        optimizers = (_BACKBONE_OPTIMIZER, _HEAD_OPTIMIZER)
+        foreign = [name for name in stored if name not in targets and not name.startswith(optimizers)]
+        if missing or foreign:
+            words = f"lacks {missing[0]}" if missing else f"holds {foreign[0]}, which this run does not have"
+            raise ConfigError(f"{checkpoint} is of another model or head: it {words}")
+        for name, value in targets.items():
+            rows = _has_rows(name, value.dim())
+            here = [self.head.num_classes, *value.shape[1:]] if rows else list(value.shape)
+            there = list(stored[name].size)
+            fits = there[1:] == here[1:] and there[0] <= here[0] if rows and grow else there == here
+            if not fits:
+                raise ConfigError(
+                    f"{checkpoint} is of another model or head: {name} is {there} there and {here} in this run"
+                )
 
 
-def _check_shapes(checkpoint: Path, targets: dict[str, Tensor], stored: dict[str, Any]) -> None:
-    missing = [name for name in targets if name not in stored]
-    ours = (*targets, _BACKBONE_OPTIMIZER, _HEAD_OPTIMIZER)
-    foreign = [name for name in stored if name not in targets and not name.startswith(ours[-2:])]
-    if missing or foreign:
-        words = f"lacks {missing[0]}" if missing else f"holds {foreign[0]}, which this run does not have"
-        raise ConfigError(f"{checkpoint} is of another model or head: it {words}")
-    for name, value in targets.items():
-        if tuple(stored[name].size) != tuple(value.shape):
-            raise ConfigError(
-                f"{checkpoint} is of another model or head: {name} is {list(stored[name].size)} there and "
-                f"{list(value.shape)} in this run"
-            )
-
-
-def save_checkpoint(folder: Path, tensors: dict[str, Tensor], manifest: dict[str, Any]) -> None:
-    """Write ``folder``. A collective: every rank calls it. ``manifest`` is the first rank's.
-
-    Raises:
-        CheckpointFailed: on every rank, if it cannot be written (a full disk); no other checkpoint is touched.
-    """
-    distributed = dist.is_initialized()
-    first = not distributed or dist.get_rank() == 0
-    temporary = folder.with_name(f".{folder.name}.incomplete")
-    try:
-        _together(lambda: _make_empty(temporary) if first else None)
-        _together(lambda: _write_tensors(temporary, tensors, distributed))
-        files = _together(lambda: _describe_mine(temporary))
-        _together(lambda: _finish(temporary, folder, manifest, files) if first else None)
-    except CheckpointFailed:
-        if first:
-            shutil.rmtree(temporary, ignore_errors=True)  # its room is needed
-        raise
-
-
-def _make_empty(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-
-
-def _write_tensors(folder: Path, tensors: dict[str, Tensor], distributed: bool) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # about saving in a single process, which is meant
-        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(folder, sync_files=True), no_dist=not distributed)
-
-
-def _describe_mine(folder: Path) -> dict[str, dict[str, Any]]:
-    """Sizes and digests of this rank's share of the files."""
-    paths = sorted(folder.iterdir())
-    if dist.is_initialized():
-        paths = paths[dist.get_rank() :: dist.get_world_size()]
-    return {path.name: _describe(path) for path in paths}
-
-
-def _finish(temporary: Path, folder: Path, manifest: dict[str, Any], files: list[dict[str, Any]]) -> None:
-    """Write the manifest, and give the folder its name: only now it is a checkpoint."""
-    described = dict(sorted((name, file) for part in files for name, file in part.items()))
-    path = temporary / MANIFEST
-    content = {"format": FORMAT, **manifest, "files": described, "torch": torch.__version__}
-    path.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    _sync(path)
-    _sync(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
-    _sync(folder.parent)
-
-
-def _together(work: Callable[[], Any]) -> list[Any]:
-    """What ``work`` gives on each rank; where it fails on one, the same error on all of them. A collective."""
-    mine: tuple[Any, str | None]
-    try:
-        mine = work(), None
-    except (OSError, CheckpointException) as error:
-        mine = None, f"{type(error).__name__}: {error}"
-    results = [mine]
-    if dist.is_initialized():
-        results = [mine] * dist.get_world_size()
-        dist.all_gather_object(results, mine)
-    failed = [f"rank {rank}: {reason}" for rank, (_, reason) in enumerate(results) if reason]
-    if failed:
-        raise CheckpointFailed(f"the checkpoint could not be written ({failed[0]}); is the disk full?")
-    return [value for value, _ in results]
+def _has_rows(name: str, dimensions: int) -> bool:
+    """Whether a tensor of this name has one row a class; an optimizer's own step count has none."""
+    owner = name.removeprefix(_HEAD_OPTIMIZER).rpartition(".")[0] if name.startswith(_HEAD_OPTIMIZER) else name[5:]
+    return name.startswith("head.") and owner in _PER_CLASS and dimensions > 0
 
 
 def newest_whole(folder: Path) -> tuple[Path, dict[str, Any]] | None:
@@ -202,47 +141,19 @@ def newest_whole(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 
     Damaged ones are reported and passed over. A collective; the ranks share the reading, and agree.
     """
-    for checkpoint in _agreed(step_folders(folder)):
+    for checkpoint in on_first(lambda: step_folders(folder)):
         try:
-            manifest = _agreed(_or_error(checkpoint))
-            if isinstance(manifest, DamagedCheckpoint):
-                raise manifest
-            problems = _check_all(checkpoint, manifest["files"])
+            manifest = on_first(partial(read_manifest, checkpoint))
+            files = manifest["files"]
+            mine = [check_file(checkpoint, name, files[name]) for name in my_share(sorted(files))]
+            problems = [problem for part in gathered(mine) for problem in part if problem]
             if problems:
                 raise DamagedCheckpoint(f"{checkpoint}: {'; '.join(problems)}")
             return checkpoint, manifest
         except DamagedCheckpoint as error:
-            if not dist.is_initialized() or dist.get_rank() == 0:
+            if is_first():
                 log(f"damaged checkpoint, the one before is used: {error}")
     return None
-
-
-def _or_error(checkpoint: Path) -> dict[str, Any] | DamagedCheckpoint:
-    try:
-        return read_manifest(checkpoint)
-    except DamagedCheckpoint as error:
-        return error
-
-
-def _agreed(value: Any) -> Any:
-    """The first rank's ``value``."""
-    if not dist.is_initialized():
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
-
-
-def _check_all(checkpoint: Path, files: dict[str, dict[str, Any]]) -> list[str]:
-    """What is wrong with the checkpoint's files; the ranks share the reading. A collective."""
-    names = sorted(files)
-    mine = names[dist.get_rank() :: dist.get_world_size()] if dist.is_initialized() else names
-    found = [problem for name in mine if (problem := check_file(checkpoint, name, files[name]))]
-    if not dist.is_initialized():
-        return found
-    parts: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(parts, found)
-    return [problem for part in parts for problem in part]
 
 
 def _sharded(head: PartialFC, local: Tensor) -> Tensor:
@@ -253,16 +164,3 @@ def _sharded(head: PartialFC, local: Tensor) -> Tensor:
     shape = torch.Size((head.num_classes, *local.shape[1:]))
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(local, mesh, [Shard(0)], run_check=False, shape=shape, stride=stride)
-
-
-def _describe(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

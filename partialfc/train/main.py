@@ -20,7 +20,7 @@ def train(config: Config, force: bool = False) -> None:
     Raises:
         PartialFCError: the run failed; the message says why. ``RankLost`` names the rank that keeps the others waiting.
     """
-    if finished_before(config):
+    if finished_before(config, force):
         _say_finished(config, "this run has finished before; nothing to do")
         return
     with joined() as rank:

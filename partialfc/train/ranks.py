@@ -16,7 +16,7 @@ from partialfc.train.liveness import Liveness
 
 # What may take long on one rank while the others wait: imports, compilers and caches before the first step, the writing
 # of a checkpoint, an evaluation.
-_PATIENCE = timedelta(minutes=60)
+PATIENCE = timedelta(minutes=60)
 
 
 @dataclass
@@ -27,7 +27,7 @@ class Rank:
     world_size: int
     device: torch.device
     liveness: Liveness | None
-    timeout: timedelta = _PATIENCE
+    timeout: timedelta = PATIENCE
 
     @property
     def is_first(self) -> bool:
@@ -41,7 +41,7 @@ class Rank:
     @contextmanager
     def patience(self) -> Iterator[None]:
         """Within, collectives may take long: another rank writes or evaluates meanwhile."""
-        _set_group_timeout(_PATIENCE)
+        _set_group_timeout(PATIENCE)
         yield
         _set_group_timeout(self.timeout)
 
@@ -72,7 +72,7 @@ def joined() -> Iterator[Rank]:
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         yield Rank(0, 1, device, None)
         return
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=_PATIENCE)
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=PATIENCE)
     rank = Rank(dist.get_rank(), dist.get_world_size(), device, Liveness(dist.get_rank(), dist.get_world_size()))
     try:
         yield rank

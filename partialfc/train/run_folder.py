@@ -95,8 +95,8 @@ def _is_kept(line: str, step: int) -> bool:
     return values.get("kind") == "event" or values.get("step", 0) <= step
 
 
-def finished_before(config: Config) -> bool:
-    """Whether the run folder holds this very run, finished.
+def finished_before(config: Config, force: bool = False) -> bool:
+    """Whether the run folder holds this very run, finished. ``force``, or new classes, train a finished run on.
 
     Raises:
         ConfigError: it holds a finished run of another config, which would be overwritten.
@@ -108,8 +108,11 @@ def finished_before(config: Config) -> bool:
         same = (config.run.dir / "config.yaml").read_text(encoding="utf-8") == to_yaml(config)
     except OSError:
         same = False
-    if not same:
+    if same:
+        return True
+    if not force and not config.checkpoint.grow:
         raise ConfigError(
-            f"run.dir: {config.run.dir} holds a finished run of another config; choose another run.dir, or remove it"
+            f"run.dir: {config.run.dir} holds a finished run of another config; choose another run.dir, or remove it, "
+            "or pass --force to train it on"
         )
-    return True
+    return False

@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,18 +13,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from partialfc import __version__, models
+from partialfc import models
 from partialfc.config import Config, build_head, build_head_optimizer
 from partialfc.data.dataset import TarDataset
 from partialfc.data.loader import Batch, build_loader
-from partialfc.data.order import samples_before, steps_per_epoch
-from partialfc.errors import CheckpointFailed, ConfigError, PartialFCError, RankLost
+from partialfc.data.order import steps_per_epoch
+from partialfc.errors import ConfigError, PartialFCError, RankLost
 from partialfc.head import HeadOutput
 from partialfc.head.hashing import stream_key
 from partialfc.tracking.progress import console_progress, log, no_progress
-from partialfc.train.checkpoint import TrainingState, newest_whole, save_checkpoint
-from partialfc.train.checkpoint_files import prune
-from partialfc.train.config_changes import Change, config_changes
+from partialfc.train.checkpoint import TrainingState
+from partialfc.train.checkpoints import Checkpoints
 from partialfc.train.describe import describe_memory, describe_rate
 from partialfc.train.evaluation import Evaluation
 from partialfc.train.phase_clock import PhaseClock
@@ -49,7 +47,7 @@ class Trainer:
     """
 
     def __init__(self, config: Config, rank: Rank, force: bool = False) -> None:
-        self.config, self.rank, self.force = config, rank, force
+        self.config, self.rank = config, rank
         self.dataset = TarDataset(config.data.train, console_progress if rank.is_first else no_progress)
         self.evaluation = Evaluation(config, self.dataset.num_classes)
         self.steps_per_epoch = steps_per_epoch(self.dataset.num_samples, config.data.global_batch_size)
@@ -76,14 +74,19 @@ class Trainer:
             )
         self.head_optimizer = build_head_optimizer(config, self.head)
         self.clock = PhaseClock(rank.device, entered=lambda phase: rank.enter(self.step, phase))
-        self.state = TrainingState(plain, self.head, self.optimizer, self.head_optimizer)
+        state = TrainingState(plain, self.head, self.optimizer, self.head_optimizer)
+        self.checkpoints = Checkpoints(config, rank, self.dataset, state, force)
         self.step = 0
         self.samples = 0
-        self.saved_step = -1  # of the newest checkpoint
 
     def train(self) -> dict[str, Any]:
         """Run to the end; returns the last evaluation. Every rank calls it."""
-        self._resume()
+        self.step, self.samples = self.checkpoints.resume()
+        if self.step > self.total_steps:
+            raise ConfigError(
+                f"the checkpoint is of step {self.step:,}, and optim.epochs={self.config.optim.epochs:g} ends the run "
+                f"at step {self.total_steps:,}; raise it to train on"
+            )
         folder = RunFolder(self.config, self.total_steps, self.step) if self.rank.is_first else None
         try:
             if folder:
@@ -91,6 +94,8 @@ class Trainer:
             results = self._loop(folder)
         except BaseException as error:
             explained = self.rank.explain(error) if isinstance(error, Exception) else error
+            if isinstance(error, Exception) and not isinstance(explained, RankLost):
+                self.checkpoints.let_end(self.config.run.timeout / 2)
             if folder:
                 reason = str(explained) or type(explained).__name__
                 folder.metrics.write("event", event="failed", step=self.step, reason=reason)
@@ -146,18 +151,19 @@ class Trainer:
                     state_written = time.monotonic()
                 before = time.monotonic()
                 if self._is_due(self.config.checkpoint.every):
-                    with self.rank.patience():
-                        self._save(folder)
+                    self._save()
                 if self._is_due(evaluate_every):
                     with self.rank.patience():
                         self._evaluate(folder)
+                self.checkpoints.report(folder)
                 elsewhere += time.monotonic() - before
                 self.clock.mark("start")
         seconds = time.monotonic() - started - elsewhere
+        self._save()
         with self.rank.patience():
-            if self.saved_step != self.step:
-                self._save(folder)
             results = self._evaluate(folder)
+            self.rank.enter(self.step, "save")
+            self.checkpoints.report(folder, wait=True)
         if folder:
             rate = (self.samples - start_samples) / seconds
             folder.metrics.write(
@@ -246,6 +252,11 @@ class Trainer:
             "seconds": seconds,
         }
 
+    def _save(self) -> None:
+        self.rank.enter(self.step, "save")
+        with self.rank.patience():  # another rank may still write the checkpoint before
+            self.checkpoints.save(self.step, self.samples)
+
     def _evaluate(self, folder: RunFolder | None) -> dict[str, Any]:
         self.rank.enter(self.step, "evaluate")
         results = self.evaluation.run(self.plain_backbone, self.head, self.rank, self.step)
@@ -255,64 +266,6 @@ class Trainer:
                 tar = "  ".join(f"TAR {value:.4f} at FAR {far}" for far, value in found.get("tar_at_far", {}).items())
                 log(f"{name}: " + (tar or f"accuracy {found['accuracy']:.4f}"))
         return results
-
-    def _save(self, folder: RunFolder | None) -> None:
-        self.rank.enter(self.step, "save")
-        manifest = {
-            "step": self.step,
-            "samples": self.samples,
-            "num_classes": self.dataset.num_classes,
-            "data_digest": self.dataset.digest,
-            "world_size": self.rank.world_size,
-            "config": self.config.model_dump(mode="json"),
-            "partialfc": __version__,
-        }
-        checkpoints = self.config.run.dir / "checkpoints"
-        path = checkpoints / f"step-{self.step:08d}"
-        try:
-            save_checkpoint(path, self.state.tensors(), manifest)
-        except CheckpointFailed as error:
-            if self.step == self.total_steps:
-                raise
-            if folder:  # the run is worth more than one checkpoint of it, and the one before is still there
-                log(f"WARNING: {error}; training goes on without it")
-                folder.metrics.write("event", event="checkpoint_failed", step=self.step, reason=str(error))
-            return
-        self.saved_step = self.step
-        if folder:
-            folder.metrics.write("event", event="checkpoint", step=self.step, path=str(path))
-            prune(checkpoints, self.config.checkpoint.keep_last, self.config.checkpoint.keep_every)
-
-    def _resume(self) -> None:
-        """Go on from the newest whole checkpoint of the run folder, if there is one. A collective."""
-        if self.config.checkpoint.resume == "never":
-            return
-        found = newest_whole(self.config.run.dir / "checkpoints")
-        if found is None:
-            return
-        path, manifest = found
-        self._check_unchanged(path, manifest)
-        self.state.load(path)
-        self.step = self.saved_step = manifest["step"]
-        self.samples = samples_before(self.step, self.dataset.num_samples, self.config.data.global_batch_size)
-        if self.rank.is_first:
-            log(f"going on from {path}, written on {manifest.get('world_size')} ranks")
-
-    def _check_unchanged(self, path: Path, manifest: dict[str, Any]) -> None:
-        """Say what is different from the run that wrote the checkpoint; refuse what cannot be, or not without force."""
-        changes = config_changes(manifest.get("config", {}), self.config.model_dump(mode="json"))
-        if manifest.get("data_digest") != self.dataset.digest:
-            change = Change("data.train", "another data set", str(self.config.data.train), "needs --force")
-            changes = [other for other in changes if other.key != "data.train"] + [change]
-        impossible = [str(change) for change in changes if change.verdict == "impossible"]
-        forced = [str(change) for change in changes if change.verdict == "needs --force"]
-        if impossible or (forced and not self.force):
-            advice = "choose another run.dir" + ("" if impossible else ", or pass --force to go on all the same")
-            raise ConfigError(
-                f"{path} was written with another config:\n  " + "\n  ".join(impossible + forced) + f"\n{advice}"
-            )
-        if changes and self.rank.is_first:
-            log("changed since the checkpoint: " + "; ".join(map(str, changes)))
 
     def _describe(self) -> None:
         parameters = sum(parameter.numel() for parameter in self.plain_backbone.parameters())

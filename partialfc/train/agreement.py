@@ -1,0 +1,66 @@
+"""Work that the ranks share, with an outcome that they agree on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+
+from partialfc.errors import CheckpointFailed
+
+Group = dist.ProcessGroup | None
+
+
+def together(work: Callable[[], Any], group: Group = None) -> list[Any]:
+    """What ``work`` gives on each rank; where writing fails on one, the same error on all of them. A collective.
+
+    Raises:
+        CheckpointFailed: on every rank, if ``work`` failed on any; it names the rank.
+    """
+    mine: tuple[Any, str | None]
+    try:
+        mine = work(), None
+    except (OSError, CheckpointException) as error:
+        mine = None, f"{type(error).__name__}: {error}"
+    results = gathered(mine, group)
+    failed = [f"rank {rank}: {reason}" for rank, (_, reason) in enumerate(results) if reason]
+    if failed:
+        raise CheckpointFailed(f"the checkpoint could not be written ({failed[0]}); is the disk full?")
+    return [value for value, _ in results]
+
+
+def gathered(value: Any, group: Group = None) -> list[Any]:
+    """Every rank's ``value``. A collective."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def on_first(work: Callable[[], Any]) -> Any:
+    """What ``work`` gives on the first rank, on every rank; an error that it raises there, too. A collective."""
+    if not dist.is_initialized():
+        return work()
+    box: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            box[0] = work()
+        except Exception as error:
+            box[1] = error
+    dist.broadcast_object_list(box, src=0)
+    if box[1] is not None:
+        raise box[1]
+    return box[0]
+
+
+def is_first() -> bool:
+    """Whether this process is the first rank, or alone."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def my_share(names: list[str]) -> list[str]:
+    """Every world_size-th of ``names``: all ranks together have each once."""
+    return names[dist.get_rank() :: dist.get_world_size()] if dist.is_initialized() else names

@@ -1,0 +1,61 @@
+"""Whose row is it? Class tables compared by the names of the identities, so that ids cannot shift unnoticed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from itertools import zip_longest
+from pathlib import Path
+
+from partialfc.data.writer import CLASSES
+from partialfc.errors import ConfigError, DataError
+
+__all__ = ["CLASSES", "check_class_table", "class_names"]
+
+
+def class_names(table: Path) -> Iterator[str]:
+    """The identity names of a class table, in the order of the class ids.
+
+    Raises:
+        DataError: it cannot be read, or a line is not a class with its ``id`` and ``name``.
+    """
+    try:
+        with table.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines):
+                entry = json.loads(line)
+                if not isinstance(entry, dict) or entry.get("id") != number or "name" not in entry:
+                    raise DataError(f"{table}: line {number + 1} is not a class with 'id' {number} and a 'name'")
+                yield str(entry["name"])
+    except (OSError, ValueError) as error:
+        raise DataError(f"{table} cannot be read: {error}") from error
+
+
+def check_class_table(before: Path, now: Path, may_grow: bool) -> int:
+    """How many classes the table ``now`` has more than the table ``before``, whose classes it must begin with.
+
+    Raises:
+        ConfigError: a class has another id than before, is missing, or there are new ones and ``may_grow`` is false.
+        DataError: a table cannot be read.
+    """
+    new = 0
+    for number, (old_name, name) in enumerate(zip_longest(class_names(before), class_names(now))):
+        if old_name is None:
+            new += 1
+        elif name != old_name:
+            found = f"is {name!r} now" if name is not None else "is missing now"
+            raise ConfigError(
+                f"class {number} was {old_name!r} in the run that is gone on with, and {found}"
+                f"{_elsewhere(now, old_name)}. Trained rows belong to ids, so {now} must list the classes of {before} "
+                "first, in their order; new ones come after them"
+            )
+    if new and not may_grow:
+        raise ConfigError(
+            f"{now} has {new:,} classes more than the run that is gone on with; checkpoint.grow=true adds them, "
+            "another run.dir starts anew"
+        )
+    return new
+
+
+def _elsewhere(table: Path, name: str) -> str:
+    place = next((number for number, other in enumerate(class_names(table)) if other == name), None)
+    return "" if place is None else f" (it has id {place} there)"

@@ -1,0 +1,49 @@
+"""Reads of a checkpoint just the rows of the classes that a rank owns, whichever ranks wrote them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+
+class RowLoadPlanner(DefaultLoadPlanner):
+    """Loads into plain tensors; those named in ``first_row`` are this rank's rows of a larger one.
+
+    Rows beyond the stored ones stay as they are: so a head of more classes than before is filled, wherever its rows lie
+    now, without forming the old shape anywhere.
+
+    Args:
+        first_row: for each tensor of which a rank holds some rows, the first of them.
+    """
+
+    def __init__(self, first_row: dict[str, int]) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self.first_row = first_row
+
+    def create_local_plan(self) -> LoadPlan:
+        assert self.metadata is not None
+        items = []
+        for name, target in self.state_dict.items():
+            stored: Any = self.metadata.state_dict_metadata[name]
+            offsets, sizes = [0] * target.dim(), list(target.shape)
+            if name in self.first_row:
+                offsets[0] = self.first_row[name]
+                sizes[0] = stored_rows(stored, offsets[0], len(target))
+            if 0 not in sizes:
+                chunk = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
+                items += create_read_items_for_chunk_list(name, stored, [chunk])
+        return LoadPlan(items)
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        return self.state_dict[index.fqn]
+
+
+def stored_rows(stored: TensorStorageMetadata, first: int, count: int) -> int:
+    """How many of the ``count`` rows from ``first`` on were stored."""
+    return max(0, min(count, stored.size[0] - first))
