@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -22,6 +23,13 @@ data = typer.Typer(help="Make data sets.", no_args_is_help=True)
 app.add_typer(data, name="data")
 checkpoint = typer.Typer(help="Look at checkpoints.", no_args_is_help=True)
 app.add_typer(checkpoint, name="checkpoint")
+imports = typer.Typer(help="Take in what other tools have written.", no_args_is_help=True)
+app.add_typer(imports, name="import")
+
+
+class CenterDtype(StrEnum):
+    float32 = "float32"
+    float16 = "float16"
 
 
 @app.command("train")
@@ -50,6 +58,49 @@ def inspect_command(
 
     for line in describe(folder, verify):
         print(line)
+
+
+@checkpoint.command("merge")
+def merge_command(
+    folder: Annotated[Path, typer.Argument(help="a checkpoint folder, or a run folder for its newest")],
+    out: Annotated[Path, typer.Argument(help="safetensors file to write")],
+    only: Annotated[str, typer.Option(help="just the tensors whose names begin so, e.g. head.weight")] = "",
+) -> None:
+    """Write the tensors of a checkpoint, whole, into one safetensors file."""
+    from partialfc.exchange.merge import merge
+
+    size = merge(folder, out, only, console_progress)
+    log(f"{out}: {size / 2**20:,.1f} MiB")
+
+
+@app.command("export")
+def export_command(
+    run: Annotated[Path, typer.Argument(help="run folder, or one of its checkpoints")],
+    out: Annotated[Path | None, typer.Option(help="folder to write; default: export in the run folder")] = None,
+    centers: Annotated[bool, typer.Option("--centers", help="the class centres too, with their class table")] = False,
+    center_dtype: Annotated[CenterDtype, typer.Option(help="of the class centres")] = CenterDtype.float32,
+    onnx: Annotated[bool, typer.Option(help="write an ONNX file and check it against torch")] = True,
+) -> None:
+    """Write the backbone as safetensors and ONNX, and on request the class centres."""
+    from partialfc.exchange.export import export
+
+    done = export(run, out, centers, center_dtype.value, onnx, console_progress)
+    checked = "" if done.onnx_difference is None else f"; ONNX as torch within {done.onnx_difference:.0e}"
+    log(f"{done.folder}, from {done.checkpoint.name}: {', '.join(done.files)}{checked}")
+
+
+@imports.command("weights")
+def import_weights_command(
+    config: Annotated[Path, typer.Argument(help="YAML file of the run that shall start from the weights")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value")] = None,
+    backbone: Annotated[Path | None, typer.Option(help="backbone.pth, model.pt, checkpoint_gpu_0.pt, …")] = None,
+    head: Annotated[Path | None, typer.Option(help="folder of checkpoint_gpu_*.pt or softmax_fc_gpu_*.pt")] = None,
+) -> None:
+    """Take InsightFace's weights, of any number of ranks, into the first checkpoint of a run."""
+    from partialfc.config import load_config
+    from partialfc.exchange.import_weights import import_weights
+
+    import_weights(load_config(config, overrides or []), backbone, head)
 
 
 @data.command("glyphs")

@@ -40,5 +40,9 @@ class RankLost(PartialFCError, RuntimeError):
     """A collective failed: another rank died, hangs, or cannot be reached."""
 
 
+class ExportFailed(PartialFCError):
+    """An exported file does not compute what it was exported from."""
+
+
 class CheckpointFailed(PartialFCError, OSError):
     """A checkpoint could not be written; what was there before is untouched."""

@@ -193,7 +193,7 @@ def train_a_little(state: TrainingState, steps: int = 3) -> list[float]:
 def test_everything_is_back_after_loading(tmp_path: Path, kind: Any) -> None:
     state = made(kind)
     train_a_little(state)
-    save_checkpoint(tmp_path / "step-00000003", state.tensors(), {"step": 3})
+    save_checkpoint(tmp_path / "step-00000003", state.tensors(), {"step": 3, "samples": 21})
     found = newest_whole(tmp_path)
     assert found is not None
     other = made(kind, start=2)
@@ -208,7 +208,7 @@ def test_everything_is_back_after_loading(tmp_path: Path, kind: Any) -> None:
 def test_another_head_or_model_is_refused_with_what_differs(tmp_path: Path) -> None:
     state = made()
     train_a_little(state)
-    save_checkpoint(tmp_path / "step-00000003", state.tensors(), {"step": 3})
+    save_checkpoint(tmp_path / "step-00000003", state.tensors(), {"step": 3, "samples": 21})
     for options, words in (
         ({"classes": 12}, r"head.weight is \[11, 8\] there and \[12, 8\] in this run"),
         ({"center_loss": None}, "holds head.center_loss.centers, which this run does not have"),
@@ -220,7 +220,7 @@ def test_another_head_or_model_is_refused_with_what_differs(tmp_path: Path) -> N
 def test_no_random_damage_is_ever_loaded(tmp_path: Path) -> None:
     state = made()
     train_a_little(state)
-    save_checkpoint(tmp_path / "step-00000003", state.tensors(), {"step": 3})
+    save_checkpoint(tmp_path / "step-00000003", state.tensors(), {"step": 3, "samples": 21})
     checkpoint = tmp_path / "step-00000003"
     before = {name: value.clone() for name, value in state.tensors().items()}
     rng = np.random.default_rng(0)
@@ -258,7 +258,7 @@ class Hostile:
 def test_a_hostile_index_is_not_executed(tmp_path: Path) -> None:
     checkpoint = tmp_path / "step-00000003"
     state = made()
-    save_checkpoint(checkpoint, state.tensors(), {"step": 3})
+    save_checkpoint(checkpoint, state.tensors(), {"step": 3, "samples": 21})
     for content in (pickle.dumps(Hostile(f"touch {tmp_path}/owned")), b"\x80\x04cposix\nsystem\n.", b"", b"garbage"):
         (checkpoint / ".metadata").write_bytes(content)
         with pytest.raises(DamagedCheckpoint, match=r"\.metadata cannot be read"):
@@ -270,7 +270,7 @@ def test_a_hostile_index_is_not_executed(tmp_path: Path) -> None:
 
 def test_an_index_that_points_elsewhere_is_refused(tmp_path: Path) -> None:
     checkpoint = tmp_path / "step-00000003"
-    save_checkpoint(checkpoint, made().tensors(), {"step": 3})
+    save_checkpoint(checkpoint, made().tensors(), {"step": 3, "samples": 21})
     metadata = pickle.loads((checkpoint / ".metadata").read_bytes())
     for stored in metadata.storage_data.values():
         stored.relative_path = "../../secret"
@@ -298,7 +298,7 @@ def test_old_checkpoints_are_removed_but_the_last_and_the_milestones(tmp_path: P
 def _save(group: Any, folder: Path, classes: int) -> list[float]:
     state = made(classes=classes, process_group=group)
     train_a_little(state)
-    save_checkpoint(folder / "step-00000003", state.tensors(), {"step": 3})
+    save_checkpoint(folder / "step-00000003", state.tensors(), {"step": 3, "samples": 21})
     return train_a_little(state)
 
 
@@ -362,7 +362,7 @@ def _save_until_full(group: Any, folder: Path) -> list[str]:
     for step in range(1, 6):
         train_a_little(state, 1)
         try:
-            save_checkpoint(folder / f"step-{step:08d}", state.tensors(), {"step": step})
+            save_checkpoint(folder / f"step-{step:08d}", state.tensors(), {"step": step, "samples": 0})
             found.append("written")
         except CheckpointFailed as error:
             found.append(str(error))

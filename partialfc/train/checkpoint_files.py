@@ -52,7 +52,8 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
         isinstance(file, dict) and isinstance(file.get("bytes"), int) and isinstance(file.get("sha256"), str)
         for file in files.values()
     )
-    if not whole or not isinstance(manifest.get("step"), int) or ".metadata" not in manifest["files"]:
+    counts = all(isinstance(manifest.get(name), int) for name in ("step", "samples")) if whole else False
+    if not whole or not counts or ".metadata" not in manifest["files"]:
         raise DamagedCheckpoint(f"{checkpoint}: its manifest is not one of a checkpoint")
     if manifest.get("format") != FORMAT:
         raise DamagedCheckpoint(f"{checkpoint} has format {manifest.get('format')}; this version reads {FORMAT}")
@@ -73,6 +74,20 @@ def check_file(checkpoint: Path, name: str, expected: dict[str, Any]) -> str | N
     except OSError as error:
         return f"{name}: {error.strerror}"
     return None if digest == expected["sha256"] else f"{name} has another digest than when it was written"
+
+
+def verify(checkpoint: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint folder whose files are all as they were written.
+
+    Raises:
+        DamagedCheckpoint: one is not.
+    """
+    manifest = read_manifest(checkpoint)
+    files: dict[str, dict[str, Any]] = manifest["files"]
+    problems = [problem for name in files if (problem := check_file(checkpoint, name, files[name]))]
+    if problems:
+        raise DamagedCheckpoint(f"{checkpoint}: {'; '.join(problems)}")
+    return manifest
 
 
 def prune(folder: Path, keep_last: int, keep_every: int) -> list[Path]:
@@ -153,19 +168,15 @@ class CheckedReader(FileSystemReader):
         return metadata
 
 
-def describe(checkpoint: Path, verify: bool = True) -> list[str]:
+def describe(checkpoint: Path, digests: bool = True) -> list[str]:
     """What a checkpoint folder holds, in lines for people; no tensor is read.
 
     Raises:
-        DamagedCheckpoint: it is not one, or with ``verify`` a file is not as it was written.
+        DamagedCheckpoint: it is not one, or with ``digests`` a file is not as it was written.
     """
-    manifest = read_manifest(checkpoint)
+    manifest = verify(checkpoint) if digests else read_manifest(checkpoint)
     files: dict[str, dict[str, Any]] = manifest["files"]
-    if verify:
-        problems = [problem for name in files if (problem := check_file(checkpoint, name, files[name]))]
-        if problems:
-            raise DamagedCheckpoint(f"{checkpoint}: {'; '.join(problems)}")
-    else:
+    if not digests:
         check = check_file(checkpoint, ".metadata", files[".metadata"])
         if check:
             raise DamagedCheckpoint(f"{checkpoint}: {check}")
@@ -176,7 +187,7 @@ def describe(checkpoint: Path, verify: bool = True) -> list[str]:
         f"{manifest.get('world_size', '?')} ranks by partialfc {manifest.get('partialfc', '?')}, "
         f"torch {manifest.get('torch', '?')}",
         f"{manifest.get('num_classes', 0):,} classes, {len(files)} files, {total / 2**20:,.1f} MiB"
-        + (", all as they were written" if verify else ""),
+        + (", all as they were written" if digests else ""),
         f"model {config.get('model', {}).get('name', '?')}, loss {config.get('head', {}).get('loss', '?')}",
     ]
     stored = CheckedReader(checkpoint).read_metadata().state_dict_metadata

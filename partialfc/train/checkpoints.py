@@ -32,6 +32,7 @@ class Checkpoints:
         self.folder = config.run.dir / "checkpoints"
         keep = config.checkpoint
         self._saver = Saver(keep.asynchronous, lambda: prune(self.folder, keep.keep_last, keep.keep_every))
+        self._other_samples = 0  # seen in data sets that this one has replaced, over those of as many steps of this one
         self._newest_step = -1  # that was loaded, or is written or being written
 
     # --- going on -----------------------------------------------------------------------------------------------------
@@ -59,9 +60,12 @@ class Checkpoints:
             log(f"going on from {path}, written on {manifest.get('world_size')} ranks")
         if new_classes:
             self._start_new_classes(num_classes)
-        same_data = manifest.get("data_digest") == self.dataset.digest
-        counted = samples_before(step, self.dataset.num_samples, self.config.data.global_batch_size)
-        return step, counted if same_data else manifest.get("samples", counted)
+        samples: int = manifest["samples"]
+        self._other_samples = samples - self._samples_before(step)
+        return step, samples
+
+    def _samples_before(self, step: int) -> int:
+        return samples_before(step, self.dataset.num_samples, self.config.data.global_batch_size)
 
     def _start_new_classes(self, first: int) -> None:
         how = self.config.checkpoint.grow_init
@@ -102,7 +106,7 @@ class Checkpoints:
 
     # --- saving -------------------------------------------------------------------------------------------------------
 
-    def save(self, step: int, samples: int) -> None:
+    def save(self, step: int) -> None:
         """Begin to write a checkpoint; how it ends is told by :meth:`report`. A collective."""
         if step == self._newest_step:
             return
@@ -110,7 +114,7 @@ class Checkpoints:
         epoch, batch = divmod(step, steps_per_epoch(self.dataset.num_samples, self.config.data.global_batch_size))
         manifest = {
             "step": step,
-            "samples": samples,
+            "samples": self._other_samples + self._samples_before(step),
             "loader": {"epoch": epoch, "batch": batch},
             # All random numbers are functions of the seed and of step, class, sample or rank: nothing else to keep.
             "rng": {"seed": self.config.run.seed, "step": step},

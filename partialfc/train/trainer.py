@@ -255,7 +255,7 @@ class Trainer:
     def _save(self) -> None:
         self.rank.enter(self.step, "save")
         with self.rank.patience():  # another rank may still write the checkpoint before
-            self.checkpoints.save(self.step, self.samples)
+            self.checkpoints.save(self.step)
 
     def _evaluate(self, folder: RunFolder | None) -> dict[str, Any]:
         self.rank.enter(self.step, "evaluate")

@@ -1,0 +1,203 @@
+"""Weights of InsightFace's arcface_torch, and backbones of anyone, into a checkpoint that a run begins with."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from partialfc.config import Config
+from partialfc.errors import ConfigError, DataError
+from partialfc.head import PartialFC
+from partialfc.tracking.progress import log
+from partialfc.train.agreement import gathered
+from partialfc.train.checkpoint_files import step_folders
+from partialfc.train.ranks import joined
+from partialfc.train.trainer import Trainer
+
+_SETS = ("checkpoint_gpu_*.pt", "softmax_fc_gpu_*.pt")
+_NUMBERED = re.compile(r"(.*?)(\d+)(\.pth?)")
+
+
+def import_weights(config: Config, backbone: Path | None, head: Path | None) -> Path:
+    """Write the checkpoint of step 0 into the run folder of ``config``, on the ranks that torchrun started, or alone.
+
+    ``partialfc train`` with the same config then starts from these weights. What is not given is initialised as usual;
+    the optimizers start anew.
+
+    Args:
+        backbone: a state dict (``backbone.pth``, ``model.pt``), a ``checkpoint_gpu_*.pt``, or a safetensors file.
+        head: one file of a set ``checkpoint_gpu_{0..W-1}.pt`` or ``softmax_fc_gpu_{0..W-1}.pt``, or their folder. W is
+            the number of ranks that wrote them, any number.
+
+    Raises:
+        ConfigError: the weights do not fit the config, or the run folder holds checkpoints already.
+        DataError: a file is missing, cannot be read, holds more than plain tensors, or NaN.
+    """
+    if backbone is None and head is None:
+        raise ConfigError("nothing to import: give --backbone, --head or both")
+    with joined() as rank:
+        present = any(gathered(bool(step_folders(config.run.dir / "checkpoints"))))
+        if present:
+            raise ConfigError(f"{config.run.dir} holds checkpoints already; choose another run.dir")
+        trainer = Trainer(config, rank)
+        if backbone is not None:
+            load_backbone(trainer.plain_backbone, backbone)
+        if head is not None:
+            load_head(trainer.head, head)
+        trainer.checkpoints.save(0)
+        trainer.checkpoints.report(None, wait=True)
+        path = trainer.checkpoints.folder / "step-00000000"
+        if rank.is_first:
+            log(f"{path} written: `partialfc train` with this config starts from it")
+        return path
+
+
+def load_backbone(module: nn.Module, path: Path) -> None:
+    """Fill a backbone from a file of anyone's weights for it.
+
+    Raises:
+        ConfigError: names or shapes differ from the backbone's.
+        DataError: the file cannot be read, or holds NaN.
+    """
+    content = _read(path)
+    for key in ("state_dict_backbone", "state_dict"):
+        content = content.get(key, content)
+    found = {_plain(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    expected = module.state_dict()
+    missing = [name for name in expected if name not in found and not name.endswith("num_batches_tracked")]
+    foreign = [name for name in found if name not in expected]
+    if missing or foreign:
+        words = [f"lacks {missing[0]}" + _more(missing)] if missing else []
+        words += [f"holds {foreign[0]}" + _more(foreign) + ", which this backbone does not have"] if foreign else []
+        raise ConfigError(f"{path} is not of this model.name: it {', and '.join(words)}")
+    for name, value in found.items():
+        if value.shape != expected[name].shape:
+            raise ConfigError(
+                f"{path}: {name} is {list(value.shape)}, and {list(expected[name].shape)} in this backbone; check "
+                "model.embedding_dim, data.channels and data.image_size"
+            )
+        _check_finite(f"{path}: {name}", value)
+    module.load_state_dict(found, strict=False)
+
+
+def load_head(head: PartialFC, path: Path) -> None:
+    """Fill this rank's rows of a head from a set of shards, of which it reads the ones that it needs.
+
+    Raises:
+        ConfigError: number of classes, dimension or sub-centers differ.
+        DataError: a shard is missing, cannot be read, has not the size that its rank would have, or holds NaN.
+    """
+    shards = find_shards(path)
+    sizes = [len(_rows(shard)) for shard in shards]  # mapped, not read
+    total, world_size = sum(sizes), len(shards)
+    for number, (shard, size) in enumerate(zip(shards, sizes, strict=True)):
+        # Their partition: the first (total mod W) ranks have one class more.
+        expected = total // world_size + (number < total % world_size)
+        if size != expected:
+            raise DataError(
+                f"{shard} has {size:,} classes; of {total:,} classes over {world_size} ranks it should have "
+                f"{expected:,}. Are files of two runs mixed, or is the last one missing?"
+            )
+    if total != head.num_classes:
+        raise ConfigError(f"{path} has {total:,} classes, and data.train {head.num_classes:,}")
+    first_of_shard = 0
+    with torch.no_grad():
+        for shard, size in zip(shards, sizes, strict=True):
+            first = max(first_of_shard, head.first_class)
+            last = min(first_of_shard + size, head.first_class + len(head.weight))
+            if first < last:
+                rows = _rows(shard)[first - first_of_shard : last - first_of_shard]
+                target = head.weight[first - head.first_class : last - head.first_class]
+                if rows.shape != target.shape:
+                    raise ConfigError(
+                        f"{shard}: its classes have weights of shape {list(rows.shape[1:])}, and "
+                        f"{list(target.shape[1:])} in this head (model.embedding_dim, sub-centers)"
+                    )
+                _check_finite(f"{shard}: weight", rows)
+                target.copy_(rows)
+            first_of_shard += size
+
+
+def find_shards(path: Path) -> list[Path]:
+    """The files of a set, in the order of their ranks, given one of them or their folder.
+
+    Raises:
+        DataError: there is none, there are two sets, or a rank's file is missing.
+    """
+    if path.is_dir():
+        sets = [found for pattern in _SETS if (found := list(path.glob(pattern)))]
+        if len(sets) != 1:
+            what = "two sets; name one file of the one to take" if sets else "none"
+            raise DataError(f"{path}: expected files {' or '.join(_SETS)}, found {what}")
+        files = sets[0]
+    else:
+        match = _NUMBERED.fullmatch(path.name)
+        if match is None or not path.exists():
+            raise DataError(f"{path}: expected a file such as checkpoint_gpu_0.pt, or a folder of them")
+        files = [other for other in path.parent.glob(f"{match[1]}*{match[3]}") if _number(other, match[1]) is not None]
+    prefix = _NUMBERED.fullmatch(files[0].name)
+    by_rank = {_number(file, prefix[1] if prefix else ""): file for file in files}
+    missing = [rank for rank in range(len(files)) if rank not in by_rank]
+    if missing:
+        raise DataError(f"{files[0].parent}: the file of rank {missing[0]} is missing, beside {len(files)} others")
+    return [by_rank[rank] for rank in range(len(files))]
+
+
+def _number(file: Path, prefix: str) -> int | None:
+    match = _NUMBERED.fullmatch(file.name)
+    return int(match[2]) if match and match[1] == prefix else None
+
+
+def _rows(shard: Path) -> Tensor:
+    """The weights of a shard's classes, [n, D]."""
+    content = _read(shard)
+    content = content.get("state_dict_softmax_fc", content)
+    weight = {_plain(name): value for name, value in content.items()}.get("weight")
+    if not isinstance(weight, Tensor) or weight.dim() < 2:
+        raise DataError(
+            f"{shard}: expected a head's state with a matrix 'weight', found {', '.join(content) or 'none'}"
+        )
+    return weight
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A dictionary of tensors and plain values; nothing in the file is executed."""
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # torch's format from before 1.6 cannot be mapped
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise DataError(f"{path} is refused, since it holds more than tensors and plain values: {error}") from error
+    except Exception as error:  # anything may be in those bytes
+        raise DataError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
+    if isinstance(content, Tensor):
+        return {"weight": content}
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: expected a dictionary of tensors, got {type(content).__name__}")
+    return content
+
+
+def _plain(name: str) -> str:
+    """A tensor's name without what wrappers put in front of it."""
+    for wrapper in ("module.", "_orig_mod."):
+        name = name.removeprefix(wrapper)
+    return name
+
+
+def _check_finite(what: str, value: Tensor) -> None:
+    if value.is_floating_point() and not torch.isfinite(value).all():
+        raise DataError(f"{what} holds NaN or Inf")
+
+
+def _more(names: list[str]) -> str:
+    return f" and {len(names) - 1} more" if len(names) > 1 else ""

@@ -1,0 +1,74 @@
+"""All parts of a checkpoint in one file that other tools read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from partialfc.errors import ConfigError
+from partialfc.exchange.reading import find_checkpoint, map_file, read_into, reserve, stored_tensors
+from partialfc.tracking.progress import Progress, no_progress
+
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def merge(folder: Path, out: Path, only: str = "", progress: Progress = no_progress) -> int:
+    """Write the tensors of a checkpoint, or of a run's newest, whole into one safetensors file; returns its bytes.
+
+    The file is mapped and filled part by part: memory holds one part of one tensor at a time, whatever the size of the
+    head. (The format's own library writes from memory only.)
+
+    Args:
+        only: just the tensors whose names begin with this, for example ``head.weight``.
+
+    Raises:
+        ConfigError: no tensor begins so, or ``out`` exists.
+        DamagedCheckpoint: the checkpoint is not as it was written.
+        OSError: the disk is full.
+    """
+    checkpoint, manifest = find_checkpoint(folder)
+    stored = {name: entry for name, entry in stored_tensors(checkpoint).items() if name.startswith(only)}
+    if not stored:
+        raise ConfigError(f"{checkpoint} holds no tensor whose name begins with {only!r}")
+    if out.exists():
+        raise ConfigError(f"{out} exists; choose another file, or remove it")
+    # Wide types first, so that every tensor begins at a multiple of its own width.
+    names = sorted(stored, key=lambda name: (-stored[name].properties.dtype.itemsize, name))
+    header: dict[str, object] = {"__metadata__": {"step": str(manifest["step"]), "format": "pt"}}
+    places, end = {}, 0
+    for name in names:
+        dtype, shape = stored[name].properties.dtype, tuple(stored[name].size)
+        places[name] = end
+        end += torch.Size(shape).numel() * dtype.itemsize
+        header[name] = {"dtype": _DTYPES[dtype], "shape": shape, "data_offsets": [places[name], end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    temporary = out.with_name(f".{out.name}.incomplete")
+    try:
+        start = 8 + len(text)
+        reserve(temporary, start + end)
+        with temporary.open("r+b") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+        with progress("merging", len(names)) as advance:
+            for name in names:
+                entry = stored[name]
+                tensor = map_file(temporary, start + places[name], tuple(entry.size), entry.properties.dtype)
+                read_into(checkpoint, {name: tensor})
+                advance(1, note=name)
+        temporary.rename(out)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return start + end
