@@ -147,6 +147,10 @@ class Saver:
             if not self._thread.is_alive():
                 self._thread = None
 
+    def is_writing(self) -> bool:
+        """Whether a save is going on."""
+        return self._thread is not None and self._thread.is_alive()
+
     def ended(self) -> list[Saved]:
         """What has ended since the last call, in order."""
         ended, self._ended = self._ended, []

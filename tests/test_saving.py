@@ -1,0 +1,141 @@
+"""Saving while training goes on."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import Ranks
+from test_resume import made, small_disk, train_a_little
+
+from partialfc.errors import CheckpointFailed
+from partialfc.train import saving
+from partialfc.train.checkpoint import newest_whole
+from partialfc.train.saving import Saver
+
+__all__ = ["small_disk"]
+MANIFEST = {"step": 3, "samples": 21}
+
+
+def _save_and_train_on(group: Any, folder: Path, asynchronous: bool) -> tuple[list[float], int]:
+    """Save every third step, training on at once; the losses after the first save, and how many were announced."""
+    state = made(process_group=group)
+    complete: list[int] = []
+    saver = Saver(asynchronous, saved=lambda: complete.append(1))
+    train_a_little(state)
+    curves = []
+    for save in range(1, 4):
+        saver.save(folder / f"step-{save * 3:08d}", state.tensors(), {"step": save * 3, "samples": 0})
+        curves.append(train_a_little(state))
+        state.head.catch_up()
+    saver.wait()
+    assert [ended.error for ended in saver.ended()] == [None] * 3
+    assert saver.ended() == []
+    return curves[0], len(complete)
+
+
+def _go_on(group: Any, checkpoint: Path) -> list[float]:
+    state = made(start=5, process_group=group)
+    state.load(checkpoint)
+    return train_a_little(state)
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_a_checkpoint_is_of_the_moment_when_it_was_asked_for(ranks: Ranks, tmp_path: Path, asynchronous: bool) -> None:
+    results = ranks.run(4, _save_and_train_on, tmp_path, asynchronous)
+    assert [announced for _, announced in results] == [3, 0, 0, 0], "by the first rank"
+    again = ranks.run(4, _go_on, tmp_path / "step-00000003")
+    for (curve, _), other in zip(results, again, strict=True):
+        assert other == pytest.approx(curve, rel=1e-6)
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_what_changes_after_saving_does_not_reach_the_checkpoint(tmp_path: Path, asynchronous: bool) -> None:
+    state = made()
+    train_a_little(state)
+    before = {name: value.clone() for name, value in state.tensors().items()}
+    saver = Saver(asynchronous, saved=int)
+    for step in (3, 4):  # the second time the copy is made in the same memory
+        saver.save(tmp_path / f"step-{step:08d}", state.tensors(), {"step": step, "samples": 0})
+        with torch.no_grad():
+            for value in state.tensors().values():
+                value.add_(1)
+        saver.wait()
+        found = newest_whole(tmp_path)
+        assert found is not None
+        assert found[1]["step"] == step
+        other = made(start=2)
+        other.load(found[0])
+        for name, value in other.tensors().items():
+            assert torch.equal(value, before[name] + (step - 3)), name
+
+
+def test_at_most_one_save_is_in_flight_and_training_waits_only_for_the_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, running = threading.Semaphore(0), []
+
+    def slow(folder: Path, *_: Any) -> None:
+        running.append(folder.name)
+        assert len(running) == 1
+        gate.acquire()
+        running.remove(folder.name)
+
+    monkeypatch.setattr(saving, "save_checkpoint", slow)
+    saver = Saver(True, saved=int)
+    saver.save(tmp_path / "first", {"x": torch.zeros(3)}, MANIFEST)  # returns although nothing is written
+    assert saver.is_writing()
+    saver.wait(0.05)
+    assert saver.is_writing()
+    second = threading.Thread(target=saver.save, args=(tmp_path / "second", {"x": torch.zeros(3)}, MANIFEST))
+    second.start()
+    time.sleep(0.1)
+    assert running == ["first"]
+    gate.release()
+    gate.release()
+    second.join(5)
+    saver.wait()
+    assert [ended.folder.name for ended in saver.ended()] == ["first", "second"]
+
+
+def test_a_failure_while_training_goes_on_is_told_and_the_next_save_works(tmp_path: Path, small_disk: Path) -> None:
+    state = made(classes=4000, sample_rate=1.0)
+    saver = Saver(True, saved=int)
+    ballast = small_disk / "ballast"
+    ballast.write_bytes(bytes(800_000))
+    saver.save(small_disk / "step-00000003", state.tensors(), MANIFEST)
+    saver.wait()
+    (ended,) = saver.ended()
+    assert isinstance(ended.error, CheckpointFailed)
+    assert str(ended.error).startswith("the checkpoint could not be written (rank 0: ")
+    assert str(ended.error).endswith("is the disk full?")
+    assert "Traceback" not in str(ended.error)
+    assert [path.name for path in small_disk.iterdir()] == ["ballast"]
+    ballast.unlink()
+    saver.save(small_disk / "step-00000004", state.tensors(), MANIFEST)
+    saver.wait()
+    assert saver.ended()[0].error is None
+    assert newest_whole(small_disk) is not None
+
+
+def test_leftovers_of_a_killed_save_are_cleared_by_the_next(tmp_path: Path) -> None:
+    for name in (".step-00000001.incomplete", ".step-00000002.removed"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "part").write_text("…")
+    saving.save_checkpoint(tmp_path / "step-00000003", made().tensors(), MANIFEST)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"]
+
+
+def test_extra_files_are_part_of_the_checkpoint(tmp_path: Path) -> None:
+    table = tmp_path / "classes.jsonl"
+    table.write_text('{"id": 0, "name": "ann"}\n')
+    saving.save_checkpoint(tmp_path / "all" / "step-00000003", made().tensors(), MANIFEST, (table,))
+    copy = tmp_path / "all" / "step-00000003" / "classes.jsonl"
+    assert copy.read_text() == table.read_text()
+    assert newest_whole(tmp_path / "all") is not None
+    copy.write_text('{"id": 0, "name": "bob"}\n')
+    assert newest_whole(tmp_path / "all") is None, "and checked like the others"
