@@ -124,6 +124,20 @@ def test_every_loss_is_on_the_page_that_says_which_one_when() -> None:
         exec(example, {"num_classes": 10, "embedding_dim": 4})
 
 
+def test_the_pages_on_checkpoints_and_exchange_show_configs_that_are_valid() -> None:
+    text = (ROOT / "docs" / "export-and-import.md").read_text(encoding="utf-8")
+    for example in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL):
+        parse_config(yaml.safe_load(example))
+    command = re.search(r"partialfc train CONFIG.yaml (.*) --force", (ROOT / "docs" / "checkpoints.md").read_text())
+    assert command is not None
+    tree: dict[str, Any] = {}
+    for override in command[1].split():
+        key, value = override.split("=")
+        section, name = key.split(".")
+        tree.setdefault(section, {})[name] = yaml.safe_load(value)
+    assert parse_config(tree).checkpoint.grow
+
+
 def test_the_row_optimizers_page_shows_what_works() -> None:
     for example in _examples("row-optimizers.md"):
         exec(example, {"num_classes": 10, "embedding_dim": 4})

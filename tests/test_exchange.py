@@ -109,9 +109,12 @@ def test_an_export_computes_what_the_run_does_and_finds_the_classes_of_images(tr
     np.testing.assert_allclose(half, centers, atol=1e-3)
 
 
-def test_the_example_is_ten_lines() -> None:
-    code = (Path(export_module.__file__).parent / "nearest.py").read_text().split("\n\n", 3)[-1]
-    assert len([line for line in code.splitlines() if line.strip()]) <= 12
+def test_the_example_is_ten_lines_and_the_page_shows_it() -> None:
+    code = (Path(export_module.__file__).parent / "nearest.py").read_text()
+    body = code[code.index("folder = ") :]
+    assert len(body.splitlines()) <= 11
+    page = (Path(__file__).parent.parent / "docs" / "export-and-import.md").read_text()
+    assert f"```python\n{body}```" in page
 
 
 def test_an_export_never_replaces_anything_else_and_is_complete_or_absent(
@@ -302,6 +305,13 @@ def test_a_run_starts_from_imported_weights(tmp_path: Path, ranks: int) -> None:
     weight = torch.randn(37, 8)
     write_shards(tmp_path / "set", weight, 5, "checkpoint")
     arguments = ("import", "weights", config, "--backbone", tmp_path / "backbone.pth", "--head", tmp_path / "set")
+    weight[1, 2] = torch.nan
+    write_shards(tmp_path / "broken", weight, 5, "checkpoint")
+    broken = partialfc(*arguments[:-1], tmp_path / "broken", ranks=ranks)
+    assert broken.returncode != 0
+    assert broken.stderr.count("checkpoint_gpu_0.pt: weight holds NaN or Inf") == max(1, ranks), "on every rank"
+    weight[1, 2] = 0.5
+    write_shards(tmp_path / "set", weight, 5, "checkpoint")
     nothing = partialfc("import", "weights", config)
     assert nothing.returncode == 2
     assert "give --backbone, --head or both" in nothing.stderr

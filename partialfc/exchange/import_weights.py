@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from partialfc.config import Config
-from partialfc.errors import ConfigError, DataError
+from partialfc.errors import ConfigError, DataError, PartialFCError
 from partialfc.head import PartialFC
 from partialfc.tracking.progress import log
 from partialfc.train.agreement import gathered
@@ -45,10 +45,17 @@ def import_weights(config: Config, backbone: Path | None, head: Path | None) -> 
         if present:
             raise ConfigError(f"{config.run.dir} holds checkpoints already; choose another run.dir")
         trainer = Trainer(config, rank)
-        if backbone is not None:
-            load_backbone(trainer.plain_backbone, backbone)
-        if head is not None:
-            load_head(trainer.head, head)
+        problem = None
+        try:
+            if backbone is not None:
+                load_backbone(trainer.plain_backbone, backbone)
+            if head is not None:
+                load_head(trainer.head, head)
+        except PartialFCError as error:
+            problem = error
+        for found in gathered(problem):  # it may be in what only one rank has read
+            if found is not None:
+                raise found
         trainer.checkpoints.save(0)
         trainer.checkpoints.report(None, wait=True)
         path = trainer.checkpoints.folder / "step-00000000"
