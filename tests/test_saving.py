@@ -112,7 +112,7 @@ def test_a_failure_while_training_goes_on_is_told_and_the_next_save_works(tmp_pa
     (ended,) = saver.ended()
     assert isinstance(ended.error, CheckpointFailed)
     assert str(ended.error).startswith("the checkpoint could not be written (rank 0: ")
-    assert str(ended.error).endswith("is the disk full?")
+    assert "is the disk full?" in str(ended.error)
     assert "Traceback" not in str(ended.error)
     assert [path.name for path in small_disk.iterdir()] == ["ballast"]
     ballast.unlink()

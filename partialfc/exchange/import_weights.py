@@ -40,7 +40,7 @@ def import_weights(config: Config, backbone: Path | None, head: Path | None) -> 
     """
     if backbone is None and head is None:
         raise ConfigError("nothing to import: give --backbone, --head or both")
-    with joined() as rank:
+    with joined(config.run.dir, config.run.timeout) as rank:
         present = any(gathered(bool(step_folders(config.run.dir / "checkpoints"))))
         if present:
             raise ConfigError(f"{config.run.dir} holds checkpoints already; choose another run.dir")
@@ -48,7 +48,7 @@ def import_weights(config: Config, backbone: Path | None, head: Path | None) -> 
         problem = None
         try:
             if backbone is not None:
-                load_backbone(trainer.plain_backbone, backbone)
+                load_backbone(trainer.backbone, backbone)
             if head is not None:
                 load_head(trainer.head, head)
         except PartialFCError as error:

@@ -27,16 +27,18 @@ def together(work: Callable[[], Any], group: Group = None) -> list[Any]:
     results = gathered(mine, group)
     failed = [f"rank {rank}: {reason}" for rank, (_, reason) in enumerate(results) if reason]
     if failed:
-        raise CheckpointFailed(f"the checkpoint could not be written ({failed[0]}); is the disk full?")
+        raise CheckpointFailed(f"the checkpoint could not be written ({failed[0]})")
     return [value for value, _ in results]
 
 
 def _reason(error: OSError | CheckpointException) -> str:
     """In a line: torch's exception quotes the trace of every rank."""
     cause: BaseException = error
+    if isinstance(error, CheckpointFailed):
+        return str(error)
     if isinstance(error, CheckpointException):
         cause = next(iter(error.failures.values()), (error,))[0]
-    return f"{type(cause).__name__}: {cause}".splitlines()[0]
+    return f"{type(cause).__name__}: {cause}".splitlines()[0] + "; is the disk full?"
 
 
 def gathered(value: Any, group: Group = None) -> list[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import threading
@@ -37,11 +38,13 @@ def save_checkpoint(
     first rank's.
 
     Raises:
-        CheckpointFailed: on every rank, if it cannot be written (a full disk); no other checkpoint is touched.
+        CheckpointFailed: on every rank, if it cannot be written (a full disk), or holds NaN; no other checkpoint is
+            touched.
     """
     first = is_first()
     temporary = folder.with_name(f".{folder.name}.incomplete")
     try:
+        together(lambda: _check_finite(tensors), group)
         together(lambda: _begin(temporary, extra) if first else None, group)
         together(lambda: _write_tensors(temporary, tensors, group), group)
         files = together(lambda: _describe_mine(temporary), group)
@@ -50,6 +53,17 @@ def save_checkpoint(
         if first:
             shutil.rmtree(temporary, ignore_errors=True)  # its room is needed
         raise
+
+
+def _check_finite(tensors: dict[str, Tensor]) -> None:
+    """A run must not replace checkpoints that it can go on from by one that it cannot."""
+    for name, value in tensors.items():
+        local = value.to_local() if isinstance(value, DTensor) else value
+        if local.is_floating_point() and local.numel():
+            largest = torch.linalg.vector_norm(local.detach(), math.inf)
+            # A backbone's buffers may hold Inf on purpose (a mask).
+            if largest.isnan() or (largest.isinf() and not name.startswith("backbone.")):
+                raise CheckpointFailed(f"{name} holds NaN or Inf")
 
 
 def _begin(folder: Path, extra: tuple[Path, ...]) -> None:
