@@ -47,21 +47,17 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return config
 
 
-@pytest.fixture(scope="module")
-def whole(task: Path) -> list[dict[str, Any]]:
-    """The train lines of a run that nobody disturbs."""
-    folder = task.parent / "whole"
-    done = run(task, 0, f"run.dir={folder}", *SETTINGS)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return lines(folder, "train")
-
-
-def assert_like(folder: Path, whole: list[dict[str, Any]]) -> None:
-    train = lines(folder, "train")
+def assert_undisturbed(task: Path, folder: Path, ranks: int, tolerance: float) -> None:
+    """The run in ``folder`` has the loss curve of one on ``ranks`` ranks that nobody has disturbed."""
+    whole_folder = task.parent / f"whole{ranks}"
+    if not whole_folder.exists():
+        done = run(task, ranks, f"run.dir={whole_folder}", *SETTINGS)
+        assert done.returncode == 0, done.stdout + done.stderr
+    whole, train = lines(whole_folder, "train"), lines(folder, "train")
     assert [line["step"] for line in train] == [line["step"] for line in whole], "no step lost or twice"
     assert [line["samples"] for line in train] == [line["samples"] for line in whole]
     for mine, other in zip(train, whole, strict=True):
-        assert mine["loss"] == pytest.approx(other["loss"], rel=1e-3), mine["step"]
+        assert mine["loss"] == pytest.approx(other["loss"], rel=tolerance), mine["step"]
 
 
 def kill_a_rank_again_and_again(task: Path, folder: Path, kills: int, seed: int) -> None:
@@ -80,33 +76,28 @@ def kill_a_rank_again_and_again(task: Path, folder: Path, kills: int, seed: int)
     assert len(events(folder, "started")) == kills + 1
 
 
-def test_a_rank_that_is_killed_comes_back_with_the_others(
-    task: Path, whole: list[dict[str, Any]], tmp_path: Path
-) -> None:
+def test_a_rank_that_is_killed_comes_back_with_the_others(task: Path, tmp_path: Path) -> None:
     kill_a_rank_again_and_again(task, tmp_path / "run", kills=2, seed=1)
-    assert_like(tmp_path / "run", whole)
+    assert_undisturbed(task, tmp_path / "run", 3, 1e-5)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_ten_kills_in_random_places_leave_the_loss_curve_as_it_is(
-    task: Path, whole: list[dict[str, Any]], tmp_path: Path
-) -> None:
+def test_ten_kills_in_random_places_leave_the_loss_curve_as_it_is(task: Path, tmp_path: Path) -> None:
     kill_a_rank_again_and_again(task, tmp_path / "run", kills=10, seed=2)
-    assert_like(tmp_path / "run", whole)
+    assert_undisturbed(task, tmp_path / "run", 3, 1e-5)
 
 
-def test_a_rank_that_stops_in_mid_run_is_lost_and_replaced(
-    task: Path, whole: list[dict[str, Any]], tmp_path: Path
-) -> None:
+@pytest.mark.timeout(400)
+def test_a_rank_that_stops_in_mid_run_is_lost_and_replaced(task: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     words = [*torchrun(2, "--max-restarts", "2"), *TRAIN, str(task), f"run.dir={folder}", *SETTINGS, "run.timeout=15"]
     with started(words, tmp_path / "output") as process:
         wait_until(lambda: steps_done(folder) >= 5, of=process)
         os.kill(workers(process.pid)[1], signal.SIGSTOP)
-        assert process.wait(120) == 0, (tmp_path / "output").read_text()
+        assert process.wait(240) == 0, (tmp_path / "output").read_text()
     assert "not heard from rank 1" in events(folder, "failed")[0]["reason"]
-    assert_like(folder, whole)
+    assert_undisturbed(task, folder, 2, 1e-5)
 
 
 @pytest.mark.parametrize("victim", [0, 1])
@@ -142,22 +133,22 @@ def agents(task: Path, folder: Path, port: int, nodes: str) -> list[str]:
 
 
 @pytest.mark.timeout(400)
-def test_a_run_that_loses_a_node_for_good_goes_on_with_one_less(
-    task: Path, whole: list[dict[str, Any]], tmp_path: Path
-) -> None:
+def test_a_run_that_loses_a_node_for_good_goes_on_with_one_less(task: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     words = agents(task, folder, 20_000 + os.getpid() % 20_000, "1:2")
     with started(words, tmp_path / "first") as first:
         time.sleep(1.0)  # it keeps the store, and so must be the one that stays
         with started(words, tmp_path / "second") as second:
-            wait_until(lambda: steps_done(folder) >= 5, of=first)
+            wait_until(lambda: (folder / "checkpoints" / "step-00000008").exists(), of=first)
             for pid in (second.pid, *children(second.pid)):
                 os.kill(pid, signal.SIGKILL)
             assert first.wait(240) == 0, (tmp_path / "first").read_text()
     assert state(folder)["state"] == "finished"
-    assert "written on 2 ranks" in (tmp_path / "first").read_text()
-    assert f"{len(whole)} steps of 20 images over 1 ranks" in (tmp_path / "first").read_text().replace(",", "")
-    assert_like(folder, whole)
+    output = (tmp_path / "first").read_text()
+    assert "120 steps of 20 images over 2 ranks" in output
+    assert "written on 2 ranks" in output
+    assert "120 steps of 20 images over 1 ranks" in output
+    assert_undisturbed(task, folder, 2, 2e-2)  # another world size rounds otherwise, and that grows with the steps
 
 
 def test_restarts_that_get_no_further_are_given_up(task: Path, tmp_path: Path) -> None:

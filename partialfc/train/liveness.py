@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-import uuid
 from collections.abc import Callable
 from typing import Any
 
@@ -47,12 +46,9 @@ class Liveness:
         self.rank, self.world_size = rank, world_size
         self._patience = max(_GRACE, round(timeout / _INTERVAL))
         self._stop, self._on_lost = stop, on_lost
-        # Its own name: a store may outlive the ranks that a launcher has restarted.
-        name = [uuid.uuid4().hex]
-        dist.broadcast_object_list(name, src=0)
         # A connection of its own: the default one may be blocked by a call that waits.
         default: Any = dist.distributed_c10d._get_default_store()
-        self._store = dist.PrefixStore(f"partialfc-liveness-{name[0]}", default.clone())
+        self._store = dist.PrefixStore("liveness", default.clone())
         self._watched = [other for other in (range(world_size) if rank == 0 else [0]) if other != rank]
         self._position = (0, 0)  # step, phase that this rank is in
         self._closed = threading.Event()

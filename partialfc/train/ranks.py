@@ -16,6 +16,7 @@ import torch.distributed as dist
 from partialfc.errors import PartialFCError, RankLost
 from partialfc.train.agreement import gathered
 from partialfc.train.liveness import Liveness
+from partialfc.train.rendezvous import fresh_store
 from partialfc.train.stopping import StopRequest
 
 # What may take long on one rank while the others wait: imports, compilers and caches before the first step, the writing
@@ -103,12 +104,15 @@ def joined(run_folder: Path, timeout: float) -> Iterator[Rank]:
         torch.cuda.set_device(device)
     alone = "RANK" not in os.environ or "WORLD_SIZE" not in os.environ
     stop = StopRequest(run_folder if alone or os.environ["RANK"] == "0" else None)
-    with stop.listening():
-        if alone:
+    if alone:
+        with stop.listening():
             yield Rank(0, 1, device, stop)
-            return
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=PATIENCE)
-        rank = Rank(dist.get_rank(), dist.get_world_size(), device, stop)
+        return
+    store, number, world_size = fresh_store(PATIENCE)
+    backend = "nccl" if on_gpu else "gloo"
+    dist.init_process_group(backend, store=store, rank=number, world_size=world_size, timeout=PATIENCE)
+    rank = Rank(number, world_size, device, stop)
+    with stop.listening():  # not before: until all are there, a launcher's SIGTERM had better end the process
         try:
             rank.liveness = Liveness(rank.rank, rank.world_size, timeout, stop, rank.lost)
             yield rank
