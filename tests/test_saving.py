@@ -12,10 +12,13 @@ import torch
 from ranks import Ranks
 from test_resume import made, small_disk, train_a_little
 
+from partialfc.config import parse_config
 from partialfc.errors import CheckpointFailed
 from partialfc.train import saving
 from partialfc.train.checkpoint import newest_whole
+from partialfc.train.run_folder import RunFolder, forget_after, read_state
 from partialfc.train.saving import Saver
+from partialfc.train.summary import read_metrics
 
 __all__ = ["small_disk"]
 MANIFEST = {"step": 3, "samples": 21}
@@ -139,3 +142,37 @@ def test_extra_files_are_part_of_the_checkpoint(tmp_path: Path) -> None:
     assert newest_whole(tmp_path / "all") is not None
     copy.write_text('{"id": 0, "name": "bob"}\n')
     assert newest_whole(tmp_path / "all") is None, "and checked like the others"
+
+
+def test_a_full_disk_ends_no_run_and_costs_no_line_of_metrics(small_disk: Path) -> None:
+    config = parse_config({"run": {"dir": str(small_disk / "run")}, "data": {"train": "unused"}})
+    folder = RunFolder(config, 300, 0)
+    ballast = small_disk / "ballast"
+    with pytest.raises(OSError, match="No space left"):
+        ballast.write_bytes(bytes(1_000_000))
+    for step in range(1, 300):
+        folder.metrics.write("train", step=step, note="é" * 40)
+        folder.set_state("running", step)
+    with pytest.raises(OSError, match="No space left"):
+        folder.set_state("finished", 299)
+    assert read_state(config.run.dir) is not None, "the one before is still there"
+    assert not list(config.run.dir.glob(".*"))
+    ballast.unlink()
+    folder.metrics.write("train", step=300)
+    folder.set_state("finished", 300)
+    folder.close()
+    written = [line["step"] for line in read_metrics(config.run.dir / "metrics.jsonl") if line["kind"] == "train"]
+    assert written == list(range(1, 301))
+
+
+@pytest.mark.parametrize(
+    "torn", [b'{"kind": "train", "step": 2, "n": "\xc3', b'{"kind": "train", "step": 2}', b"\0\0", b"7"]
+)
+def test_a_torn_line_of_metrics_stops_nobody(tmp_path: Path, torn: bytes) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_bytes(b'{"kind": "train", "step": 1}\n' + torn)
+    forget_after(metrics, 2)
+    with metrics.open("a") as file:
+        file.write('{"kind": "train", "step": 3}\n')
+    steps = [line["step"] for line in read_metrics(metrics)]
+    assert steps == ([1, 2, 3] if torn.endswith(b"}") else [1, 3])

@@ -8,21 +8,32 @@ import time
 from pathlib import Path
 from typing import Any
 
+from partialfc.tracking.progress import log
+
 
 class MetricsFile:
     """Appends lines ``{"kind": …, "time": …, …}``; written through at once, so that a killed run loses none.
 
     Kinds: ``train`` (means over the steps since the last such line), ``evaluation``, ``event``.
+
+    A disk that is full is no reason to end a run: lines wait in memory until it takes them.
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("ab", buffering=0)
+        self._waiting = b""
 
     def write(self, kind: str, **values: Any) -> None:
         """Append one line. Numbers that JSON cannot hold (NaN, Inf) are written as null."""
         line = {"kind": kind, "time": round(time.time(), 3), **_jsonable(values)}
-        self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        self._file.flush()
+        had_to_wait = bool(self._waiting)
+        self._waiting += json.dumps(line, ensure_ascii=False).encode() + b"\n"
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+        except OSError as error:
+            if not had_to_wait:
+                log(f"WARNING: {self._file.name} cannot be written ({error.strerror}); its lines are kept until it can")
 
     def close(self) -> None:
         self._file.close()

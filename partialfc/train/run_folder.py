@@ -13,16 +13,22 @@ from typing import Any
 from partialfc.config import Config, to_yaml
 from partialfc.errors import ConfigError
 from partialfc.tracking.metrics import MetricsFile
+from partialfc.tracking.progress import log
 
 
 def write_atomically(path: Path, text: str) -> None:
     """Write ``text`` so that ``path`` is either as before or complete, also after a crash."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 def read_state(folder: Path) -> dict[str, Any] | None:
@@ -50,7 +56,9 @@ class RunFolder:
         self.set_state("running", step)
 
     def set_state(self, state: str, step: int, reason: str = "") -> None:
-        """Write state.json: ``running``, ``finished`` or ``failed``."""
+        """Write state.json: ``running``, ``finished`` or ``failed``. Where the disk is full, a run that is not
+        finished goes on, or fails with its own reason.
+        """
         values = {
             "state": state,
             "step": step,
@@ -61,7 +69,12 @@ class RunFolder:
             "updated": round(time.time(), 3),
             "reason": reason,
         }
-        write_atomically(self.path / "state.json", json.dumps(values, indent=1) + "\n")
+        try:
+            write_atomically(self.path / "state.json", json.dumps(values, indent=1) + "\n")
+        except OSError as error:
+            if state == "finished":
+                raise
+            log(f"WARNING: {self.path / 'state.json'} cannot be written ({error.strerror})")
 
     def close(self) -> None:
         self.metrics.close()
@@ -79,12 +92,13 @@ def record_failure(folder: Path, reason: str) -> None:
 def forget_after(metrics: Path, step: int) -> None:
     """Drop the lines on training and evaluation beyond ``step``: these steps are done again. Events stay."""
     try:
-        lines = metrics.read_text(encoding="utf-8").splitlines()
+        # A kill or a lost disk block may have cut a line in the middle of a letter.
+        text = metrics.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
         return
-    kept = [line for line in lines if _is_kept(line, step)]
-    if kept != lines:
-        write_atomically(metrics, "".join(f"{line}\n" for line in kept))
+    kept = "".join(f"{line}\n" for line in text.splitlines() if _is_kept(line, step))
+    if kept != text:
+        write_atomically(metrics, kept)
 
 
 def _is_kept(line: str, step: int) -> bool:
@@ -92,7 +106,7 @@ def _is_kept(line: str, step: int) -> bool:
         values = json.loads(line)
     except ValueError:  # a line that a kill has cut off
         return False
-    return values.get("kind") == "event" or values.get("step", 0) <= step
+    return isinstance(values, dict) and (values.get("kind") == "event" or values.get("step", 0) <= step)
 
 
 def finished_before(config: Config, force: bool = False) -> bool:
