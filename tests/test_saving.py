@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 from ranks import Ranks
+from safetensors.torch import load_file
 from test_resume import made, small_disk, train_a_little
 
 from partialfc.config import parse_config
 from partialfc.errors import CheckpointFailed
+from partialfc.exchange.merge import merge
 from partialfc.train import saving
 from partialfc.train.checkpoint import newest_whole
 from partialfc.train.run_folder import RunFolder, forget_after, read_state
@@ -123,6 +125,47 @@ def test_a_failure_while_training_goes_on_is_told_and_the_next_save_works(tmp_pa
     saver.wait()
     assert saver.ended()[0].error is None
     assert newest_whole(small_disk) is not None
+
+
+def _save_with_a_failing_rank(group: Any, folder: Path) -> list[str]:
+    state = made(process_group=group)
+    saver = Saver(True, saved=int)
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        if group.rank() == 1:
+            patch.setattr(saving, "_describe", lambda path: [].pop())
+        saver.save(folder / "step-00000003", state.tensors(), MANIFEST)
+        saver.wait(20)
+        found += [str(ended.error) for ended in saver.ended()]
+    saver.save(folder / "step-00000004", state.tensors(), MANIFEST)
+    saver.wait(20)
+    return found + [str(ended.error) for ended in saver.ended()]
+
+
+def test_whatever_fails_on_one_rank_fails_on_all_and_the_next_save_works(ranks: Ranks, tmp_path: Path) -> None:
+    for first, second in ranks.run(4, _save_with_a_failing_rank, tmp_path):
+        assert "rank 1: IndexError: pop from empty list" in first
+        assert second == "None"
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"]
+
+
+def _save_batch_statistics(group: Any, folder: Path) -> None:
+    state = made(process_group=group)
+    state.backbone = torch.nn.Sequential(*(torch.nn.BatchNorm1d(8) for _ in range(3)))
+    state.backbone_optimizer = torch.optim.SGD(state.backbone.parameters())
+    for buffer in state.backbone.buffers():
+        buffer.fill_(group.rank() + 1)
+    saving.save_checkpoint(folder / "step-00000003", state.tensors(), MANIFEST)
+
+
+def test_batch_statistics_are_all_of_the_rank_whose_are_used(ranks: Ranks, tmp_path: Path) -> None:
+    ranks.run(4, _save_batch_statistics, tmp_path)
+    merge(tmp_path / "step-00000003", tmp_path / "all.safetensors", only="backbone.")
+    buffers = {name: value for name, value in load_file(tmp_path / "all.safetensors").items() if value.dim() == 0}
+    buffers |= {name: value for name, value in load_file(tmp_path / "all.safetensors").items() if "running" in name}
+    assert len(buffers) == 9
+    for name, value in buffers.items():
+        assert (value == 1).all(), name
 
 
 def test_leftovers_of_a_killed_save_are_cleared_by_the_next(tmp_path: Path) -> None:
