@@ -65,7 +65,10 @@ def _write_tensors(folder: Path, tensors: dict[str, Tensor], group: Group) -> No
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # about saving in a single process, which is meant
         writer = dcp.FileSystemWriter(folder, sync_files=True)
-        dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=not dist.is_initialized())
+        # Batch statistics differ between ranks, and the first one's are those that count: DDP hands them to the others.
+        planner = dcp.DefaultSavePlanner(dedup_save_to_lowest_rank=True)
+        alone = not dist.is_initialized()
+        dcp.save(tensors, storage_writer=writer, planner=planner, process_group=group, no_dist=alone)
 
 
 def _describe_mine(folder: Path) -> dict[str, dict[str, Any]]:
