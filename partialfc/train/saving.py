@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from partialfc.errors import CheckpointFailed
 from partialfc.train.agreement import Group, is_first, my_share, together
-from partialfc.train.checkpoint_files import FORMAT, MANIFEST
+from partialfc.train.checkpoint_files import FORMAT, MANIFEST, manifest_digest
 from partialfc.train.ranks import PATIENCE
 
 
@@ -86,7 +86,7 @@ def _finish(temporary: Path, folder: Path, manifest: dict[str, Any], files: list
     described = dict(sorted((name, file) for part in files for name, file in part.items()))
     path = temporary / MANIFEST
     content = {"format": FORMAT, **manifest, "files": described, "torch": torch.__version__}
-    path.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    path.write_text(json.dumps(content | {"digest": manifest_digest(content)}, indent=1), encoding="utf-8")
     _sync(path)
     _sync(temporary)
     shutil.rmtree(folder, ignore_errors=True)
