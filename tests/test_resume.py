@@ -29,6 +29,7 @@ from partialfc.train.checkpoint_files import (
     DamagedCheckpoint,
     prune,
     read_manifest,
+    set_aside,
     step_folders,
     verify,
 )
@@ -139,6 +140,36 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_used(task: P
     assert "going on from" in done.stdout
     assert [line["step"] for line in lines(folder, "event") if line["event"] == "started"] == [0, 10]
     assert [line["step"] for line in lines(folder, "train")] == list(range(1, STEPS + 1))
+
+
+def test_damaged_or_unwanted_checkpoints_push_no_whole_one_out(task: Path, killed: dict[int, Path]) -> None:
+    folder = task.parent / "aside"
+    shutil.copytree(killed[1], folder)
+    checkpoints = folder / "checkpoints"
+    for path in step_folders(checkpoints)[:-1]:  # all but step 10
+        (path / ".metadata").write_bytes(b"")
+    damaged = {path.name for path in step_folders(checkpoints)[:-1]}
+    settings = [f"run.dir={folder}", *SETTINGS, *STATEFUL, "checkpoint.keep_last=1", "checkpoint.every=7"]
+    done = run(task, 0, *settings)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"aside-1-step-{KILLED_AFTER:08d}" in done.stdout
+    written = [line["step"] for line in lines(folder, "event") if line["event"] == "checkpoint"]
+    assert written[-4:] == [21, 28, 35, STEPS]
+    names = {path.name for path in checkpoints.iterdir()}
+    assert names == {f"step-{STEPS:08d}"} | {f"aside-1-{name}" for name in damaged}
+    (checkpoints / f"step-{STEPS:08d}" / "manifest.json").write_text("")
+    refused = run(task, 0, *settings, "--force", "optim.epochs=4")  # else it has finished before
+    assert refused.returncode != 0
+    assert "none of the checkpoints" in refused.stderr
+    assert lines(folder, "train")[-1]["step"] == STEPS, "nothing is lost of the run that was"
+    anew = run(task, 0, *settings, "checkpoint.resume=never", "--force")
+    assert anew.returncode == 0, anew.stdout + anew.stderr
+    assert [line["step"] for line in lines(folder, "train")] == list(range(1, STEPS + 1))
+    found = newest_whole(checkpoints)
+    assert found is not None
+    assert found[1]["step"] == STEPS
+    names |= {f"aside-1-step-{STEPS:08d}"}
+    assert {path.name for path in checkpoints.iterdir()} == names
 
 
 def test_a_changed_config_is_explained(task: Path, killed: dict[int, Path]) -> None:
@@ -399,6 +430,19 @@ def test_old_checkpoints_are_removed_but_the_last_and_the_milestones(tmp_path: P
     prune(tmp_path, keep_last=1, keep_every=0)
     assert [int(path.name[5:]) for path in step_folders(tmp_path)] == [60, 50]
     assert not list(tmp_path.glob(".*")), "nothing half removed is left"
+
+
+def test_what_is_set_aside_counts_no_more_and_is_not_lost(tmp_path: Path) -> None:
+    for step in (10, 20, 30):
+        (tmp_path / f"step-{step:08d}").mkdir()
+        (tmp_path / f"step-{step:08d}" / "manifest.json").write_text("")
+    (tmp_path / "aside-1-step-00000020").mkdir()
+    places = [path.name for path in set_aside(tmp_path, 10)]
+    assert places == ["aside-1-step-00000030", "aside-2-step-00000020"]
+    (tmp_path / "step-00000015").mkdir()
+    (tmp_path / "step-00000015" / "manifest.json").write_text("")
+    assert [path.name for path in prune(tmp_path, keep_last=1, keep_every=0)] == ["step-00000010"]
+    assert {path.name for path in tmp_path.iterdir()} == {"step-00000015", "aside-1-step-00000020", *places}
 
 
 def _save(group: Any, folder: Path, classes: int) -> list[float]:

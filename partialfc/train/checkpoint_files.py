@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import math
 import pathlib
@@ -22,7 +23,7 @@ from torch.distributed.checkpoint import filesystem as dcp_filesystem
 from torch.distributed.checkpoint import metadata as dcp_metadata
 from torch.distributed.checkpoint.metadata import Metadata
 
-from partialfc.errors import DataError
+from partialfc.errors import CheckpointFailed, DataError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -116,6 +117,27 @@ def prune(folder: Path, keep_last: int, keep_every: int) -> list[Path]:
             shutil.rmtree(doomed, ignore_errors=True)
             removed.append(path)
     return removed
+
+
+def set_aside(folder: Path, after: int) -> list[Path]:
+    """Rename the checkpoints of steps beyond ``after``, damaged or no longer wanted; nothing is removed.
+
+    These steps are done again, and what is written then must not count as older. Returns the new places.
+
+    Raises:
+        CheckpointFailed: one cannot be renamed.
+    """
+    places = []
+    for path in step_folders(folder):
+        if int(path.name[5:]) > after:
+            names = (path.with_name(f"aside-{number}-{path.name}") for number in itertools.count(1))
+            place = next(name for name in names if not name.exists())
+            try:
+                path.rename(place)
+            except OSError as error:
+                raise CheckpointFailed(f"{path} cannot be set aside: {error.strerror}; rename it yourself") from error
+            places.append(place)
+    return places
 
 
 _ALLOWED: dict[str, dict[str, Any]] = {
