@@ -18,6 +18,7 @@ from partialfc.errors import CheckpointFailed
 from partialfc.exchange.merge import merge
 from partialfc.train import saving
 from partialfc.train.checkpoint import newest_whole
+from partialfc.train.checkpoint_files import undo_half_a_replacement
 from partialfc.train.run_folder import RunFolder, forget_after, read_state
 from partialfc.train.saving import Saver
 from partialfc.train.summary import read_metrics
@@ -166,6 +167,45 @@ def test_batch_statistics_are_all_of_the_rank_whose_are_used(ranks: Ranks, tmp_p
     assert len(buffers) == 9
     for name, value in buffers.items():
         assert (value == 1).all(), name
+
+
+@pytest.mark.parametrize("killed_at", [1, 2, 3])
+def test_a_kill_while_one_of_the_same_step_is_replaced_leaves_the_one_or_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: int
+) -> None:
+    """A head that has grown without a step is written over the checkpoint that it has grown from."""
+    saving.save_checkpoint(tmp_path / "step-00000003", made().tensors(), MANIFEST | {"samples": 1})
+    begun, moves = _begun(tmp_path), 0
+
+    def move_or_die(real: Any) -> Any:
+        def move(path: Path, *arguments: Any, **options: Any) -> None:
+            nonlocal moves
+            moves += Path(path).exists()
+            if moves == killed_at:
+                raise KeyboardInterrupt  # like a kill, nobody catches it
+            real(path, *arguments, **options)
+
+        return move
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", move_or_die(Path.rename))
+        patch.setattr(saving.shutil, "rmtree", move_or_die(saving.shutil.rmtree))
+        with pytest.raises(KeyboardInterrupt):
+            saving._finish(*begun)
+    undo_half_a_replacement(tmp_path)
+    found = newest_whole(tmp_path)
+    assert found is not None
+    assert found[1]["samples"] == (2 if killed_at == 3 else 1)
+    saving.save_checkpoint(tmp_path / "step-00000003", made().tensors(), MANIFEST | {"samples": 4})
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"]
+
+
+def _begun(folder: Path) -> tuple[Path, Path, dict[str, Any], list[dict[str, Any]]]:
+    """What is on the disk, and known, before a checkpoint of step 3 gets its name."""
+    temporary = folder / ".step-00000003.incomplete"
+    saving._begin(temporary, ())
+    saving._write_tensors(temporary, made(start=1).tensors(), None)
+    return temporary, folder / "step-00000003", MANIFEST | {"samples": 2}, [saving._describe_mine(temporary)]
 
 
 def test_leftovers_of_a_killed_save_are_cleared_by_the_next(tmp_path: Path) -> None:

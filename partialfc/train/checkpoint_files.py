@@ -14,6 +14,7 @@ import math
 import pathlib
 import pickle
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,6 +28,7 @@ from partialfc.errors import CheckpointFailed, DataError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+REPLACED = ".replaced"  # ends the hidden name of a checkpoint while another one of its step takes its place
 
 
 class DamagedCheckpoint(DataError):
@@ -117,6 +119,15 @@ def prune(folder: Path, keep_last: int, keep_every: int) -> list[Path]:
             shutil.rmtree(doomed, ignore_errors=True)
             removed.append(path)
     return removed
+
+
+def undo_half_a_replacement(folder: Path) -> None:
+    """Give a checkpoint its name back whose place was to be taken when the run was killed."""
+    for replaced in folder.glob(f".step-*{REPLACED}"):
+        path = replaced.with_name(replaced.name[1 : -len(REPLACED)])
+        if not path.exists():
+            with suppress(OSError):  # nobody may write here; the others are used
+                replaced.rename(path)
 
 
 def set_aside(folder: Path, after: int) -> list[Path]:

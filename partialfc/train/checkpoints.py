@@ -13,7 +13,7 @@ from partialfc.errors import ConfigError
 from partialfc.tracking.progress import log
 from partialfc.train.agreement import on_first
 from partialfc.train.checkpoint import TrainingState, newest_whole
-from partialfc.train.checkpoint_files import DamagedCheckpoint, prune, set_aside, step_folders
+from partialfc.train.checkpoint_files import DamagedCheckpoint, prune, set_aside, step_folders, undo_half_a_replacement
 from partialfc.train.class_table import CLASSES, check_class_table
 from partialfc.train.config_changes import Change, config_changes
 from partialfc.train.growing import start_at_mean_embeddings
@@ -46,6 +46,7 @@ class Checkpoints:
             ConfigError: it is of a config, data set or class table that this run cannot go on from.
             DamagedCheckpoint: there are some, and none is whole.
         """
+        on_first(lambda: undo_half_a_replacement(self.folder))
         if self.config.checkpoint.resume == "never":
             self._set_aside(-1)
             return 0, 0
