@@ -45,13 +45,16 @@ class RunFolder:
 
     def __init__(self, config: Config, total_steps: int, step: int) -> None:
         self.path = config.run.dir
-        self.path.mkdir(parents=True, exist_ok=True)
         self.total_steps = total_steps
         previous = read_state(self.path)
         self.attempt = previous["attempt"] + 1 if previous and isinstance(previous.get("attempt"), int) else 1
-        write_atomically(self.path / "config.yaml", to_yaml(config))
-        forget_after(self.path / "metrics.jsonl", step)
-        self.metrics = MetricsFile(self.path / "metrics.jsonl")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.path / "config.yaml", to_yaml(config))
+            forget_after(self.path / "metrics.jsonl", step)
+            self.metrics = MetricsFile(self.path / "metrics.jsonl")
+        except OSError as error:
+            raise ConfigError(f"run.dir: {self.path} cannot be written: {error}") from error
         self.metrics.write("event", event="started", attempt=self.attempt, step=step, total_steps=total_steps)
         self.set_state("running", step)
 
