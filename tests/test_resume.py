@@ -193,6 +193,13 @@ def test_changes_are_judged_by_the_longest_prefix() -> None:
     now = {"run": {"dir": "b", "seed": 2}, "head": {"loss": {"name": "arcface"}}, "optim": {"lr": 1}}
     verdicts = {change.key: change.verdict for change in config_changes(before, now)}
     assert verdicts == {"run.dir": "harmless", "run.seed": "needs --force", "head.loss.margin": "needs --force"}
+    centers = {"head": {"center_loss": {"weight": 0.1}}}
+    for before, now, verdict in (
+        (centers, {"head": {"center_loss": None}}, "impossible"),
+        ({"head": {"center_loss": None}}, centers, "impossible"),
+        (centers, {"head": {"center_loss": {"weight": 0.2}}}, "needs --force"),
+    ):
+        assert [change.verdict for change in config_changes(before, now)] == [verdict]
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
