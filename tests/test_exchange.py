@@ -272,9 +272,12 @@ def test_hostile_and_damaged_weights_are_refused(tmp_path: Path) -> None:
     torch.save({"weight": Hostile(f"touch {tmp_path}/owned")}, tmp_path / "softmax_fc_gpu_0.pt")
     with pytest.raises(DataError, match="is refused, since it holds more than tensors"):
         load_head(head, tmp_path)
-    torch.save([1, 2], tmp_path / "softmax_fc_gpu_0.pt")
-    with pytest.raises(DataError, match="expected a dictionary of tensors, got list"):
-        load_head(head, tmp_path)
+    for odd in ([1, 2], {1: torch.zeros(3)}, {"state_dict": [1]}, {"state_dict_softmax_fc": 3}):
+        torch.save(odd, tmp_path / "softmax_fc_gpu_0.pt")
+        with pytest.raises(DataError, match="expected a "):
+            load_head(head, tmp_path)
+        with pytest.raises((DataError, ConfigError), match=r"expected a dictionary of tensors|is not of this model"):
+            load_backbone(torch.nn.Linear(2, 2), tmp_path / "softmax_fc_gpu_0.pt")
     assert not (tmp_path / "owned").exists()
 
 
