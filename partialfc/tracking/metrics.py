@@ -11,27 +11,41 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from partialfc.tracking.progress import log
+
 
 class MetricsFile:
     """Appends lines ``{"kind": …, "time": …, …}``; written through at once, so that a killed run loses none.
 
     Kinds: ``train`` (means over the steps since the last such line), ``evaluation``, ``event``.
+
+    A disk that is full is no reason to end a run: lines wait in memory until it takes them.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.listeners: list[Callable[[dict[str, Any]], None]] = []  # are given each line, as it is written
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("ab", buffering=0)
+        self._waiting = b""
         self._lock = threading.Lock()
 
     def write(self, kind: str, **values: Any) -> None:
         """Append one line. Numbers that JSON cannot hold (NaN, Inf) are written as null."""
         line = {"kind": kind, "time": round(time.time(), 3), **_jsonable(values)}
         with self._lock:
-            self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
-            self._file.flush()
+            self._append(json.dumps(line, ensure_ascii=False).encode() + b"\n")
             for listener in self.listeners:
                 listener(line)
+
+    def _append(self, text: bytes) -> None:
+        had_to_wait = bool(self._waiting)
+        self._waiting += text
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+        except OSError as error:
+            if not had_to_wait:
+                log(f"WARNING: {self._file.name} cannot be written ({error.strerror}); its lines are kept until it can")
 
     def close(self) -> None:
         self._file.close()
@@ -40,7 +54,7 @@ class MetricsFile:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl; a torn last line is left out."""
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             lines.append(json.loads(text))
         except ValueError:

@@ -6,13 +6,11 @@ number of ranks: each takes its own range of the classes.
 
 from __future__ import annotations
 
-import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.device_mesh import DeviceMesh
@@ -30,7 +28,7 @@ from partialfc.train.checkpoint_files import (
     read_manifest,
     step_folders,
 )
-from partialfc.train.row_loading import RowLoadPlanner
+from partialfc.train.row_loading import RowLoadPlanner, read_tensors
 
 _PER_CLASS = {"weight", "bias", "center_loss.centers"}  # of the head
 _BACKBONE_OPTIMIZER, _HEAD_OPTIMIZER = "backbone_optimizer.", "head.optimizer."
@@ -83,6 +81,8 @@ class TrainingState:
         stored = reader.read_metadata().state_dict_metadata
         targets = self._of_modules()
         self._check_shapes(checkpoint, targets, stored, grow)
+        weight: Any = stored["head.weight"]
+        num_classes: int = weight.size[0]
         states: list[tuple[Optimizer, nn.Parameter, str, str]] = []
         for prefix, optimizer, module in (
             (_BACKBONE_OPTIMIZER, self.backbone_optimizer, self.backbone),
@@ -96,21 +96,21 @@ class TrainingState:
                 if owner not in parameters:
                     raise ConfigError(f"{checkpoint} holds optimizer state of {owner!r}, which this run does not have")
                 parameter = parameters[owner]
-                shape = (len(parameter), *entry.size[1:]) if _has_rows(name, len(entry.size)) else entry.size
+                rows = _has_rows(name, len(entry.size))
+                shape = (len(parameter), *entry.size[1:]) if rows else tuple(entry.size)
+                fits = shape in ((), tuple(parameter.shape[:1]), tuple(parameter.shape))
+                if not fits or (rows and entry.size[0] != num_classes):
+                    raise ConfigError(f"{checkpoint} is of another optimizer: {name} is {list(entry.size)} there")
                 device = parameter.device if key != "step" else torch.device("cpu")
                 targets[name] = torch.zeros(shape, dtype=entry.properties.dtype, device=device)
                 states.append((optimizer, parameter, key, name))
         first = self.head.first_class
         planner = RowLoadPlanner({name: first for name, value in targets.items() if _has_rows(name, value.dim())})
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # about loading in a single process, which is meant
-            group = self.head.collectives.group
-            dcp.load(targets, storage_reader=reader, planner=planner, process_group=group, no_dist=group is None)
+        read_tensors(reader, targets, planner, self.head.collectives.group)
         for optimizer, parameter, key, name in states:
             optimizer.state[parameter][key] = targets[name]
         self.head.forget_step()
-        weight: Any = stored["head.weight"]
-        return weight.size[0]
+        return num_classes
 
     def _check_shapes(self, checkpoint: Path, targets: dict[str, Tensor], stored: dict[str, Any], grow: bool) -> None:
         missing = [name for name in targets if name not in stored]

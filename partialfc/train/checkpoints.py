@@ -14,7 +14,7 @@ from partialfc.errors import ConfigError
 from partialfc.tracking.progress import log
 from partialfc.train.agreement import on_first
 from partialfc.train.checkpoint import TrainingState, newest_whole
-from partialfc.train.checkpoint_files import prune
+from partialfc.train.checkpoint_files import DamagedCheckpoint, prune, set_aside, step_folders, undo_half_a_replacement
 from partialfc.train.class_table import CLASSES, check_class_table
 from partialfc.train.config_changes import Change, config_changes
 from partialfc.train.growing import start_at_mean_embeddings
@@ -56,16 +56,25 @@ class Checkpoints:
 
         Raises:
             ConfigError: it is of a config, data set or class table that this run cannot go on from.
+            DamagedCheckpoint: there are some, and none is whole.
         """
+        on_first(lambda: undo_half_a_replacement(self.folder))
         if self.config.checkpoint.resume == "never":
+            self._set_aside(-1)
             return Progress()
         found = newest_whole(self.folder)
         if found is None:
+            if on_first(lambda: step_folders(self.folder)):
+                raise DamagedCheckpoint(
+                    f"none of the checkpoints in {self.folder} is whole, and the run would begin at step 0; bring back "
+                    "a whole one, choose another run.dir, or begin anew with checkpoint.resume=never, all set aside"
+                )
             return Progress()
         path, manifest = found
         new_classes = self._check_classes(path, manifest)
         self._check_unchanged(path, manifest, new_classes)
         num_classes = self.state.load(path, grow=new_classes > 0)
+        self._set_aside(int(path.name[5:]))
         step: int = manifest["step"]
         self._whole_step = step
         self._newest_step = -1 if new_classes else step  # the checkpoint that is there lacks them
@@ -106,6 +115,11 @@ class Checkpoints:
         if self._whole_step < 0:
             return "there is no checkpoint yet"
         return f"the newest checkpoint, of step {self._whole_step:,}, is from before"
+
+    def _set_aside(self, after: int) -> None:
+        for place in on_first(lambda: set_aside(self.folder, after)):
+            if self.rank.is_first:
+                log(f"set aside, since its steps are done again: {place}")
 
     def _samples_before(self, step: int) -> int:
         return samples_before(step, self.dataset.num_samples, self.config.data.global_batch_size)

@@ -27,11 +27,16 @@ class GivenUp(PartialFCError):
 def write_atomically(path: Path, text: str) -> None:
     """Write ``text`` so that ``path`` is either as before or complete, also after a crash."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 def read_state(folder: Path) -> dict[str, Any] | None:
@@ -53,13 +58,16 @@ class RunFolder:
 
     def __init__(self, config: Config, total_steps: int, step: int, restarts: int = 0) -> None:
         self.path = config.run.dir
-        self.path.mkdir(parents=True, exist_ok=True)
         self.total_steps, self.start_step, self.restarts = total_steps, step, restarts
         previous = read_state(self.path)
         self.attempt = previous["attempt"] + 1 if previous and isinstance(previous.get("attempt"), int) else 1
-        write_atomically(self.path / "config.yaml", to_yaml(config))
-        forget_after(self.path / "metrics.jsonl", step)
-        self.metrics = MetricsFile(self.path / "metrics.jsonl")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.path / "config.yaml", to_yaml(config))
+            forget_after(self.path / "metrics.jsonl", step)
+            self.metrics = MetricsFile(self.path / "metrics.jsonl")
+        except OSError as error:
+            raise ConfigError(f"run.dir: {self.path} cannot be written: {error}") from error
         self.metrics.write("event", event="started", attempt=self.attempt, step=step, total_steps=total_steps)
         self._lock = threading.Lock()
         self._closed = threading.Event()
@@ -77,12 +85,19 @@ class RunFolder:
         self._seconds_left = seconds_left if seconds_left is not None else self._seconds_left
 
     def set_state(self, state: str, step: int, reason: str = "") -> None:
-        """Write state.json: ``running``, ``preempted``, ``finished`` or ``failed``."""
+        """Write state.json: ``running``, ``preempted``, ``finished`` or ``failed``. Where the disk is full, a run that
+        is not finished goes on, or ends with its own reason.
+        """
         with self._lock:
             if state != "running":
                 self._closed.set()
             self._step = step
-            self._write_state(state, reason)
+            try:
+                self._write_state(state, reason)
+            except OSError as error:
+                if state == "finished":
+                    raise
+                log(f"WARNING: {self.path / STATE} cannot be written ({error.strerror})")
 
     def has_evaluation(self, step: int) -> bool:
         """Whether the results of ``step`` are in metrics.jsonl."""
@@ -176,12 +191,13 @@ def record_failure(folder: Path, reason: str, states: tuple[str, ...] = ("runnin
 def forget_after(metrics: Path, step: int) -> None:
     """Drop the lines on training and evaluation beyond ``step``: these steps are done again. Events stay."""
     try:
-        lines = metrics.read_text(encoding="utf-8").splitlines()
+        # A kill or a lost disk block may have cut a line in the middle of a letter.
+        text = metrics.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
         return
-    kept = [line for line in lines if _is_kept(line, step)]
-    if kept != lines:
-        write_atomically(metrics, "".join(f"{line}\n" for line in kept))
+    kept = "".join(f"{line}\n" for line in text.splitlines() if _is_kept(line, step))
+    if kept != text:
+        write_atomically(metrics, kept)
 
 
 def _is_kept(line: str, step: int) -> bool:
@@ -189,7 +205,7 @@ def _is_kept(line: str, step: int) -> bool:
         values = json.loads(line)
     except ValueError:  # a line that a kill has cut off
         return False
-    return values.get("kind") == "event" or values.get("step", 0) <= step
+    return isinstance(values, dict) and (values.get("kind") == "event" or values.get("step", 0) <= step)
 
 
 def finished_before(config: Config, force: bool = False) -> bool:

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from partialfc.errors import CheckpointFailed
 from partialfc.train.agreement import Group, is_first, my_share, together
-from partialfc.train.checkpoint_files import FORMAT, MANIFEST
+from partialfc.train.checkpoint_files import FORMAT, MANIFEST, REPLACED, manifest_digest
 from partialfc.train.ranks import PATIENCE
 
 
@@ -79,7 +79,10 @@ def _write_tensors(folder: Path, tensors: dict[str, Tensor], group: Group) -> No
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # about saving in a single process, which is meant
         writer = dcp.FileSystemWriter(folder, sync_files=True)
-        dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=not dist.is_initialized())
+        # Batch statistics differ between ranks, and the first one's are those that count: DDP hands them to the others.
+        planner = dcp.DefaultSavePlanner(dedup_save_to_lowest_rank=True)
+        alone = not dist.is_initialized()
+        dcp.save(tensors, storage_writer=writer, planner=planner, process_group=group, no_dist=alone)
 
 
 def _describe_mine(folder: Path) -> dict[str, dict[str, Any]]:
@@ -93,16 +96,22 @@ def _describe(path: Path) -> dict[str, Any]:
 
 
 def _finish(temporary: Path, folder: Path, manifest: dict[str, Any], files: list[dict[str, Any]]) -> None:
-    """Write the manifest, and give the folder its name: only now it is a checkpoint."""
+    """Write the manifest, and give the folder its name: only now it is a checkpoint.
+
+    Of two renames a kill may come between: :func:`undo_half_a_replacement` is for that.
+    """
     described = dict(sorted((name, file) for part in files for name, file in part.items()))
     path = temporary / MANIFEST
     content = {"format": FORMAT, **manifest, "files": described, "torch": torch.__version__}
-    path.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    path.write_text(json.dumps(content | {"digest": manifest_digest(content)}, indent=1), encoding="utf-8")
     _sync(path)
     _sync(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
+    replaced = folder.with_name(f".{folder.name}{REPLACED}")
+    if folder.exists():  # of this step, before the head has grown
+        folder.rename(replaced)
     temporary.rename(folder)
     _sync(folder.parent)
+    shutil.rmtree(replaced, ignore_errors=True)  # only now: it takes long, and a kill must leave the one or the other
 
 
 def _sync(path: Path) -> None:
