@@ -326,7 +326,8 @@ def test_a_run_starts_from_imported_weights(tmp_path: Path, ranks: int) -> None:
     write_shards(tmp_path / "broken", weight, 5, "checkpoint")
     broken = partialfc(*arguments[:-1], tmp_path / "broken", ranks=ranks)
     assert broken.returncode != 0
-    assert broken.stderr.count("checkpoint_gpu_0.pt: weight holds NaN or Inf") == max(1, ranks), "on every rank"
+    # On every rank; but torchrun ends the others once the first has said so.
+    assert "checkpoint_gpu_0.pt: weight holds NaN or Inf" in broken.stderr
     weight[1, 2] = 0.5
     write_shards(tmp_path / "set", weight, 5, "checkpoint")
     nothing = partialfc("import", "weights", config)
