@@ -116,7 +116,8 @@ def test_a_killed_run_goes_on_at_any_world_size_as_if_nothing_had_happened(
     assert [line["samples"] for line in train] == [line["samples"] for line in whole]
     for mine, other in zip(train, whole, strict=True):
         for key in ("loss", "softmax_loss", "center_loss", "target_cosine"):
-            assert mine[key] == pytest.approx(other[key], rel=1e-4, abs=1e-5), (mine["step"], key)
+            tolerance = {"rel": 1e-5} if before == after == 2 else {"rel": 1e-4, "abs": 1e-5}  # as `whole`, or not
+            assert mine[key] == pytest.approx(other[key], **tolerance), (mine["step"], key)
         assert (mine["active_rows"], mine["lr"]) == (other["active_rows"], other["lr"])
     started = [line["step"] for line in lines(folder, "event") if line["event"] == "started"]
     assert started == [0, KILLED_AFTER]

@@ -38,7 +38,8 @@ def reason_of(error: BaseException) -> str:
         return str(error)
     if isinstance(error, CheckpointException):
         cause = next(iter(error.failures.values()), (error,))[0]
-    return f"{type(cause).__name__}: {cause}".splitlines()[0] + "; is the disk full?"
+    hint = "; is the disk full?" if isinstance(cause, OSError) else ""
+    return f"{type(cause).__name__}: {cause}".splitlines()[0] + hint
 
 
 def gathered(value: Any, group: Group = None) -> list[Any]:

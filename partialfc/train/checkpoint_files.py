@@ -112,7 +112,7 @@ def prune(folder: Path, keep_last: int, keep_every: int) -> list[Path]:
     for path in step_folders(folder):
         if (path / MANIFEST).exists() and kept < keep_last:
             kept += 1
-        elif kept >= keep_last and not (keep_every and int(path.name[5:]) % keep_every == 0):
+        elif kept >= keep_last and not (keep_every and int(path.name[5:]) and int(path.name[5:]) % keep_every == 0):
             # Under another name first: what is half removed must not look like a checkpoint.
             doomed = path.with_name(f".{path.name}.removed")
             path.rename(doomed)

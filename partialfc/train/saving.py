@@ -47,7 +47,9 @@ def save_checkpoint(
         together(lambda: _check_finite(tensors), group)
         together(lambda: _begin(temporary, extra) if first else None, group)
         together(lambda: _write_tensors(temporary, tensors, group), group)
-        files = together(lambda: _describe_mine(temporary), group)
+        # The first rank's listing: on a network file system another's may still lack something.
+        names = together(lambda: sorted(path.name for path in temporary.iterdir()) if first else None, group)[0]
+        files = together(lambda: {name: _describe(temporary / name) for name in my_share(names)}, group)
         together(lambda: _finish(temporary, folder, manifest, files) if first else None, group)
     except CheckpointFailed:
         if first:
@@ -85,12 +87,8 @@ def _write_tensors(folder: Path, tensors: dict[str, Tensor], group: Group) -> No
         dcp.save(tensors, storage_writer=writer, planner=planner, process_group=group, no_dist=alone)
 
 
-def _describe_mine(folder: Path) -> dict[str, dict[str, Any]]:
-    """Sizes and digests of this rank's share of the files."""
-    return {name: _describe(folder / name) for name in my_share(sorted(path.name for path in folder.iterdir()))}
-
-
 def _describe(path: Path) -> dict[str, Any]:
+    """Size and digest of a file that has been written, read back."""
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
@@ -101,6 +99,9 @@ def _finish(temporary: Path, folder: Path, manifest: dict[str, Any], files: list
     Of two renames a kill may come between: :func:`undo_half_a_replacement` is for that.
     """
     described = dict(sorted((name, file) for part in files for name, file in part.items()))
+    for name, file in described.items():
+        if (temporary / name).stat().st_size != file["bytes"]:
+            raise CheckpointFailed(f"{name} is not what its rank has written: {file['bytes']:,} bytes")
     path = temporary / MANIFEST
     content = {"format": FORMAT, **manifest, "files": described, "torch": torch.__version__}
     path.write_text(json.dumps(content | {"digest": manifest_digest(content)}, indent=1), encoding="utf-8")
