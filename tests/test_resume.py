@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, ChunkSto
 
 from partialfc import CenterLoss, ConfigError, PartialFC, RowAdamW, RowSGD, losses
 from partialfc.errors import CheckpointFailed
+from partialfc.train.backbone_state import ReplicatedBackbone
 from partialfc.train.checkpoint import TrainingState, newest_whole
 from partialfc.train.checkpoint_files import (
     CheckedReader,
@@ -213,7 +214,9 @@ def made(kind: Any = RowSGD, start: int = 0, classes: int = 11, **options: Any) 
     head = PartialFC(classes, 8, losses.AdaFace(16.0), **{"sample_rate": 0.5, "center_loss": CenterLoss(0.1)} | options)
     with torch.no_grad():
         head.weight.add_(start)
-    return TrainingState(backbone, head, torch.optim.Adam(backbone.parameters()), kind(head.parameters()))
+    return TrainingState(
+        ReplicatedBackbone(backbone, torch.optim.Adam(backbone.parameters())), head, kind(head.parameters())
+    )
 
 
 def train_a_little(state: TrainingState, steps: int = 3) -> list[float]:
@@ -225,11 +228,11 @@ def train_a_little(state: TrainingState, steps: int = 3) -> list[float]:
             torch.randint(0, state.head.num_classes, (7,), generator=generator),
         )
         world_size, rank = state.head.collectives.world_size, state.head.collectives.rank
-        out = state.head(state.backbone(x.tensor_split(world_size)[rank]), y.tensor_split(world_size)[rank])
+        out = state.head(state.backbone.module(x.tensor_split(world_size)[rank]), y.tensor_split(world_size)[rank])
         out.loss.backward()
-        for parameter in state.backbone.parameters():
+        for parameter in state.backbone.module.parameters():
             state.head.collectives.sum(parameter.grad).div_(world_size)
-        for optimizer in (state.backbone_optimizer, state.head_optimizer):
+        for optimizer in (state.backbone.optimizer, state.head_optimizer):
             optimizer.step()
             optimizer.zero_grad()
         found.append(float(out.loss.detach()))

@@ -17,6 +17,7 @@ from partialfc.config import parse_config
 from partialfc.errors import CheckpointFailed
 from partialfc.exchange.merge import merge
 from partialfc.train import saving
+from partialfc.train.backbone_state import ReplicatedBackbone
 from partialfc.train.checkpoint import newest_whole
 from partialfc.train.checkpoint_files import undo_half_a_replacement
 from partialfc.train.run_folder import RunFolder, forget_after, read_state
@@ -152,9 +153,9 @@ def test_whatever_fails_on_one_rank_fails_on_all_and_the_next_save_works(ranks: 
 
 def _save_batch_statistics(group: Any, folder: Path) -> None:
     state = made(process_group=group)
-    state.backbone = torch.nn.Sequential(*(torch.nn.BatchNorm1d(8) for _ in range(3)))
-    state.backbone_optimizer = torch.optim.SGD(state.backbone.parameters())
-    for buffer in state.backbone.buffers():
+    backbone = torch.nn.Sequential(*(torch.nn.BatchNorm1d(8) for _ in range(3)))
+    state.backbone = ReplicatedBackbone(backbone, torch.optim.SGD(backbone.parameters()))
+    for buffer in backbone.buffers():
         buffer.fill_(group.rank() + 1)
     saving.save_checkpoint(folder / "step-00000003", state.tensors(), MANIFEST)
 

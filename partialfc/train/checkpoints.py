@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,7 @@ class Progress:
 
     step: int = 0
     samples: int = 0
-    skipped_steps: int = 0
-    spikes: dict[str, Any] | None = None  # state of the rule on spikes
+    counts: dict[str, Any] = field(default_factory=dict)  # what :meth:`Checkpoints.save` was given
 
 
 class Checkpoints:
@@ -84,8 +83,7 @@ class Checkpoints:
             self._start_new_classes(num_classes)
         samples: int = manifest["samples"]
         self._other_samples = samples - self._samples_before(step)
-        counts = manifest.get("counts", {})
-        return Progress(step, samples, counts.get("skipped_steps", 0), counts.get("spikes"))
+        return Progress(step, samples, manifest.get("counts", {}))
 
     def roll_back(self, step: int, most: int) -> str | None:
         """Take weights, optimizers and state from the newest whole checkpoint, for a run that goes on from ``step``, at

@@ -24,7 +24,7 @@ from partialfc.train.agreement import on_first
 from partialfc.train.checkpoint import TrainingState
 from partialfc.train.checkpoints import Checkpoints
 from partialfc.train.describe import describe_memory, describe_rate
-from partialfc.train.engine import DdpEngine
+from partialfc.train.engine import DdpEngine, Engine
 from partialfc.train.evaluation import Evaluation
 from partialfc.train.means import Means
 from partialfc.train.phase_clock import PhaseClock
@@ -48,10 +48,8 @@ class StepResult:
     grad_norm: Tensor
     check: StepCheck
     verdict: Verdict
-
-    @property
-    def skipped(self) -> bool:
-        return self.verdict.broken or self.verdict.spike
+    skipped: bool
+    scale_fell: bool  # the loss scale was lowered, and could be
 
 
 class Trainer:
@@ -72,12 +70,12 @@ class Trainer:
         torch.manual_seed(config.run.seed)
         make = models.BY_NAME[config.model.name]
         self.backbone = make(config.model.embedding_dim, config.data.channels, config.data.image_size).to(rank.device)
-        self.engine = DdpEngine(self.backbone, config.optim, rank)
+        self.engine: Engine = DdpEngine(self.backbone, config.optim, rank)
         # Numbers that are not finite are the step's verdict's business: every rank gets as far as that.
         self.head = build_head(config, self.dataset.num_classes, self.steps_per_epoch, rank.device, "propagate")
         self.head_optimizer = build_head_optimizer(config, self.head)
         self.clock = PhaseClock(rank.device, entered=lambda phase: rank.enter(self.step, phase))
-        state = TrainingState(self.backbone, self.head, self.engine.optimizer, self.head_optimizer)
+        state = TrainingState(self.engine.state, self.head, self.head_optimizer)
         self.checkpoints = Checkpoints(config, rank, self.dataset, state, force)
         spike = config.optim.spike
         self.spikes = SpikeRule(spike.factor, spike.window) if spike else None
@@ -88,9 +86,11 @@ class Trainer:
     def train(self) -> Outcome:
         """Run to the end, or until asked to stop. Every rank calls it."""
         resumed = self.checkpoints.resume()
-        self.step, self.samples, self.skipped_steps = resumed.step, resumed.samples, resumed.skipped_steps
-        if self.spikes and resumed.spikes:
-            self.spikes.load(resumed.spikes)
+        self.step, self.samples = resumed.step, resumed.samples
+        self.skipped_steps = resumed.counts.get("skipped_steps", 0)
+        self.engine.load_counts(resumed.counts.get("engine", {}))
+        if self.spikes and "spikes" in resumed.counts:
+            self.spikes.load(resumed.counts["spikes"])
         if self.step > self.total_steps:
             raise ConfigError(
                 f"the checkpoint is of step {self.step:,}, and optim.epochs={self.config.optim.epochs:g} ends the run "
@@ -216,8 +216,7 @@ class Trainer:
 
     def train_step(self, batch: Batch) -> StepResult:
         """One step on this rank's share of the global batch: applied on all ranks, or skipped on all."""
-        optim, parts = self.config.optim, self.config.optim.accumulation
-        lr = optim.lr * lr_factor(self.step, self.total_steps, self.warmup_steps, optim.schedule, optim.power)
+        parts, lr = self.config.optim.accumulation, self._lr(self.step)
         self.engine.begin_step(lr)
         _set_lr(self.head_optimizer, lr)
         # What a backbone draws (dropout) is a function of the step too: a run that goes on draws the same.
@@ -228,28 +227,36 @@ class Trainer:
         for part, (some_images, some_labels) in enumerate(_micro_batches(images, labels, parts)):
             embeddings = self.engine.forward(some_images)
             self.clock.mark("forward")
-            out = self.head(embeddings, some_labels)
-            self.clock.mark("head")
+            head_input = embeddings.detach().requires_grad_()
+            out = self.head(head_input, some_labels)
             # Each micro-batch counts by its samples: together they are one large batch.
             share = out.num_samples / self._samples_of(batch.step)
-            # embeddings.grad is world_size times this rank's part; averaging over ranks makes the exact gradient.
-            self.engine.backward(out.loss * share, last=part == parts - 1)
+            (out.loss * share).backward()
+            self.clock.mark("head")
+            # head_input.grad is world_size times this rank's part; averaging over ranks makes the exact gradient.
+            assert head_input.grad is not None
+            self.engine.backward(embeddings, head_input.grad, last=part == parts - 1)
             self.clock.mark("backward")
-            check.embeddings(embeddings)
+            check.embeddings(head_input)
             check.loss(out.loss)
             outputs.append((out, share))
-        out, grad_norm = _together(outputs), self.engine.clip()
-        check.gradients(self.engine.gradient_is_finite(grad_norm), self.head.gradient_is_finite())
+        out = _together(outputs)
+        check.gradients(*self.engine.finish_backward(), self.head.gradient_is_finite())
         verdict = check.agree(self.rank, self._words(out))
         self.clock.mark("backward")
-        if verdict.broken or verdict.spike:
-            self.engine.skip()
-        else:
-            self.engine.step()
+        skipped = verdict.broken or verdict.spike
+        scale_fell = self.engine.skip() if skipped else False
+        if not skipped and self.engine.step():
             self.head_optimizer.step()
+        elif not skipped:  # the engine alone has seen an overflow, on all ranks, and dropped the step
+            skipped = scale_fell = True
         self.head_optimizer.zero_grad()
         self.clock.mark("update")
-        return StepResult(out, grad_norm, check, verdict)
+        return StepResult(out, self.engine.grad_norm(), check, verdict, skipped, scale_fell)
+
+    def _lr(self, step: int) -> float:
+        optim = self.config.optim
+        return optim.lr * lr_factor(step, self.total_steps, self.warmup_steps, optim.schedule, optim.power)
 
     def _words(self, out: HeadOutput) -> Word:
         """What this rank has to say besides what it has seen in its tensors."""
@@ -269,10 +276,10 @@ class Trainer:
             self.skipped_in_a_row = 0
             return
         self.skipped_steps += 1
-        if not result.verdict.broken:
+        if result.verdict.spike and not result.verdict.broken:
             self._roll_back(folder, result)
             return
-        self.skipped_in_a_row += 1
+        self.skipped_in_a_row += not result.scale_fell  # while it falls, skipping is how a loss scale is found
         faults = find_faults(result.verdict, result.check, batch.indices, self.dataset, self.head, self.rank)
         words = "; ".join(map(str, faults))
         if folder:
@@ -315,7 +322,7 @@ class Trainer:
             "samples": self.samples,
             **values,
             "active_rows": int(active),
-            "lr": self.engine.optimizer.param_groups[0]["lr"],
+            "lr": self._lr(self.step - 1),
             "skipped_steps": self.skipped_steps,
             "samples_per_s": counted / (means.steps * sum(seconds.values())),
             "seconds": seconds,
@@ -323,15 +330,17 @@ class Trainer:
 
     def _save(self) -> None:
         self.rank.enter(self.step, "save")
-        counts = {"skipped_steps": self.skipped_steps, "spikes": self.spikes.state() if self.spikes else None}
+        counts: dict[str, Any] = {"skipped_steps": self.skipped_steps, "engine": self.engine.counts()}
+        if self.spikes:
+            counts["spikes"] = self.spikes.state()
         with self.rank.patience():  # another rank may still write the checkpoint before
             self.checkpoints.save(self.step, counts)
 
     def _evaluate(self, folder: RunFolder | None) -> dict[str, Any] | None:
         """The results, or None if a request to stop came in between. A collective."""
         self.rank.enter(self.step, "evaluate")
-        with self.rank.patience():
-            results = self.evaluation.run(self.backbone, self.head, self.rank, self.step)
+        with self.rank.patience(), self.engine.evaluating() as backbone:
+            results = self.evaluation.run(backbone, self.head, self.rank, self.step)
         if folder and results:
             folder.metrics.write("evaluation", step=self.step, results=results)
             for name, found in results.items():

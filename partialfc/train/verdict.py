@@ -35,10 +35,11 @@ class Word(IntFlag):
     LOSS = 4  # the loss does, as on every rank
     HEAD = 8  # the gradient of its shard does, or what its centers would move by
     BACKBONE = 16  # its own part of the backbone's gradient does
-    SPIKE = 32  # the loss has jumped; the first rank decides
+    MEAN = 32  # the mean of the ranks' parts does
+    SPIKE = 64  # the loss has jumped; the first rank decides
 
 
-_BROKEN = Word.EMBEDDINGS | Word.LOSS | Word.HEAD | Word.BACKBONE
+_BROKEN = Word.EMBEDDINGS | Word.LOSS | Word.HEAD | Word.BACKBONE | Word.MEAN
 
 
 @dataclass(frozen=True)
@@ -79,9 +80,12 @@ class StepCheck:
         """Look at a micro-batch's loss []."""
         self._see(~loss.detach().isfinite(), Word.LOSS)
 
-    def gradients(self, backbone_is_finite: Tensor, head_is_finite: Tensor) -> None:
-        """Look at the gradients of the whole step, each [] bool."""
-        self._see(~backbone_is_finite, Word.BACKBONE)
+    def gradients(self, own_is_finite: Tensor, mean_is_finite: Tensor, head_is_finite: Tensor) -> None:
+        """Look at the gradients of the whole step, each [] bool: the backbone's, this rank's own part and the mean over
+        ranks, and that of the head's shard.
+        """
+        self._see(~own_is_finite, Word.BACKBONE)
+        self._see(~mean_is_finite, Word.MEAN)
         self._see(~head_is_finite, Word.HEAD)
 
     def _see(self, bad: Tensor, word: Word) -> None:
@@ -141,7 +145,8 @@ def find_faults(
         found = indices[at_fault & (indices >= 0)].tolist()
         faults = [Fault(rank.rank, what, [dataset.key(index) for index in found[:_SHOWN]], len(found))]
     everyone = [fault for faults in gathered(faults) for fault in faults]
-    return everyone or [Fault(0, "NaN or Inf in the loss itself, as on all ranks", [], 0)]
+    where = "the loss itself" if Word.LOSS in seen else "the mean of the ranks' gradients"
+    return everyone or [Fault(0, f"NaN or Inf in {where}, as on all ranks", [], 0)]
 
 
 @torch.no_grad()
