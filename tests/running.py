@@ -15,7 +15,8 @@ from typing import Any
 
 from partialfc.tracking.metrics import read_metrics
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+# Scripts of the tests' own find the package beside them, too, wherever it may be installed.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
 TRAIN = ["-m", "partialfc", "train"]
 
 

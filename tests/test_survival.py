@@ -38,6 +38,11 @@ FAULTY = str(Path(__file__).with_name("faulty_run.py"))
 SETTINGS = ["evaluation.every=0", "evaluation.sets=[]", "optim.epochs=10", "checkpoint.every=4", "optim.lr=0.02"]
 
 
+# From its second step on DDP lays out its buckets anew, and with them the order in which three ranks sum their gradients.
+# A run that begins again does so a step later than one that goes on; rounding differs, and that grows with the steps.
+SUMMED_IN_ANOTHER_ORDER = 5e-3
+
+
 @pytest.fixture(scope="module")
 def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("task")
@@ -77,14 +82,14 @@ def kill_a_rank_again_and_again(task: Path, folder: Path, kills: int, seed: int)
 
 def test_a_rank_that_is_killed_comes_back_with_the_others(task: Path, tmp_path: Path) -> None:
     kill_a_rank_again_and_again(task, tmp_path / "run", kills=2, seed=1)
-    assert_undisturbed(task, tmp_path / "run", 3, 1e-5)
+    assert_undisturbed(task, tmp_path / "run", 3, SUMMED_IN_ANOTHER_ORDER)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_ten_kills_in_random_places_leave_the_loss_curve_as_it_is(task: Path, tmp_path: Path) -> None:
     kill_a_rank_again_and_again(task, tmp_path / "run", kills=10, seed=2)
-    assert_undisturbed(task, tmp_path / "run", 3, 1e-5)
+    assert_undisturbed(task, tmp_path / "run", 3, SUMMED_IN_ANOTHER_ORDER)
 
 
 @pytest.mark.timeout(400)
@@ -147,7 +152,7 @@ def test_a_run_that_loses_a_node_for_good_goes_on_with_one_less(task: Path, tmp_
     assert "120 steps of 20 images over 2 ranks" in output
     assert "written on 2 ranks" in output
     assert "120 steps of 20 images over 1 ranks" in output
-    assert_undisturbed(task, folder, 2, 2e-2)  # another world size rounds otherwise, and that grows with the steps
+    assert_undisturbed(task, folder, 2, 2e-2)  # another world size rounds otherwise, too
 
 
 def test_restarts_that_get_no_further_are_given_up(task: Path, tmp_path: Path) -> None:
