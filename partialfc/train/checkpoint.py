@@ -97,7 +97,7 @@ class TrainingState:
                     raise ConfigError(f"{checkpoint} holds optimizer state of {owner!r}, which this run does not have")
                 parameter = parameters[owner]
                 shape = (len(parameter), *entry.size[1:]) if _has_rows(name, len(entry.size)) else entry.size
-                device = parameter.device if key != "step" else torch.device("cpu")
+                device = _device_of_state(optimizer, parameter, key)
                 targets[name] = torch.zeros(shape, dtype=entry.properties.dtype, device=device)
                 states.append((optimizer, parameter, key, name))
         first = self.head.first_class
@@ -134,6 +134,12 @@ def _has_rows(name: str, dimensions: int) -> bool:
     """Whether a tensor of this name has one row a class; an optimizer's own step count has none."""
     owner = name.removeprefix(_HEAD_OPTIMIZER).rpartition(".")[0] if name.startswith(_HEAD_OPTIMIZER) else name[5:]
     return name.startswith("head.") and owner in _PER_CLASS and dimensions > 0
+
+
+def _device_of_state(optimizer: Optimizer, parameter: Tensor, key: str) -> torch.device:
+    """Where an optimizer looks for its state: step counts on the host, unless one kernel does the whole step."""
+    on_host = key == "step" and not optimizer.defaults.get("fused")
+    return torch.device("cpu") if on_host else parameter.device
 
 
 def newest_whole(folder: Path) -> tuple[Path, dict[str, Any]] | None:

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from partialfc import __version__
-from partialfc.config import Config
+from partialfc.config import Config, parse_config
 from partialfc.data.dataset import TarDataset
 from partialfc.data.order import samples_before, steps_per_epoch
 from partialfc.errors import ConfigError
 from partialfc.tracking.progress import log
 from partialfc.train.agreement import on_first
+from partialfc.train.backbone import start_pretrained
 from partialfc.train.checkpoint import TrainingState, newest_whole
 from partialfc.train.checkpoint_files import prune
 from partialfc.train.class_table import CLASSES, check_class_table
@@ -38,17 +39,17 @@ class Checkpoints:
     # --- going on -----------------------------------------------------------------------------------------------------
 
     def resume(self) -> tuple[int, int]:
-        """Take the newest whole checkpoint of the run folder, if there is one. A collective.
+        """Take the newest whole checkpoint of the run folder, if there is one, else ``model.pretrained``. A collective.
 
         Returns:
             The steps done, and the samples seen in them; (0, 0) where a run begins.
         Raises:
-            ConfigError: it is of a config, data set or class table that this run cannot go on from.
+            ConfigError: it is of a config, data set or class table that this run cannot go on from; or the pretrained
+                weights are not of this backbone.
         """
-        if self.config.checkpoint.resume == "never":
-            return 0, 0
-        found = newest_whole(self.folder)
+        found = None if self.config.checkpoint.resume == "never" else newest_whole(self.folder)
         if found is None:
+            start_pretrained(self.config, self.state.backbone)
             return 0, 0
         path, manifest = found
         new_classes = self._check_classes(path, manifest)
@@ -58,6 +59,8 @@ class Checkpoints:
         self._newest_step = -1 if new_classes else step  # the checkpoint that is there lacks them
         if self.rank.is_first:
             log(f"going on from {path}, written on {manifest.get('world_size')} ranks")
+            if self.config.model.pretrained is not None:
+                log("model.pretrained is for a run that begins; this one has its own weights")
         if new_classes:
             self._start_new_classes(num_classes)
         samples: int = manifest["samples"]
@@ -90,7 +93,7 @@ class Checkpoints:
 
     def _check_unchanged(self, path: Path, manifest: dict[str, Any], new_classes: int) -> None:
         """Say what is different from the run that wrote the checkpoint; refuse what cannot be, or not without force."""
-        changes = config_changes(manifest.get("config", {}), self.config.model_dump(mode="json"))
+        changes = config_changes(_with_defaults(manifest.get("config", {})), self.config.model_dump(mode="json"))
         if manifest.get("data_digest") != self.dataset.digest and not new_classes:
             change = Change("data.train", "another data set", str(self.config.data.train), "needs --force")
             changes = [other for other in changes if other.key != "data.train"] + [change]
@@ -151,3 +154,11 @@ class Checkpoints:
     def let_end(self, seconds: float) -> None:
         """Give what is being written some time to become complete, in a process that is about to end."""
         self._saver.wait(seconds)
+
+
+def _with_defaults(tree: dict[str, Any]) -> dict[str, Any]:
+    """A stored config; a key that there was not yet when it was stored has its default."""
+    try:
+        return parse_config(tree).model_dump(mode="json")
+    except ConfigError:  # of a version whose keys were others
+        return tree

@@ -13,7 +13,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from partialfc import models
 from partialfc.config import Config, build_head, build_head_optimizer
 from partialfc.data.dataset import TarDataset
 from partialfc.data.loader import Batch, build_loader
@@ -22,6 +21,7 @@ from partialfc.errors import ConfigError, PartialFCError, RankLost
 from partialfc.head import HeadOutput
 from partialfc.head.hashing import stream_key
 from partialfc.tracking.progress import console_progress, log, no_progress
+from partialfc.train.backbone import build_backbone, build_backbone_optimizer, replicate
 from partialfc.train.checkpoint import TrainingState
 from partialfc.train.checkpoints import Checkpoints
 from partialfc.train.describe import describe_memory, describe_rate
@@ -55,26 +55,14 @@ class Trainer:
         self.warmup_steps = min(round(config.optim.warmup * self.steps_per_epoch), self.total_steps)
 
         torch.manual_seed(config.run.seed)
-        make = models.BY_NAME[config.model.name]
-        plain = make(config.model.embedding_dim, config.data.channels, config.data.image_size)
-        plain = plain.to(rank.device)
-        self.plain_backbone = plain
-        self.backbone: nn.Module = plain
-        if rank.world_size > 1:
-            self.backbone = DistributedDataParallel(plain, gradient_as_bucket_view=True)
+        self.plain_backbone = build_backbone(config, rank)
+        self.backbone = replicate(self.plain_backbone, config, rank)
         self.head = build_head(config, self.dataset.num_classes, self.steps_per_epoch, rank.device)
 
-        optim = config.optim
-        self.optimizer: torch.optim.Optimizer
-        if optim.name == "adamw":
-            self.optimizer = torch.optim.AdamW(plain.parameters(), lr=optim.lr, weight_decay=optim.weight_decay)
-        else:
-            self.optimizer = torch.optim.SGD(
-                plain.parameters(), lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay
-            )
+        self.optimizer = build_backbone_optimizer(config, self.plain_backbone, rank.device)
         self.head_optimizer = build_head_optimizer(config, self.head)
         self.clock = PhaseClock(rank.device, entered=lambda phase: rank.enter(self.step, phase))
-        state = TrainingState(plain, self.head, self.optimizer, self.head_optimizer)
+        state = TrainingState(self.plain_backbone, self.head, self.optimizer, self.head_optimizer)
         self.checkpoints = Checkpoints(config, rank, self.dataset, state, force)
         self.step = 0
         self.samples = 0
