@@ -101,11 +101,12 @@ def export_command(
     centers: Annotated[bool, typer.Option("--centers", help="the class centres too, with their class table")] = False,
     center_dtype: Annotated[CenterDtype, typer.Option(help="of the class centres")] = CenterDtype.float32,
     onnx: Annotated[bool, typer.Option(help="write an ONNX file and check it against torch")] = True,
+    model: Annotated[str | None, typer.Option(help="allow this my.module:factory or timm:NAME to be run")] = None,
 ) -> None:
     """Write the backbone as safetensors and ONNX, and on request the class centres."""
     from partialfc.exchange.export import export
 
-    done = export(run, out, centers, center_dtype.value, onnx, console_progress)
+    done = export(run, out, centers, center_dtype.value, onnx, console_progress, model)
     checked = "" if done.onnx_difference is None else f"; ONNX as torch within {done.onnx_difference:.0e}"
     log(f"{done.folder}, from {done.checkpoint.name}: {', '.join(done.files)}{checked}")
 

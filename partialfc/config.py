@@ -6,7 +6,6 @@ A config names the *global* batch; how many ranks share it is the launcher's bus
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,6 +20,7 @@ from partialfc.errors import ConfigError
 from partialfc.head import CenterLoss, LinearRate, PartialFC, RowAdagrad, RowAdamW, RowSGD, StepRate
 from partialfc.head.rate_schedule import SampleRate
 from partialfc.head.row_optim import RowOptimizer
+from partialfc.options import like_default, unknown_name
 
 
 class Section(BaseModel):
@@ -49,8 +49,12 @@ class DataConfig(Section):
 
 
 class ModelConfig(Section):
-    name: str = Field("glyph_net", description="backbone")
+    name: str = Field("glyph_net", description="backbone: one of ours, my.module:factory, or timm:NAME")
     embedding_dim: int = Field(128, ge=2, le=65536, description="D")
+    options: dict[str, Any] = Field({}, description="what the backbone takes besides, e.g. {drop_path: 0.2}")
+    pretrained: Path | None = Field(None, description="weights that the backbone begins with: .pth, .pt, .safetensors")
+    activation_checkpointing: bool = Field(False, description="compute blocks again in backward, to save memory")
+    channels_last: Literal[True, False, "auto"] = Field("auto", description="layout of convolutions; auto: on GPUs")
 
 
 class LossConfig(BaseModel):
@@ -116,6 +120,16 @@ class OptimConfig(Section):
         return self.name if self.head == "same" else self.head
 
 
+class EngineConfig(Section):
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32", description="of the backbone's arithmetic; fp16 scales the loss dynamically"
+    )
+    compile: bool = Field(False, description="torch.compile the backbone; the first step takes longer")
+    sync_batchnorm: Literal[True, False, "auto"] = Field(
+        "auto", description="batch statistics over all ranks; GPUs only; auto: there"
+    )
+
+
 class EvaluationConfig(Section):
     sets: list[Path] = Field([], description="folders: verification (with protocol.json) or labelled known classes")
     every: int = Field(0, ge=0, description="steps between evaluations; 0: only at the end")
@@ -145,6 +159,7 @@ class Config(Section):
     model: ModelConfig = Field(ModelConfig(), description="the backbone")
     head: HeadConfig = Field(HeadConfig(), description="the sharded classifier")
     optim: OptimConfig = Field(OptimConfig(), description="how to optimise")
+    engine: EngineConfig = Field(EngineConfig(), description="how a step is computed")
     evaluation: EvaluationConfig = Field(EvaluationConfig(), description="how to measure")
     checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="what to keep of it, and how to go on")
     tracking: TrackingConfig = Field(TrackingConfig(), description="what to write down")
@@ -175,8 +190,7 @@ def parse_config(tree: dict[str, Any]) -> Config:
         config = Config.model_validate(tree)
     except ValidationError as error:
         raise ConfigError("\n".join(_explain(problem) for problem in error.errors())) from None
-    if config.model.name not in models.BY_NAME:
-        raise ConfigError(f"model.name: {_unknown(config.model.name, models.BY_NAME)}")
+    models.check(config.model.name, config.model.options, config.model.activation_checkpointing)
     build_loss(config.head.loss)
     build_sample_rate(config.head, steps_per_epoch=1000)
     if config.optim.unsampled_rows == "decayed" and config.optim.head_optimizer != "sgd":
@@ -199,40 +213,22 @@ def _build_loss(where: str, tree: Any) -> losses.Loss:
     options = dict(tree)
     name = options.pop("name")
     if name not in losses.BY_NAME:
-        raise ConfigError(f"{where}.name: {_unknown(name, losses.BY_NAME)}")
+        raise ConfigError(f"{where}.name: {unknown_name(name, losses.BY_NAME)}")
     kind = losses.BY_NAME[name]
     accepted = {name: parameter for name, parameter in inspect.signature(kind).parameters.items() if name != "self"}
     for option, value in options.items():
         if option not in accepted:
-            raise ConfigError(f"{where}.{option}: {_unknown(option, accepted)} of loss {name}")
+            raise ConfigError(f"{where}.{option}: {unknown_name(option, accepted)} of loss {name}")
         if option == "loss":
             options[option] = _build_loss(f"{where}.loss", value)
         else:
-            options[option] = _like_default(f"{where}.{option}", value, accepted[option].default)
+            options[option] = like_default(f"{where}.{option}", value, accepted[option].default)
     if "loss" in accepted and "loss" not in options:
         raise ConfigError(f"{where}.loss: {name} wraps another loss: give one, such as {{name: arcface}}")
     try:
         return kind(**options)
     except (ConfigError, TypeError) as error:
         raise ConfigError(f"{where} ({name}): {error}") from error
-
-
-def _like_default(where: str, value: Any, default: Any) -> Any:
-    """``value`` in the type that a parameter with this default takes."""
-    for kind, expected in ((bool, "true or false"), (str, "a text")):
-        if isinstance(default, kind):
-            if not isinstance(value, kind):
-                raise ConfigError(f"{where}: expected {expected}, got {value!r}")
-            return value
-    if value is None and default is None:
-        return None
-    try:
-        number = float(value) if not isinstance(value, bool) else None  # YAML reads 1e2 as a string
-    except (TypeError, ValueError):
-        number = None
-    if number is None:
-        raise ConfigError(f"{where}: expected a number, got {value!r}")
-    return int(number) if isinstance(default, int) and number.is_integer() else number
 
 
 def build_sample_rate(head: HeadConfig, steps_per_epoch: int) -> SampleRate:
@@ -339,7 +335,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 def _explain(problem: Any) -> str:
     where = ".".join(map(str, problem["loc"]))
     if problem["type"] == "extra_forbidden":
-        return f"{where}: {_unknown(str(problem['loc'][-1]), _keys_at(problem['loc'][:-1]))}"
+        return f"{where}: {unknown_name(str(problem['loc'][-1]), _keys_at(problem['loc'][:-1]))}"
     given = "" if problem["type"] == "missing" else f", got {problem['input']!r}"
     return f"{where}: {problem['msg'][0].lower()}{problem['msg'][1:]}{given}"
 
@@ -351,9 +347,3 @@ def _keys_at(location: tuple[Any, ...]) -> list[str]:
         candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
         section = next(kind for kind in candidates if isinstance(kind, type) and issubclass(kind, BaseModel))
     return list(section.model_fields)
-
-
-def _unknown(name: str, known: Iterable[str]) -> str:
-    known = list(known)
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"unknown name {name!r}" + (f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}")

@@ -52,6 +52,7 @@ def export(
     center_dtype: Literal["float32", "float16"] = "float32",
     onnx: bool = True,
     progress: Progress = no_progress,
+    model: str | None = None,
 ) -> Exported:
     """Write the backbone of a run's newest whole checkpoint, and on request its class centres, into a folder.
 
@@ -66,9 +67,11 @@ def export(
         centers: write the class centres, and ``nearest.py``, which uses them.
         center_dtype: of the class centres.
         onnx: write the ONNX file.
+        model: the run's ``model.name``, repeated, where that is not one of ours: a checkpoint may come from anywhere,
+            and only the caller can say that the code it names may run.
 
     Raises:
-        ConfigError: ``out`` holds something else.
+        ConfigError: ``out`` holds something else, or ``model`` is missing.
         DamagedCheckpoint: there is no whole checkpoint.
         ExportFailed: the ONNX file does not compute what the backbone does.
         DataError: ``out`` cannot be written.
@@ -81,6 +84,11 @@ def export(
     if out.exists() and not (out / ABOUT).exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} holds something that is not an export; choose another --out")
     config = parse_config(manifest["config"])
+    if models.is_foreign(config.model.name) and model != config.model.name:
+        raise ConfigError(
+            f"{checkpoint} is of model.name={config.model.name}, code that is not of this package; if it may run, pass "
+            f"--model {config.model.name}"
+        )
     backbone = _read_backbone(checkpoint, config)
     temporary = out.with_name(f".{out.name}.incomplete")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -119,8 +127,8 @@ def export(
 
 
 def _read_backbone(checkpoint: Path, config: Config) -> nn.Module:
-    make = models.BY_NAME[config.model.name]
-    backbone = make(config.model.embedding_dim, config.data.channels, config.data.image_size)
+    model, data = config.model, config.data
+    backbone = models.build(model.name, model.embedding_dim, data.channels, data.image_size, model.options)
     read_into(checkpoint, {f"backbone.{name}": value for name, value in backbone.state_dict().items()})
     return backbone.eval()
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import pickle
 import re
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from partialfc.config import Config
 from partialfc.errors import ConfigError, DataError, PartialFCError
 from partialfc.head import PartialFC
+from partialfc.models.weights import check_finite, load_backbone, plain_name, read_weights
 from partialfc.tracking.progress import log
 from partialfc.train.agreement import gathered
 from partialfc.train.checkpoint_files import step_folders
@@ -64,32 +63,6 @@ def import_weights(config: Config, backbone: Path | None, head: Path | None) -> 
         return path
 
 
-def load_backbone(module: nn.Module, path: Path) -> None:
-    """Fill a backbone from a file of anyone's weights for it.
-
-    Raises:
-        ConfigError: names or shapes differ from the backbone's.
-        DataError: the file cannot be read, or holds NaN.
-    """
-    content = _read(path, "state_dict_backbone", "state_dict")
-    found = {_plain(name): value for name, value in content.items() if isinstance(value, Tensor)}
-    expected = module.state_dict()
-    missing = [name for name in expected if name not in found and not name.endswith("num_batches_tracked")]
-    foreign = [name for name in found if name not in expected]
-    if missing or foreign:
-        words = [f"lacks {missing[0]}" + _more(missing)] if missing else []
-        words += [f"holds {foreign[0]}" + _more(foreign) + ", which this backbone does not have"] if foreign else []
-        raise ConfigError(f"{path} is not of this model.name: it {', and '.join(words)}")
-    for name, value in found.items():
-        if value.shape != expected[name].shape:
-            raise ConfigError(
-                f"{path}: {name} is {list(value.shape)}, and {list(expected[name].shape)} in this backbone; check "
-                "model.embedding_dim, data.channels and data.image_size"
-            )
-        _check_finite(f"{path}: {name}", value)
-    module.load_state_dict(found, strict=False)
-
-
 def load_head(head: PartialFC, path: Path) -> None:
     """Fill this rank's rows of a head from a set of shards, of which it reads the ones that it needs.
 
@@ -123,7 +96,7 @@ def load_head(head: PartialFC, path: Path) -> None:
                         f"{shard}: its classes have weights of shape {list(rows.shape[1:])}, and "
                         f"{list(target.shape[1:])} in this head (model.embedding_dim, sub-centers)"
                     )
-                _check_finite(f"{shard}: weight", rows)
+                check_finite(f"{shard}: weight", rows)
                 target.copy_(rows)
             first_of_shard += size
 
@@ -160,51 +133,10 @@ def _number(file: Path, prefix: str) -> int | None:
 
 def _rows(shard: Path) -> Tensor:
     """The weights of a shard's classes, [n, D]."""
-    content = _read(shard, "state_dict_softmax_fc")
-    weight = {_plain(name): value for name, value in content.items()}.get("weight")
+    content = read_weights(shard, "state_dict_softmax_fc")
+    weight = {plain_name(name): value for name, value in content.items()}.get("weight")
     if not isinstance(weight, Tensor) or weight.dim() < 2:
         raise DataError(
             f"{shard}: expected a head's state with a matrix 'weight', found {', '.join(content) or 'none'}"
         )
     return weight
-
-
-def _read(path: Path, *keys: str) -> dict[str, Any]:
-    """A dictionary of tensors and plain values, the one under ``keys`` where there is one; nothing is executed."""
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # torch's format from before 1.6 cannot be mapped
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise DataError(f"{path} is refused, since it holds more than tensors and plain values: {error}") from error
-    except Exception as error:  # anything may be in those bytes
-        raise DataError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
-    if isinstance(content, Tensor):
-        return {"weight": content}
-    for key in keys:
-        if isinstance(content, dict):
-            content = content.get(key, content)
-    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
-        raise DataError(f"{path}: expected a dictionary of tensors by name, got {type(content).__name__}")
-    return content
-
-
-def _plain(name: str) -> str:
-    """A tensor's name without what wrappers put in front of it."""
-    for wrapper in ("module.", "_orig_mod."):
-        name = name.removeprefix(wrapper)
-    return name
-
-
-def _check_finite(what: str, value: Tensor) -> None:
-    if value.is_floating_point() and not torch.isfinite(value).all():
-        raise DataError(f"{what} holds NaN or Inf")
-
-
-def _more(names: list[str]) -> str:
-    return f" and {len(names) - 1} more" if len(names) > 1 else ""

@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
-from torch import nn
-
+from partialfc.models.build import build, check, is_foreign
+from partialfc.models.by_name import BY_NAME
 from partialfc.models.glyph_net import GlyphNet
-from partialfc.models.iresnet import DEPTHS, IResNet
+from partialfc.models.iresnet import IResNet
+from partialfc.models.mobilefacenet import MobileFaceNet
+from partialfc.models.vit import VisionTransformer
 
-#: Backbones by the name that configuration files use; each is called with (embedding_dim, channels, image_size).
-BY_NAME: dict[str, Callable[[int, int, int], nn.Module]] = {
-    "glyph_net": GlyphNet,
-    **{f"iresnet{depth}": partial(IResNet, depth) for depth in DEPTHS},
-}
-
-__all__ = ["BY_NAME", "GlyphNet", "IResNet"]
+__all__ = ["BY_NAME", "GlyphNet", "IResNet", "MobileFaceNet", "VisionTransformer", "build", "check", "is_foreign"]

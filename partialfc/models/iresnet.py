@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from partialfc.errors import ConfigError
+from partialfc.models.recompute import run
+
 DEPTHS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 14, 3), 100: (3, 13, 30, 3), 200: (6, 26, 60, 6)}
 
 
@@ -35,10 +38,26 @@ class IResNet(nn.Module):
         embedding_dim: D of the output [B, D], not normalised.
         channels: of the input [B, channels, image_size, image_size].
         image_size: pixels; published weights are for 112.
+        dropout: share of the last features that training drops.
+        activation_checkpointing: compute blocks again in backward, instead of keeping their activations.
+
+    Raises:
+        ConfigError: the dropout is out of range.
     """
 
-    def __init__(self, depth: int, embedding_dim: int = 512, channels: int = 3, image_size: int = 112) -> None:
+    def __init__(
+        self,
+        depth: int,
+        embedding_dim: int = 512,
+        channels: int = 3,
+        image_size: int = 112,
+        dropout: float = 0.0,
+        activation_checkpointing: bool = False,
+    ) -> None:
         super().__init__()
+        if not 0 <= dropout < 1:
+            raise ConfigError(f"dropout must lie in [0, 1), got {dropout!r}")
+        self.activation_checkpointing = activation_checkpointing
         self.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
         self.prelu = nn.PReLU(64)
@@ -48,6 +67,7 @@ class IResNet(nn.Module):
             self.add_module(f"layer{number}", nn.Sequential(*stage))
             width, side = outputs, -(-side // 2)
         self.bn2 = nn.BatchNorm2d(width)
+        self.dropout = nn.Dropout(dropout)
         self.fc = nn.Linear(width * side * side, embedding_dim)
         self.features = nn.BatchNorm1d(embedding_dim)
         # Its scale stays 1: the length of an embedding is not to be learnt per dimension.
@@ -59,5 +79,6 @@ class IResNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         x = self.prelu(self.bn1(self.conv1(images)))
         for number in (1, 2, 3, 4):
-            x = self.get_submodule(f"layer{number}")(x)
-        return self.features(self.fc(self.bn2(x).flatten(1)))
+            for block in self.get_submodule(f"layer{number}").children():
+                x = run(block, x, self.activation_checkpointing)
+        return self.features(self.fc(self.dropout(self.bn2(x).flatten(1))))

@@ -17,6 +17,11 @@ _VERDICTS: dict[str, Verdict] = {
     "data.channels": "impossible",
     "data.image_size": "needs --force",
     "model": "impossible",
+    "model.options": "needs --force",  # where one changes a shape, the checkpoint does not load
+    "model.activation_checkpointing": "harmless",
+    "model.channels_last": "harmless",
+    "model.pretrained": "harmless",  # what a run begins with
+    "engine.compile": "harmless",
     "head.memory_budget_mb": "harmless",
     "head.weight_dtype": "impossible",
     "head.loss.sub_centers": "impossible",

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
-from partialfc.config import OptimConfig
+from partialfc.config import Config
+from partialfc.train.backbone import build_backbone_optimizer, require_compiler
 from partialfc.train.backbone_state import BackboneState, ReplicatedBackbone
 from partialfc.train.loss_scale import LossScale
 from partialfc.train.ranks import Rank
@@ -72,11 +73,12 @@ class DdpEngine:
     Args:
         module: the backbone, on the rank's device. Its weights stay float32; with ``bf16`` or ``fp16`` it computes
             under autocast.
-        precision: ``fp32``, ``bf16`` or ``fp16``; the last with dynamic loss scaling.
+        config: ``engine.precision`` fp16 comes with dynamic loss scaling; ``engine.compile`` compiles.
     """
 
-    def __init__(self, module: nn.Module, optim: OptimConfig, rank: Rank, precision: str = "fp32") -> None:
-        self.module, self.optim, self.device = module, optim, rank.device
+    def __init__(self, module: nn.Module, config: Config, rank: Rank) -> None:
+        precision = config.engine.precision
+        self.module, self.optim, self.device = module, config.optim, rank.device
         self.dtype = DTYPES[precision]
         self.loss_scale = LossScale() if precision == "fp16" else None
         self._local_gradient = GradientWatch()
@@ -84,13 +86,11 @@ class DdpEngine:
         if rank.world_size > 1:
             self._wrapped = ddp = DistributedDataParallel(module, gradient_as_bucket_view=True)
             ddp.register_comm_hook(None, self._local_gradient.before(default_hooks.allreduce_hook))
-        self.optimizer: torch.optim.Optimizer
-        if optim.name == "adamw":
-            self.optimizer = torch.optim.AdamW(module.parameters(), lr=optim.lr, weight_decay=optim.weight_decay)
-        else:
-            self.optimizer = torch.optim.SGD(
-                module.parameters(), lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay
-            )
+        if config.engine.compile:
+            require_compiler(rank.device.type)
+            # In place: names stay as they are. With the random numbers that are drawn without it.
+            self._wrapped.compile(options={"fallback_random": True})
+        self.optimizer = build_backbone_optimizer(config, module, rank.device)
         self.state: BackboneState = ReplicatedBackbone(module, self.optimizer)
         self._norm = torch.zeros((), device=rank.device)
         self._buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point()]

@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from partialfc import models
 from partialfc.config import Config, build_head, build_head_optimizer
 from partialfc.data.dataset import TarDataset
 from partialfc.data.loader import Batch, build_loader
@@ -21,6 +20,7 @@ from partialfc.head import HeadOutput
 from partialfc.head.hashing import stream_key
 from partialfc.tracking.progress import console_progress, log, no_progress
 from partialfc.train.agreement import on_first
+from partialfc.train.backbone import build_backbone, start_pretrained
 from partialfc.train.checkpoint import TrainingState
 from partialfc.train.checkpoints import Checkpoints
 from partialfc.train.describe import describe_memory, describe_rate
@@ -68,9 +68,9 @@ class Trainer:
         self.warmup_steps = min(round(config.optim.warmup * self.steps_per_epoch), self.total_steps)
 
         torch.manual_seed(config.run.seed)
-        make = models.BY_NAME[config.model.name]
-        self.backbone = make(config.model.embedding_dim, config.data.channels, config.data.image_size).to(rank.device)
-        self.engine: Engine = DdpEngine(self.backbone, config.optim, rank)
+        self.backbone = build_backbone(config, rank)
+        start_pretrained(config, self.backbone)
+        self.engine: Engine = DdpEngine(self.backbone, config, rank)
         # Numbers that are not finite are the step's verdict's business: every rank gets as far as that.
         self.head = build_head(config, self.dataset.num_classes, self.steps_per_epoch, rank.device, "propagate")
         self.head_optimizer = build_head_optimizer(config, self.head)
