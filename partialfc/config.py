@@ -311,7 +311,7 @@ def value_of(config: Config, key: str) -> Any:
     for depth, name in enumerate(key.split(".")):
         if not isinstance(value, dict) or name not in value:
             known = value if isinstance(value, dict) else []
-            raise ConfigError(f"{'.'.join(key.split('.')[: depth + 1])}: {_unknown(name, known)}")
+            raise ConfigError(f"{'.'.join(key.split('.')[: depth + 1])}: {unknown_name(name, known)}")
         value = value[name]
     return value
 
