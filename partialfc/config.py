@@ -121,6 +121,14 @@ class OptimConfig(Section):
 
 
 class EngineConfig(Section):
+    name: Literal["ddp", "deepspeed"] = Field("ddp", description="who updates the backbone: torch alone, or DeepSpeed")
+    zero_stage: int = Field(
+        1, ge=0, le=3, description="of deepspeed, split over ranks: 1 optimizer state, 2 gradients too, 3 weights too"
+    )
+    offload: Literal["none", "cpu"] = Field(
+        "none", description="cpu: optimizer state in host memory; of deepspeed at zero_stage 1 to 3"
+    )
+    deepspeed_config: Path | None = Field(None, description="a DeepSpeed JSON, for what this config leaves open")
     precision: Literal["fp32", "bf16", "fp16"] = Field(
         "fp32", description="of the backbone's arithmetic; fp16 scales the loss dynamically"
     )
@@ -195,7 +203,21 @@ def parse_config(tree: dict[str, Any]) -> Config:
     build_sample_rate(config.head, steps_per_epoch=1000)
     if config.optim.unsampled_rows == "decayed" and config.optim.head_optimizer != "sgd":
         raise ConfigError("optim.unsampled_rows: decayed needs the head's optimizer to be sgd (optim.head)")
+    _check_engine(config.engine)
     return config
+
+
+def _check_engine(engine: EngineConfig) -> None:
+    on_deepspeed = engine.name == "deepspeed"
+    if engine.deepspeed_config is not None and not on_deepspeed:
+        raise ConfigError("engine.deepspeed_config needs engine.name=deepspeed")
+    if engine.offload == "cpu" and not (on_deepspeed and engine.zero_stage):
+        raise ConfigError("engine.offload: cpu needs engine.name=deepspeed and engine.zero_stage of 1 to 3")
+    if engine.compile and on_deepspeed and engine.zero_stage == 3:
+        raise ConfigError(
+            "engine.compile does not go with engine.zero_stage=3, which gathers weights layer by layer while Python "
+            "runs; choose a lower stage, or engine.compile=false"
+        )
 
 
 def build_loss(config: LossConfig) -> losses.Loss:

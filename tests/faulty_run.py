@@ -70,7 +70,7 @@ def main() -> None:
     path, fault, at_fault, steps, *overrides = sys.argv[1:]
     config = load_config(path, overrides)
     try:
-        with joined(config.run.dir, config.run.timeout) as rank:
+        with joined(config.run.dir, config.run.timeout, group_of_one=config.engine.name == "deepspeed") as rank:
             trainer = Trainer(config, rank)
             install(trainer, rank, fault, int(at_fault), steps_of(steps))
             trainer.train()

@@ -192,8 +192,6 @@ def _mean_start(group: Any, config_file: Path, sub_centers: int | None) -> list[
     from partialfc import CenterLoss, PartialFC, losses
     from partialfc.config import load_config
     from partialfc.models import GlyphNet
-    from partialfc.train.backbone_state import ReplicatedBackbone
-    from partialfc.train.checkpoint import TrainingState
     from partialfc.train.growing import start_at_mean_embeddings
     from partialfc.train.ranks import Rank
 
@@ -202,13 +200,10 @@ def _mean_start(group: Any, config_file: Path, sub_centers: int | None) -> list[
     loss: Any = losses.ArcFace() if sub_centers is None else losses.SubCenter(losses.ArcFace(), sub_centers)
     head = PartialFC(50, 32, loss, center_loss=CenterLoss(), process_group=group)
     torch.manual_seed(0)
-    backbone = GlyphNet(32, 1, 16)
+    backbone = GlyphNet(32, 1, 16).eval()
     drawn = head.weight.detach().clone()
-    replicated = ReplicatedBackbone(backbone, torch.optim.SGD(backbone.parameters()))
-    state = TrainingState(replicated, head, RowSGD(head.parameters()))
     rank = Rank(head.collectives.rank, head.collectives.world_size, torch.device("cpu"), None)
-    start_at_mean_embeddings(config, rank, dataset, state, 37)
-    assert backbone.training
+    start_at_mean_embeddings(config, rank, dataset, backbone, head, 37)
     return [(drawn, head.weight.detach(), head.center_loss.centers)]
 
 

@@ -43,7 +43,9 @@ def import_weights(config: Config, backbone: Path | None, head: Path | None) -> 
         present = any(gathered(bool(step_folders(config.run.dir / "checkpoints"))))
         if present:
             raise ConfigError(f"{config.run.dir} holds checkpoints already; choose another run.dir")
-        trainer = Trainer(config, rank)
+        plain = config.engine.model_copy(update={"name": "ddp"})  # each rank has a backbone to fill
+        trainer = Trainer(config.model_copy(update={"engine": plain}), rank)
+        trainer.checkpoints.config = config  # of the run that shall start from them
         problem = None
         try:
             if backbone is not None:

@@ -16,10 +16,10 @@ class BackboneState(Protocol):
     ``backbone_optimizer.<parameter>.<key>``; every tensor is whole, whoever holds which part of it.
     """
 
-    module: nn.Module
-
     def tensors(self) -> dict[str, Tensor]:
-        """All there is. A collective; the tensors may be those that training goes on to change."""
+        """All there is, on the first rank at least. A collective; the tensors may be those that training goes on to
+        change.
+        """
 
     def targets(self) -> dict[str, Tensor]:
         """Where weights and buffers are to be read into. A collective."""

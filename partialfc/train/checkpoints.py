@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from partialfc import __version__
 from partialfc.config import Config
@@ -34,12 +38,24 @@ class Progress:
 
 
 class Checkpoints:
-    """Every rank has one. ``force`` goes on although the config has changed in ways that change results."""
+    """Every rank has one.
+
+    Args:
+        evaluating: gives the backbone to embed images with, as an engine does.
+        force: go on although the config has changed in ways that change results.
+    """
 
     def __init__(
-        self, config: Config, rank: Rank, dataset: TarDataset, state: TrainingState, force: bool = False
+        self,
+        config: Config,
+        rank: Rank,
+        dataset: TarDataset,
+        state: TrainingState,
+        evaluating: Callable[[], AbstractContextManager[nn.Module]],
+        force: bool = False,
     ) -> None:
         self.config, self.rank, self.dataset, self.state, self.force = config, rank, dataset, state, force
+        self._evaluating = evaluating
         self.folder = config.run.dir / "checkpoints"
         keep = config.checkpoint
         self._saver = Saver(keep.asynchronous, lambda: prune(self.folder, keep.keep_last, keep.keep_every))
@@ -127,7 +143,8 @@ class Checkpoints:
         if self.rank.is_first:
             log(f"grown from {first:,} to {self.dataset.num_classes:,} classes; the new ones start at {how} weights")
         if how == "embedding":
-            start_at_mean_embeddings(self.config, self.rank, self.dataset, self.state, first)
+            with self._evaluating() as backbone:
+                start_at_mean_embeddings(self.config, self.rank, self.dataset, backbone, self.state.head, first)
 
     def _check_classes(self, path: Path, manifest: dict[str, Any]) -> int:
         """How many classes are new since the checkpoint."""

@@ -21,6 +21,11 @@ _VERDICTS: dict[str, Verdict] = {
     "model.activation_checkpointing": "harmless",
     "model.channels_last": "harmless",
     "model.pretrained": "harmless",  # what a run begins with
+    # A checkpoint is the same whoever wrote it. engine.precision is not here: it changes what is computed.
+    "engine.name": "harmless",
+    "engine.zero_stage": "harmless",
+    "engine.offload": "harmless",
+    "engine.deepspeed_config": "harmless",
     "engine.compile": "harmless",
     "head.memory_budget_mb": "harmless",
     "head.weight_dtype": "impossible",

@@ -50,7 +50,9 @@ class Engine(Protocol):
         """
 
     def step(self) -> bool:
-        """Update the backbone; false if that has shown that the step is to be skipped, on all ranks alike."""
+        """Update the backbone; false if that has shown that the step is to be skipped, on all ranks alike. Then
+        :meth:`skip` is to follow.
+        """
 
     def skip(self) -> bool:
         """Drop what this step has done to gradients and statistics; whether a loss scale has fallen by it."""
@@ -164,6 +166,15 @@ class DdpEngine:
         return nullcontext()
 
 
+def build_engine(module: nn.Module, config: Config, rank: Rank) -> Engine:
+    """The engine that ``engine.name`` names, around a backbone that has its first weights. A collective."""
+    if config.engine.name == "deepspeed":
+        from partialfc.train.deepspeed_engine import DeepSpeedEngine  # takes long to import
+
+        return DeepSpeedEngine(module, config, rank)
+    return DdpEngine(module, config, rank)
+
+
 class GradientWatch:
     """Looks at a rank's own gradients before they are averaged: afterwards nobody can tell whose was broken."""
 
@@ -173,12 +184,15 @@ class GradientWatch:
     def reset(self) -> None:
         self._largest = None
 
+    def see(self, gradient: Tensor) -> None:
+        largest = torch.linalg.vector_norm(gradient, math.inf)  # NaN if there is one
+        self._largest = largest if self._largest is None else torch.maximum(self._largest, largest)
+
     def before(self, reduce: Callable[..., Any]) -> Callable[[Any, dist.GradBucket], Any]:
         """A communication hook for DDP that looks at a bucket and then does ``reduce``."""
 
         def hook(group: Any, bucket: dist.GradBucket) -> Any:
-            largest = torch.linalg.vector_norm(bucket.buffer(), math.inf)  # NaN if there is one
-            self._largest = largest if self._largest is None else torch.maximum(self._largest, largest)
+            self.see(bucket.buffer())
             return reduce(group, bucket)
 
         hook.__annotations__.clear()  # DDP compares them with types, and here they are strings

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from partialfc.config import Config
 from partialfc.data.dataset import TarDataset
@@ -13,7 +13,6 @@ from partialfc.data.loader import plain_batches
 from partialfc.data.order import local_slice
 from partialfc.head import PartialFC
 from partialfc.tracking.progress import console_progress, no_progress
-from partialfc.train.checkpoint import TrainingState
 from partialfc.train.ranks import Rank
 
 _ELEMENTS = 1 << 22  # of the sums that the ranks exchange at once
@@ -21,21 +20,19 @@ _ELEMENTS = 1 << 22  # of the sums that the ranks exchange at once
 
 @torch.no_grad()
 def start_at_mean_embeddings(
-    config: Config, rank: Rank, dataset: TarDataset, state: TrainingState, first_class: int
+    config: Config, rank: Rank, dataset: TarDataset, backbone: nn.Module, head: PartialFC, first_class: int
 ) -> None:
     """Turn the weights of the classes from ``first_class`` on to the mean of their samples' unit embeddings.
 
     They keep their initial length, on which the size of their first steps depends. With sub-centers the first one is
     turned, the others stay drawn; the center loss's centers are put at the mean of the embeddings themselves. A class
-    without samples stays as it was drawn. All ranks share the embedding, whoever owns the classes: a collective.
+    without samples stays as it was drawn. All ranks share the embedding, whoever owns the classes: a collective. The
+    backbone is in evaluation mode.
     """
-    head, backbone = state.head, state.backbone.module
     new = np.flatnonzero(dataset.labels >= first_class)
     new = new[np.argsort(dataset.labels[new], kind="stable")]
     labels = dataset.labels[new]
     block = max(1, _ELEMENTS // head.embedding_dim)
-    was_training = backbone.training
-    backbone.eval()
     progress = console_progress if rank.is_first else no_progress
     with progress("embedding new classes", len(new)) as advance:
         for first in range(first_class, dataset.num_classes, block):
@@ -57,7 +54,6 @@ def start_at_mean_embeddings(
             counts = torch.from_numpy(np.bincount(labels[start:stop] - first, minlength=last - first))
             _set_rows(head, first, head.collectives.sum(sums), counts.to(rank.device))
             advance(stop - start)
-    backbone.train(was_training)
 
 
 def _set_rows(head: PartialFC, first: int, sums: Tensor, counts: Tensor) -> None:

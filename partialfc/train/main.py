@@ -26,7 +26,7 @@ def train(config: Config, force: bool = False) -> Outcome:
     if finished_before(config, force):
         _say_finished(config, "this run has finished before; nothing to do")
         return "finished"
-    with joined(config.run.dir, config.run.timeout) as rank:
+    with joined(config.run.dir, config.run.timeout, group_of_one=config.engine.name == "deepspeed") as rank:
         outcome = Trainer(config, rank, force).train()
         if rank.is_first and outcome == "finished":
             _say_finished(config, "finished")

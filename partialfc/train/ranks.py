@@ -36,6 +36,7 @@ class Rank:
     timeout: timedelta = PATIENCE
     #: Called by a thread, with the reason, when another rank is lost; the process ends right after.
     on_lost: list[Callable[[str], None]] = field(default_factory=list)
+    _groups: list[dist.ProcessGroup] = field(default_factory=list)  # besides that of all ranks
 
     @property
     def is_first(self) -> bool:
@@ -44,14 +45,25 @@ class Rank:
     def set_timeout(self, seconds: float) -> None:
         """From now on a collective that takes longer than ``seconds`` fails."""
         self.timeout = timedelta(seconds=seconds)
-        _set_group_timeout(self.timeout)
+        self._set_group_timeouts(self.timeout)
+
+    def watch(self, group: dist.ProcessGroup) -> None:
+        """Have the collectives of one more group fail in time, too."""
+        self._groups.append(group)
+        self._set_group_timeouts(self.timeout)
 
     @contextmanager
     def patience(self) -> Iterator[None]:
         """Within, collectives may take long: another rank writes or evaluates meanwhile."""
-        _set_group_timeout(PATIENCE)
+        self._set_group_timeouts(PATIENCE)
         yield
-        _set_group_timeout(self.timeout)
+        self._set_group_timeouts(self.timeout)
+
+    def _set_group_timeouts(self, timeout: timedelta) -> None:
+        if dist.is_initialized():
+            for group in (dist.group.WORLD, *self._groups):
+                # The only way torch offers to change the timeout of a group that exists.
+                dist.distributed_c10d._set_pg_timeout(timeout, group)
 
     def enter(self, step: int, phase: str) -> None:
         """Say how far this rank is, for the others to know who keeps them waiting."""
@@ -90,12 +102,13 @@ class Rank:
 
 
 @contextmanager
-def joined(run_folder: Path, timeout: float) -> Iterator[Rank]:
+def joined(run_folder: Path, timeout: float, group_of_one: bool = False) -> Iterator[Rank]:
     """Join the process group that torchrun's environment describes; without one, a single process.
 
     Args:
         run_folder: where the file ``stop`` would appear.
         timeout: seconds of silence after which another rank counts as lost.
+        group_of_one: give a single process a group, too, for what cannot do without.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     on_gpu = torch.cuda.is_available()
@@ -104,12 +117,16 @@ def joined(run_folder: Path, timeout: float) -> Iterator[Rank]:
         torch.cuda.set_device(device)
     alone = "RANK" not in os.environ or "WORLD_SIZE" not in os.environ
     stop = StopRequest(run_folder if alone or os.environ["RANK"] == "0" else None)
+    backend = "nccl" if on_gpu else "gloo"
     if alone:
+        if group_of_one:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         with stop.listening():
             yield Rank(0, 1, device, stop)
+        if group_of_one:
+            dist.destroy_process_group()
         return
     store, number, world_size = fresh_store(PATIENCE)
-    backend = "nccl" if on_gpu else "gloo"
     dist.init_process_group(backend, store=store, rank=number, world_size=world_size, timeout=PATIENCE)
     rank = Rank(number, world_size, device, stop)
     with stop.listening():  # not before: until all are there, a launcher's SIGTERM had better end the process
@@ -132,9 +149,3 @@ def automatic_restarts() -> int:
     """How often torchrun and Slurm have started this run again by themselves, as far as they tell."""
     counts = (os.environ.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
     return sum(int(count) for count in counts if count.isdigit())
-
-
-def _set_group_timeout(timeout: timedelta) -> None:
-    if dist.is_initialized():
-        # The only way torch offers to change the timeout of a group that exists.
-        dist.distributed_c10d._set_pg_timeout(timeout, dist.group.WORLD)

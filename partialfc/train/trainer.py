@@ -24,7 +24,7 @@ from partialfc.train.backbone import build_backbone, start_pretrained
 from partialfc.train.checkpoint import TrainingState
 from partialfc.train.checkpoints import Checkpoints
 from partialfc.train.describe import describe_memory, describe_rate
-from partialfc.train.engine import DdpEngine, Engine
+from partialfc.train.engine import Engine, build_engine
 from partialfc.train.evaluation import Evaluation
 from partialfc.train.means import Means
 from partialfc.train.phase_clock import PhaseClock
@@ -70,13 +70,13 @@ class Trainer:
         torch.manual_seed(config.run.seed)
         self.backbone = build_backbone(config, rank)
         start_pretrained(config, self.backbone)
-        self.engine: Engine = DdpEngine(self.backbone, config, rank)
+        self.engine: Engine = build_engine(self.backbone, config, rank)
         # Numbers that are not finite are the step's verdict's business: every rank gets as far as that.
         self.head = build_head(config, self.dataset.num_classes, self.steps_per_epoch, rank.device, "propagate")
         self.head_optimizer = build_head_optimizer(config, self.head)
         self.clock = PhaseClock(rank.device, entered=lambda phase: rank.enter(self.step, phase))
         state = TrainingState(self.engine.state, self.head, self.head_optimizer)
-        self.checkpoints = Checkpoints(config, rank, self.dataset, state, force)
+        self.checkpoints = Checkpoints(config, rank, self.dataset, state, self.engine.evaluating, force)
         spike = config.optim.spike
         self.spikes = SpikeRule(spike.factor, spike.window) if spike else None
         self.step = self.samples = 0
@@ -248,8 +248,8 @@ class Trainer:
         scale_fell = self.engine.skip() if skipped else False
         if not skipped and self.engine.step():
             self.head_optimizer.step()
-        elif not skipped:  # the engine alone has seen an overflow, on all ranks, and dropped the step
-            skipped = scale_fell = True
+        elif not skipped:  # the engine alone has seen an overflow, on all ranks
+            skipped, scale_fell = True, self.engine.skip()
         self.head_optimizer.zero_grad()
         self.clock.mark("update")
         return StepResult(out, self.engine.grad_norm(), check, verdict, skipped, scale_fell)
@@ -356,7 +356,7 @@ class Trainer:
         return missing and self._evaluate(folder) is None
 
     def _describe(self) -> None:
-        parameters = sum(parameter.numel() for parameter in self.backbone.parameters())
+        parameters = sum(shape.numel() for shape in self.engine.state.shapes().values())
         log(
             f"{self.dataset.num_samples:,} images of {self.dataset.num_classes:,} classes; {self.config.model.name} "
             f"({parameters / 1e6:.1f} M parameters); {self.head.loss.__class__.__name__}({self.head.loss.extra_repr()})"

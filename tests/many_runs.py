@@ -1,0 +1,65 @@
+"""Several runs, one after the other in the same processes: many_runs.py CONFIG RUNS, under torchrun or alone.
+
+RUNS is a JSON list of ``{"overrides": [key=value, …], "fault": [FAULT, RANK, STEPS]}``, the fault as in faulty_run.py,
+or none. Starting processes takes longer than a small run, and importing DeepSpeed longer still. Each rank leaves a
+``rank0.json`` in the run folder: what it has of the backbone, and its loss scale. A run that fails is told and left;
+the exit code is the number of those.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import traceback
+from pathlib import Path
+
+import torch.distributed as dist
+from faulty_run import install, steps_of
+
+from partialfc.config import load_config
+from partialfc.train.ranks import joined
+from partialfc.train.trainer import Trainer
+
+
+def write_down(trainer: Trainer) -> None:
+    digest = hashlib.sha256()
+    with trainer.engine.evaluating() as backbone:
+        for value in backbone.state_dict().values():
+            digest.update(value.cpu().numpy().tobytes())
+    used = hashlib.sha256()  # the weights of the forward pass, as far as they lie here
+    for parameter in trainer.backbone.parameters():
+        used.update(parameter.detach().float().cpu().numpy().tobytes())
+    found = {
+        "whole": digest.hexdigest(),
+        "used": used.hexdigest(),
+        "step": trainer.step,
+        "skipped": trainer.skipped_steps,
+        **trainer.engine.counts(),
+    }
+    (trainer.config.run.dir / f"rank{trainer.rank.rank}.json").write_text(json.dumps(found))
+
+
+def main() -> int:
+    path, runs = sys.argv[1:]
+    failed = 0
+    with joined(Path(runs).parent, 120, group_of_one=True) as rank:
+        for run in json.loads(Path(runs).read_text()):
+            config = load_config(path, run["overrides"])
+            try:
+                trainer = Trainer(config, rank)
+                if run.get("fault"):
+                    fault, at_fault, steps = run["fault"]
+                    install(trainer, rank, fault, at_fault, steps_of(steps))
+                trainer.train()
+                dist.barrier()
+                write_down(trainer)
+            except Exception:
+                print(f"failed: {config.run.dir}", file=sys.stderr)
+                traceback.print_exc()
+                failed += 1
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(main())
