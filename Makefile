@@ -27,7 +27,7 @@ $(VENV)/.train: pyproject.toml constraints.txt launch/install.sh $(VENV)/.choice
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.train
-	@launch/install.sh "$(PYTHON)" "$(VENV)" "$(TORCH)" train,export,dev "$(PIP_ARGS)"
+	@launch/install.sh "$(PYTHON)" "$(VENV)" "$(TORCH)" train,export,deepspeed,dev "$(PIP_ARGS)"
 	@touch $@
 
 quickstart: $(VENV)/.train

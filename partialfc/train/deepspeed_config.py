@@ -49,6 +49,7 @@ _OPEN_OF_ZERO = [
     "max_live_parameters",
     "max_reuse_distance",
 ]
+_BUCKET = 50_000_000  # elements of the gradient that are averaged at once
 _OPEN_OF_SCALE = {"initial_scale_power": "initial", "loss_scale_window": "window", "min_loss_scale": "least"}
 _REPEATED = [
     "train_batch_size",
@@ -63,8 +64,8 @@ _REPEATED = [
 ]
 
 
-def deepspeed_options(config: Config, world_size: int) -> dict[str, Any]:
-    """The dictionary for ``deepspeed.initialize``.
+def deepspeed_options(config: Config, world_size: int, parameters: int) -> dict[str, Any]:
+    """The dictionary for ``deepspeed.initialize``, for a backbone of so many ``parameters``.
 
     Raises:
         ConfigError: ``engine.deepspeed_config`` cannot be read, contradicts the config, or sets what is not supported.
@@ -77,7 +78,8 @@ def deepspeed_options(config: Config, world_size: int) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 1 << 40,
-        "zero_optimization": {"stage": engine.zero_stage},
+        # By default it takes a buffer of 500 million elements, several times what most backbones have.
+        "zero_optimization": {"stage": engine.zero_stage, "reduce_bucket_size": min(parameters, _BUCKET)},
     }
     if engine.offload == "cpu":
         options["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}

@@ -29,7 +29,7 @@ from partialfc.tracking.progress import log
 from partialfc.train.backbone import build_backbone_optimizer, require_compiler
 from partialfc.train.backbone_state import WEIGHTS, BackboneState, ReplicatedBackbone
 from partialfc.train.deepspeed_config import deepspeed_options, loss_scale
-from partialfc.train.engine import DTYPES, GradientWatch
+from partialfc.train.engine import DTYPES, GradientWatch, take_from_first
 from partialfc.train.ranks import Rank
 from partialfc.train.zero_state import HalfBackbone, ScatteredBackbone, SplitBackbone, ZeroBackbone
 
@@ -53,7 +53,8 @@ class DeepSpeedEngine:
 
     def __init__(self, module: nn.Module, config: Config, rank: Rank) -> None:
         assert dist.is_initialized(), "DeepSpeed needs a process group, be it of one rank"
-        options = deepspeed_options(config, rank.world_size)
+        parameters = sum(parameter.numel() for parameter in module.parameters())
+        options = deepspeed_options(config, rank.world_size, parameters)
         deepspeed = _import_deepspeed(rank)
         self.module, self.device, self.stage = module, rank.device, config.engine.zero_stage
         self.dtype = DTYPES[config.engine.precision]
@@ -74,7 +75,6 @@ class DeepSpeedEngine:
         for group in optimizer.param_groups:
             group["lr"] = 0.0  # DeepSpeed may begin with a step on gradients of zero: weight decay must do nothing
         split: ZeroBackbone = _STATES[self.stage](module)
-        before = _norms(module)
         try:
             self._engine, *_ = deepspeed.initialize(
                 model=module, optimizer=optimizer, config=options, dist_init_required=False
@@ -87,7 +87,6 @@ class DeepSpeedEngine:
         else:
             self.state = split
             split.attach(self._engine)
-        self._check_unchanged(before)
         if config.engine.compile:
             require_compiler(rank.device.type)
             module.compile(options={"fallback_random": True})
@@ -103,7 +102,7 @@ class DeepSpeedEngine:
         self._local_gradient.reset()
         self._dropped = False
         if self._buffers:
-            self._take_statistics_of_first()
+            take_from_first(self._buffers)
             torch._foreach_copy_(self._before, self._buffers)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -153,6 +152,7 @@ class DeepSpeedEngine:
 
     @contextmanager
     def evaluating(self) -> Iterator[nn.Module]:
+        take_from_first(self._buffers)
         if isinstance(self.state, ZeroBackbone):
             weights = self.state.weights(device=self.device)
         else:
@@ -200,35 +200,10 @@ class DeepSpeedEngine:
             for key in norms:
                 norms[key] = torch.tensor(math.inf)
 
-    def _take_statistics_of_first(self) -> None:
-        if not self._alone:
-            flat = torch.cat([buffer.flatten() for buffer in self._buffers])
-            dist.broadcast(flat, src=0)
-            torch._foreach_copy_(
-                self._buffers,
-                [
-                    part.view_as(buffer)
-                    for part, buffer in zip(
-                        flat.split([buffer.numel() for buffer in self._buffers]), self._buffers, strict=True
-                    )
-                ],
-            )
-
-    def _check_unchanged(self, before: dict[str, float]) -> None:
-        """That DeepSpeed's start has not touched the weights: what other versions do at their start is not known."""
-        weights = (
-            self.state.weights()
-            if isinstance(self.state, ZeroBackbone)
-            else {f"{WEIGHTS}{name}": value for name, value in self.module.state_dict().items()}
-        )
-        for name, norm in before.items():
-            now = float(weights[f"{WEIGHTS}{name}"].double().norm())
-            if not math.isclose(now, norm, rel_tol=1e-2 if self.dtype else 1e-5, abs_tol=1e-12):
-                raise PartialFCError(f"DeepSpeed has changed {name} at its start: norm {norm:g} before, {now:g} now")
-
 
 def _import_deepspeed(rank: Rank) -> ModuleType:
     os.environ.setdefault("DS_ACCELERATOR", rank.device.type)
+    os.environ.setdefault("LOCAL_RANK", "0")  # it insists, and without a launcher there is none
     try:
         import deepspeed
     except ImportError as error:
@@ -284,7 +259,3 @@ def _normalize_in_float32(norm: _BatchNorm) -> None:
             norm._parameters["weight"], norm._parameters["bias"] = stored
 
     norm.forward = forward  # type: ignore[assignment]  # its parameter has another name
-
-
-def _norms(module: nn.Module) -> dict[str, float]:
-    return {name: float(parameter.detach().double().norm()) for name, parameter in module.named_parameters()}

@@ -144,6 +144,7 @@ class DdpEngine:
 
     @contextmanager
     def evaluating(self) -> Iterator[nn.Module]:
+        take_from_first(self._buffers)
         was_training = self.module.training
         self.module.eval()
         with self._autocast():
@@ -173,6 +174,19 @@ def build_engine(module: nn.Module, config: Config, rank: Rank) -> Engine:
 
         return DeepSpeedEngine(module, config, rank)
     return DdpEngine(module, config, rank)
+
+
+@torch.no_grad()
+def take_from_first(buffers: list[Tensor]) -> None:
+    """Make statistics of the batch, which each rank has its own of, those of the first rank: a checkpoint has these,
+    and DistributedDataParallel begins each step with them. A collective.
+    """
+    if not buffers or not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    flat = torch.cat([buffer.flatten().float() for buffer in buffers])
+    dist.broadcast(flat, src=0)
+    parts = flat.split([buffer.numel() for buffer in buffers])
+    torch._foreach_copy_(buffers, [part.view_as(buffer) for part, buffer in zip(parts, buffers, strict=True)])
 
 
 class GradientWatch:

@@ -1,0 +1,140 @@
+"""The memory that a rank needs for the backbone, under ddp and under each ZeRO stage of DeepSpeed.
+
+    python benchmarks/zero_memory.py --model vit_t --ranks 2      # a minute
+
+Each engine has processes of its own, in which it trains three steps on two small images a rank, so that activations
+do not count. Then the bytes of all tensors that Python knows are added up, each storage once, at the moment when there
+are most: gradients averaged, update to come. *Optimizer* is its state with the float32 weights that it steps on, where
+these are others than the weights of the forward pass; *gradients* is everything that is neither, communication buffers
+of DeepSpeed included. *Peak* is what the process had resident at most, above what it had before the engine was made:
+the allocator's and the libraries' memory comes on top, and on a CPU all of it is host memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import tempfile
+import warnings
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from head_step import processor
+from torch import Tensor
+
+from partialfc.config import parse_config
+from partialfc.train.backbone import build_backbone
+from partialfc.train.backbone_state import ReplicatedBackbone
+from partialfc.train.engine import build_engine
+from partialfc.train.ranks import Rank
+from partialfc.train.stopping import StopRequest
+from partialfc.train.zero_state import ZeroBackbone
+
+MIB = 2**20
+ENGINES = {
+    "ddp": {"name": "ddp"},
+    **{f"ZeRO {stage}": {"name": "deepspeed", "zero_stage": stage} for stage in range(4)},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="vit_t")
+    parser.add_argument("--image-size", type=int, default=112)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--optimizer", choices=["sgd", "adamw"], default="adamw")
+    arguments = parser.parse_args()
+    print(f"machine: {processor()}, torch {torch.__version__}, {arguments.ranks} ranks of one thread, gloo")
+    header = ["weights", "optimizer", "gradients", "sum", "peak"]
+    for precision in ("fp32", "bf16"):
+        print(f"\n{arguments.model}, {arguments.optimizer}, {precision}; MiB a rank")
+        print(f"{'':10}" + "".join(f"{name:>12}" for name in header) + f"{'sum/ddp':>12}", flush=True)
+        of_ddp = 0.0
+        for name, engine in ENGINES.items():
+            with tempfile.TemporaryDirectory() as folder:
+                mp.spawn(worker, (arguments, engine | {"precision": precision}, folder), nprocs=arguments.ranks)
+                parts = [torch.load(f"{folder}/{rank}.pt", weights_only=True) for rank in range(arguments.ranks)]
+            row = torch.stack(parts).max(dim=0).values / MIB  # of the rank that needs most
+            of_ddp = of_ddp or float(row[3])
+            cells = "".join(f"{float(value):12,.0f}" for value in row)
+            print(f"{name:10}{cells}{float(row[3]) / of_ddp:12.2f}", flush=True)
+
+
+def worker(number: int, arguments: argparse.Namespace, engine: dict[str, object], folder: str) -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    os.environ["LOCAL_RANK"] = str(number)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/init",
+        rank=number,
+        world_size=arguments.ranks,
+        timeout=timedelta(minutes=10),
+    )
+    config = parse_config(
+        {
+            "data": {"train": "none", "global_batch_size": 2 * arguments.ranks, "image_size": arguments.image_size},
+            "model": {"name": arguments.model, "embedding_dim": 512},
+            "optim": {"name": arguments.optimizer, "lr": 1e-4},
+            "engine": engine,
+        }
+    )
+    if engine["name"] == "deepspeed":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        __import__("deepspeed")  # its own size is no matter here
+    rank = Rank(number, arguments.ranks, torch.device("cpu"), StopRequest(None))
+    torch.manual_seed(0)
+    backbone = build_backbone(config, rank)
+    size = sum(parameter.numel() * parameter.element_size() for parameter in backbone.parameters())
+    before = resident("VmRSS") - size
+    runner = build_engine(backbone, config, rank)
+    images = torch.randn(2, 1, arguments.image_size, arguments.image_size)
+    for step in range(3):
+        runner.begin_step(1e-4)
+        embeddings = runner.forward(images)
+        runner.backward(embeddings, torch.randn(2, 512), last=True)
+        del embeddings
+        runner.finish_backward()
+        if step == 2:
+            break
+        runner.step()
+    if isinstance(runner.state, ZeroBackbone):
+        pieces = runner.state.kept()
+    else:
+        assert isinstance(runner.state, ReplicatedBackbone)
+        pieces = [value for state in runner.state.optimizer.state.values() for value in state.values()]
+    weights: list[Tensor] = [getattr(p, "ds_tensor", p) for p in backbone.parameters()]
+    weights += [p.data for p in backbone.parameters()]  # small ones ZeRO 3 keeps whole, beside their part
+    in_weights, in_optimizer = storages(weights), storages(pieces)
+    everything = storages([value for value in gc.get_objects() if isinstance(value, Tensor)])
+    optimizer = {key: size for key, size in in_optimizer.items() if key not in in_weights}
+    rest = {key: size for key, size in everything.items() if key not in in_weights and key not in in_optimizer}
+    rest.pop(images.untyped_storage().data_ptr(), None)
+    found = [sum(part.values()) for part in (in_weights, optimizer, rest)]
+    total = sum(found)
+    runner.step()
+    torch.save(torch.tensor([*found, total, resident("VmHWM") - before], dtype=torch.float64), f"{folder}/{number}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def storages(tensors: list[Tensor]) -> dict[int, int]:
+    """Bytes by address of what these tensors lie in."""
+    found = [tensor.untyped_storage() for tensor in tensors if tensor.device.type == "cpu" and not tensor.is_sparse]
+    return {storage.data_ptr(): storage.nbytes() for storage in found if storage.nbytes()}
+
+
+def resident(which: str) -> int:
+    """Bytes of host memory of this process: now (VmRSS) or at most (VmHWM)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(which):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {which}")
+
+
+if __name__ == "__main__":
+    main()
