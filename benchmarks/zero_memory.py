@@ -1,13 +1,13 @@
 """The memory that a rank needs for the backbone, under ddp and under each ZeRO stage of DeepSpeed.
 
-    python benchmarks/zero_memory.py --model vit_t --ranks 2      # a minute
+    python benchmarks/zero_memory.py --model iresnet50 --ranks 2      # two minutes
 
-Each engine has processes of its own, in which it trains three steps on two small images a rank, so that activations
-do not count. Then the bytes of all tensors that Python knows are added up, each storage once, at the moment when there
-are most: gradients averaged, update to come. *Optimizer* is its state with the float32 weights that it steps on, where
-these are others than the weights of the forward pass; *gradients* is everything that is neither, communication buffers
-of DeepSpeed included. *Peak* is what the process had resident at most, above what it had before the engine was made:
-the allocator's and the libraries' memory comes on top, and on a CPU all of it is host memory.
+Each engine has processes of its own, in which it trains three steps of two micro-batches of two small images a rank, so
+that activations do not count. Added up are the bytes of all tensors that Python knows, each storage once, after the
+first and after the last backward pass of a step; shown is the larger sum. *Optimizer* is its state with the float32
+weights that it steps on, where these are others than the weights of the forward pass; *gradients* is everything that
+is neither, DeepSpeed's buffers included. *Peak* is what the process had resident at most, above what it had before the
+engine was made: what the allocator and the libraries take comes on top, and on a CPU all of it is host memory.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from head_step import processor
-from torch import Tensor
+from torch import Tensor, nn
 
 from partialfc.config import parse_config
 from partialfc.train.backbone import build_backbone
 from partialfc.train.backbone_state import ReplicatedBackbone
-from partialfc.train.engine import build_engine
+from partialfc.train.engine import Engine, build_engine
 from partialfc.train.ranks import Rank
 from partialfc.train.stopping import StopRequest
 from partialfc.train.zero_state import ZeroBackbone
 
 MIB = 2**20
-ENGINES = {
+ENGINES: dict[str, dict[str, object]] = {
     "ddp": {"name": "ddp"},
     **{f"ZeRO {stage}": {"name": "deepspeed", "zero_stage": stage} for stage in range(4)},
 }
@@ -43,7 +43,7 @@ ENGINES = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="vit_t")
+    parser.add_argument("--model", default="iresnet50")
     parser.add_argument("--image-size", type=int, default=112)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--optimizer", choices=["sgd", "adamw"], default="adamw")
@@ -77,9 +77,9 @@ def worker(number: int, arguments: argparse.Namespace, engine: dict[str, object]
     )
     config = parse_config(
         {
-            "data": {"train": "none", "global_batch_size": 2 * arguments.ranks, "image_size": arguments.image_size},
+            "data": {"train": "none", "global_batch_size": 4 * arguments.ranks, "image_size": arguments.image_size},
             "model": {"name": arguments.model, "embedding_dim": 512},
-            "optim": {"name": arguments.optimizer, "lr": 1e-4},
+            "optim": {"name": arguments.optimizer, "lr": 1e-4, "accumulation": 2},
             "engine": engine,
         }
     )
@@ -93,33 +93,38 @@ def worker(number: int, arguments: argparse.Namespace, engine: dict[str, object]
     before = resident("VmRSS") - size
     runner = build_engine(backbone, config, rank)
     images = torch.randn(2, 1, arguments.image_size, arguments.image_size)
+    found: list[list[float]] = []
     for step in range(3):
         runner.begin_step(1e-4)
-        embeddings = runner.forward(images)
-        runner.backward(embeddings, torch.randn(2, 512), last=True)
-        del embeddings
+        for part in range(2):
+            embeddings = runner.forward(images)
+            runner.backward(embeddings, torch.randn(2, 512), last=part == 1)
+            del embeddings
+            if step == 2:
+                found.append(held(runner, backbone))
         runner.finish_backward()
-        if step == 2:
-            break
         runner.step()
+    parts = max(found, key=sum)
+    row = [*parts, sum(parts), resident("VmHWM") - before]
+    torch.save(torch.tensor(row, dtype=torch.float64), f"{folder}/{number}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def held(runner: Engine, backbone: nn.Module) -> list[float]:
+    """Bytes of weights, of what the optimizer keeps, and of everything else."""
     if isinstance(runner.state, ZeroBackbone):
         pieces = runner.state.kept()
     else:
         assert isinstance(runner.state, ReplicatedBackbone)
         pieces = [value for state in runner.state.optimizer.state.values() for value in state.values()]
-    weights: list[Tensor] = [getattr(p, "ds_tensor", p) for p in backbone.parameters()]
-    weights += [p.data for p in backbone.parameters()]  # small ones ZeRO 3 keeps whole, beside their part
+    weights: list[Tensor] = [getattr(parameter, "ds_tensor", parameter) for parameter in backbone.parameters()]
+    weights += [parameter.data for parameter in backbone.parameters()]  # small ones ZeRO 3 keeps whole besides
     in_weights, in_optimizer = storages(weights), storages(pieces)
     everything = storages([value for value in gc.get_objects() if isinstance(value, Tensor)])
-    optimizer = {key: size for key, size in in_optimizer.items() if key not in in_weights}
-    rest = {key: size for key, size in everything.items() if key not in in_weights and key not in in_optimizer}
-    rest.pop(images.untyped_storage().data_ptr(), None)
-    found = [sum(part.values()) for part in (in_weights, optimizer, rest)]
-    total = sum(found)
-    runner.step()
-    torch.save(torch.tensor([*found, total, resident("VmHWM") - before], dtype=torch.float64), f"{folder}/{number}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    optimizer = sum(size for key, size in in_optimizer.items() if key not in in_weights)
+    rest = sum(size for key, size in everything.items() if key not in in_weights and key not in in_optimizer)
+    return [sum(in_weights.values()), optimizer, rest]
 
 
 def storages(tensors: list[Tensor]) -> dict[int, int]:

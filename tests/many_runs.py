@@ -18,20 +18,34 @@ import torch.distributed as dist
 from faulty_run import install, steps_of
 
 from partialfc.config import load_config
+from partialfc.train.backbone_state import OPTIMIZER
 from partialfc.train.ranks import joined
 from partialfc.train.trainer import Trainer
 
 
-def write_down(trainer: Trainer) -> None:
+def digest_of(trainer: Trainer) -> str:
+    """Of the float32 weights and the buffers."""
     digest = hashlib.sha256()
     with trainer.engine.evaluating() as backbone:
         for value in backbone.state_dict().values():
             digest.update(value.cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def stepped(trainer: Trainer) -> bool:
+    """Whether the backbone's optimizer has anything in its state but zeros; on other ranks than the first, no."""
+    tensors = trainer.engine.state.tensors()
+    return any(bool(value.any()) for name, value in tensors.items() if name.startswith(OPTIMIZER))
+
+
+def write_down(trainer: Trainer, first: str, stepped_at_first: bool) -> None:
     used = hashlib.sha256()  # the weights of the forward pass, as far as they lie here
     for parameter in trainer.backbone.parameters():
         used.update(parameter.detach().float().cpu().numpy().tobytes())
     found = {
-        "whole": digest.hexdigest(),
+        "first": first,
+        "stepped at first": stepped_at_first,
+        "whole": digest_of(trainer),
         "used": used.hexdigest(),
         "step": trainer.step,
         "skipped": trainer.skipped_steps,
@@ -51,9 +65,10 @@ def main() -> int:
                 if run.get("fault"):
                     fault, at_fault, steps = run["fault"]
                     install(trainer, rank, fault, at_fault, steps_of(steps))
+                first, has_stepped = digest_of(trainer), stepped(trainer)
                 trainer.train()
                 dist.barrier()
-                write_down(trainer)
+                write_down(trainer, first, has_stepped)
             except Exception:
                 print(f"failed: {config.run.dir}", file=sys.stderr)
                 traceback.print_exc()

@@ -49,7 +49,7 @@ _OPEN_OF_ZERO = [
     "max_live_parameters",
     "max_reuse_distance",
 ]
-_BUCKET = 50_000_000  # elements of the gradient that are averaged at once
+_BUCKET = 50_000_000  # elements of the gradient that are averaged at once, at most; an eighth of small backbones
 _OPEN_OF_SCALE = {"initial_scale_power": "initial", "loss_scale_window": "window", "min_loss_scale": "least"}
 _REPEATED = [
     "train_batch_size",
@@ -78,8 +78,8 @@ def deepspeed_options(config: Config, world_size: int, parameters: int) -> dict[
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 1 << 40,
-        # By default it takes a buffer of 500 million elements, several times what most backbones have.
-        "zero_optimization": {"stage": engine.zero_stage, "reduce_bucket_size": min(parameters, _BUCKET)},
+        # By itself it takes a buffer of 500 million elements, several times what most backbones have.
+        "zero_optimization": {"stage": engine.zero_stage, "reduce_bucket_size": min(max(parameters // 8, 1), _BUCKET)},
     }
     if engine.offload == "cpu":
         options["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}

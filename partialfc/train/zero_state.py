@@ -6,7 +6,6 @@ time, so that no rank holds more than one that is whole, but for the first rank,
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Any
@@ -16,7 +15,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from partialfc.errors import PartialFCError
 from partialfc.train.backbone_state import OPTIMIZER, WEIGHTS
 
 
@@ -30,27 +28,19 @@ class ZeroBackbone(ABC):
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self._shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
-        self._norms = {name: _norm(parameter) for name, parameter in module.named_parameters()}
+        self._first = {  # if another device has them, memory there is what is short
+            f"{WEIGHTS}{name}": parameter.detach().to("cpu", copy=True) for name, parameter in module.named_parameters()
+        }
         self._engine: Any = None
 
     def attach(self, engine: Any) -> None:
-        """From now on the state is that of ``engine``. What its start has left in the optimizer is forgotten: a step
-        with gradients of zero is one, for weight decay and for Adam's bias correction. A collective.
-
-        Raises:
-            PartialFCError: the weights are not those of before, as far as their precision goes.
+        """From now on the state is that of ``engine``, which begins with the weights that the module had, and with an
+        optimizer that has not stepped: DeepSpeed takes the weights when they are rounded already, and may have made a
+        step with gradients of zero. A collective.
         """
         self._engine = engine
-        for name, parameter in self.module.named_parameters():
-            now = _norm(self._read(parameter, None))
-            if not math.isclose(now, self._norms[name], rel_tol=1e-2, abs_tol=1e-12):
-                raise PartialFCError(
-                    f"DeepSpeed has changed {name} when it started: its norm was {self._norms[name]:g} and is {now:g}"
-                )
-        for state in self._optimizer.state.values():
-            for value in state.values():
-                if isinstance(value, Tensor):
-                    value.zero_()
+        self.take(self._first)
+        self._first = {}
 
     def tensors(self) -> dict[str, Tensor]:
         found = self.weights(keep=_is_first())
@@ -95,8 +85,8 @@ class ZeroBackbone(ABC):
         for name, parameter in self.module.named_parameters():
             self._write(parameter, None, tensors[f"{WEIGHTS}{name}"])
             for key in self._keys() if parameter.requires_grad else ():
-                value = tensors.get(f"{OPTIMIZER}{name}.{key}")
-                self._write(parameter, key, torch.zeros(self._shapes[name]) if value is None else value)
+                nothing = torch.zeros(() if key == "step" else self._shapes[name])
+                self._write(parameter, key, tensors.get(f"{OPTIMIZER}{name}.{key}", nothing))
         self._renew_weights(tensors)
 
     def kept(self) -> list[Tensor]:
@@ -260,10 +250,6 @@ class ScatteredBackbone(ZeroBackbone):
             with GatheredParameters([parameter], modifier_rank=0):
                 if dist.get_rank() == 0:
                     parameter.copy_(tensors[f"{WEIGHTS}{name}"])
-
-
-def _norm(value: Tensor) -> float:
-    return float(value.detach().double().norm())
 
 
 def _is_first() -> bool:
