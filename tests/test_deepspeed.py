@@ -130,6 +130,25 @@ def test_in_bf16_the_curve_stays_within_its_precision(compared: Path, name: str)
     assert found != pytest.approx(exact, rel=1e-5), "it is another arithmetic"
 
 
+@pytest.mark.slow
+def test_real_backbones_compilers_and_offloaded_weights_keep_to_the_curve_of_ddp(task: Path) -> None:
+    offloaded = task.parent / "offloaded.json"
+    offloaded.write_text(json.dumps({"zero_optimization": {"offload_param": {"device": "cpu"}}}))
+    few = ["optim.epochs=0.5"]  # 6 steps
+    recomputing = ["model.name=vit_t", "model.options={patch_size: 8}", "model.activation_checkpointing=true"]
+    kinds = {
+        "slow-glyph": ([*few, "model.name=glyph_net"], [zero(1), zero(2), zero(3)]),
+        "slow-vit": ([*few, *recomputing], [zero(1), zero(3)]),
+        "slow-offload": (few, [zero(3, "engine.offload=cpu", f"engine.deepspeed_config={offloaded}")]),
+        "slow-compile": (few, [zero(0, "engine.compile=true"), zero(2, "engine.compile=true")]),
+    }
+    for name, (settings, engines) in kinds.items():
+        runs = {f"{name}-{number}": [*settings, *engine] for number, engine in enumerate([[], *engines])}
+        train_all(task, 2, runs)
+        for run in runs:
+            assert curve(task, run) == pytest.approx(curve(task, f"{name}-0"), rel=1e-4), run
+
+
 def test_all_ranks_end_with_the_same_weights(compared: Path) -> None:
     names = [path.parent.name for path in compared.parent.glob("*/rank1.json")]
     assert "fp32-ddp-normalized" in names
