@@ -19,60 +19,23 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-import weakref
-from contextlib import nullcontext
-from typing import Any
 
 import torch
 from head_step import processor
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 
 from partialfc import models
+from partialfc.models.live_bytes import peak_of_a_step
 
 DIM, CHANNELS = 512, 3
-
-
-class LiveBytes(TorchDispatchMode):
-    """Follows the memory of tensors that are made within, from birth to death."""
-
-    def __init__(self, known: list[Tensor]) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._known = {tensor.untyped_storage()._cdata for tensor in known}
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        for value in tree_iter(result):
-            if isinstance(value, Tensor) and (storage := value.untyped_storage())._cdata not in self._known:
-                self._known.add(storage._cdata)
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self._died, storage._cdata, storage.nbytes())
-        return result
-
-    def _died(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.now -= size
 
 
 def peak_bytes(name: str, batch: int, image_size: int, again: bool, fake: bool = True) -> int:
     """Of a training step's forward and backward."""
     with torch.device("meta"):
         backbone = models.build(name, DIM, CHANNELS, image_size, activation_checkpointing=again)
-    with FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext():
-        backbone.to_empty(device="cpu")
-        images = torch.zeros(batch, CHANNELS, image_size, image_size)
-        for parameter in backbone.parameters():
-            if parameter.requires_grad:
-                parameter.grad = torch.zeros_like(parameter)
-        gradients = [parameter.grad for parameter in backbone.parameters() if parameter.grad is not None]
-        with LiveBytes([*backbone.parameters(), *backbone.buffers(), *gradients, images]) as live:
-            backbone(images).sum().backward()
-    return live.peak
+    return peak_of_a_step(backbone, (batch, CHANNELS, image_size, image_size), fake=fake)
 
 
 def flops(name: str, image_size: int) -> tuple[int, int]:

@@ -41,6 +41,8 @@ def train_command(
     config: Annotated[Path, typer.Argument(help="YAML file, e.g. configs/quickstart.yaml")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, e.g. optim.lr=0.2")] = None,
     force: Annotated[bool, typer.Option("--force", help="go on with a run although its config has changed")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="compute nothing; print the memory by part")] = False,
+    ranks: Annotated[int, typer.Option(min=1, help="of --dry-run: over how many ranks")] = 1,
 ) -> None:
     """Train. Under torchrun the classifier is sharded over all ranks:
 
@@ -50,6 +52,11 @@ def train_command(
     from partialfc.train.main import train
     from partialfc.train.ranks import under_torchrun
 
+    if dry_run:
+        from partialfc.train.dry_run import dry_run as describe
+
+        print("\n".join(describe(load_config(config, overrides or []), ranks)))
+        return
     outcome = train(load_config(config, overrides or []), force)
     # torchrun takes any other code for a failure, and starts the run again; state.json says how it has ended.
     if outcome == "preempted" and not under_torchrun():

@@ -41,6 +41,7 @@ class RunConfig(Section):
 
 class DataConfig(Section):
     train: Path = Field(description="data set folder with index.json")
+    num_classes: int | None = Field(None, ge=1, description="what the data set must have; null: whatever it has")
     global_batch_size: int = Field(256, ge=1, description="samples a step, over all ranks")
     image_size: int = Field(32, ge=8, le=1024, description="pixels; images of another size are resized")
     channels: Literal[1, 3] = Field(1, description="1 grey, 3 RGB")

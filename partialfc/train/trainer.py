@@ -62,6 +62,11 @@ class Trainer:
     def __init__(self, config: Config, rank: Rank, force: bool = False) -> None:
         self.config, self.rank = config, rank
         self.dataset = TarDataset(config.data.train, console_progress if rank.is_first else no_progress)
+        if config.data.num_classes not in (None, self.dataset.num_classes):
+            raise ConfigError(
+                f"data.num_classes: {config.data.num_classes:,} expected, and {config.data.train} has "
+                f"{self.dataset.num_classes:,}"
+            )
         self.evaluation = Evaluation(config, self.dataset.num_classes)
         self.steps_per_epoch = steps_per_epoch(self.dataset.num_samples, config.data.global_batch_size)
         self.total_steps = max(1, round(config.optim.epochs * self.steps_per_epoch))
