@@ -6,9 +6,10 @@ import os
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from partialfc.errors import ConfigError, PartialFCError
 from partialfc.tracking.progress import console_progress, log
@@ -19,12 +20,25 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+class FolderOrCommand(TyperGroup):
+    """Commands, the first of which may be left out: ``partialfc runs DIR`` is ``partialfc runs list DIR``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in (*self.commands, "--help"):
+            args = ["list", *args]
+        return super().parse_args(ctx, args)
+
+
 data = typer.Typer(help="Make data sets.", no_args_is_help=True)
 app.add_typer(data, name="data")
 checkpoint = typer.Typer(help="Look at checkpoints.", no_args_is_help=True)
 app.add_typer(checkpoint, name="checkpoint")
 imports = typer.Typer(help="Take in what other tools have written.", no_args_is_help=True)
 app.add_typer(imports, name="import")
+runs = typer.Typer(help="Look at runs: partialfc runs DIR.", no_args_is_help=True, cls=FolderOrCommand)
+app.add_typer(runs, name="runs")
 
 
 class CenterDtype(StrEnum):
@@ -82,11 +96,38 @@ def export_command(
     onnx: Annotated[bool, typer.Option(help="write an ONNX file and check it against torch")] = True,
 ) -> None:
     """Write the backbone as safetensors and ONNX, and on request the class centres."""
+    from partialfc.config import load_config
     from partialfc.exchange.export import export
+    from partialfc.tracking.wandb_run import catch_up
 
     done = export(run, out, centers, center_dtype.value, onnx, console_progress)
     checked = "" if done.onnx_difference is None else f"; ONNX as torch within {done.onnx_difference:.0e}"
     log(f"{done.folder}, from {done.checkpoint.name}: {', '.join(done.files)}{checked}")
+    folder = done.checkpoint.parent.parent
+    if (folder / "config.yaml").exists():
+        catch_up(folder, load_config(folder / "config.yaml").tracking.wandb)
+
+
+@runs.command("list")
+def runs_list_command(
+    folder: Annotated[Path, typer.Argument(help="a run folder, or one that holds run folders, e.g. runs")],
+) -> None:
+    """List runs with their state and step. `list` may be left out."""
+    from partialfc.train.runs import list_runs
+
+    for line in list_runs(folder):
+        print(line)
+
+
+@runs.command("sync")
+def runs_sync_command(
+    folder: Annotated[Path, typer.Argument(help="a run folder")],
+) -> None:
+    """Send to W&B what a run has kept for later, because it was offline or its server did not answer."""
+    from partialfc.tracking.wandb_sync import sync
+
+    attempts = sync(folder)
+    log(f"{folder}: " + (f"sent what {attempts} attempts had kept" if attempts else "nothing to send"))
 
 
 @imports.command("weights")

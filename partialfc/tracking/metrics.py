@@ -28,6 +28,15 @@ class MetricsFile:
         self._file.close()
 
 
+def add_event(run: Path, event: str, **values: Any) -> None:
+    """Write an event into the metrics.jsonl of a run folder, if it is one, from outside its training."""
+    path = run / "metrics.jsonl"
+    if path.exists():
+        metrics = MetricsFile(path)
+        metrics.write("event", event=event, **values)
+        metrics.close()
+
+
 def _jsonable(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _jsonable(item) for key, item in value.items()}

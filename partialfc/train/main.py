@@ -6,6 +6,7 @@ import torch.distributed as dist
 
 from partialfc.config import Config
 from partialfc.tracking.progress import log
+from partialfc.tracking.wandb_run import require_wandb
 from partialfc.train.ranks import joined
 from partialfc.train.run_folder import finished_before
 from partialfc.train.summary import summarize
@@ -23,6 +24,7 @@ def train(config: Config, force: bool = False) -> None:
     if finished_before(config, force):
         _say_finished(config, "this run has finished before; nothing to do")
         return
+    require_wandb(config.tracking.wandb)
     with joined() as rank:
         Trainer(config, rank, force).train()
         if rank.is_first:

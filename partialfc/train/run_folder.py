@@ -12,17 +12,9 @@ from typing import Any
 
 from partialfc.config import Config, to_yaml
 from partialfc.errors import ConfigError
+from partialfc.tracking.atomic import write_atomically
 from partialfc.tracking.metrics import MetricsFile
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write ``text`` so that ``path`` is either as before or complete, also after a crash."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+from partialfc.tracking.wandb_run import start_wandb
 
 
 def read_state(folder: Path) -> dict[str, Any] | None:
@@ -48,6 +40,7 @@ class RunFolder:
         self.metrics = MetricsFile(self.path / "metrics.jsonl")
         self.metrics.write("event", event="started", attempt=self.attempt, step=step, total_steps=total_steps)
         self.set_state("running", step)
+        self.wandb = start_wandb(self.path, config.tracking.wandb, anew=config.checkpoint.resume == "never")
 
     def set_state(self, state: str, step: int, reason: str = "") -> None:
         """Write state.json: ``running``, ``finished`` or ``failed``."""
@@ -65,6 +58,8 @@ class RunFolder:
 
     def close(self) -> None:
         self.metrics.close()
+        if self.wandb:
+            self.wandb.close()
 
 
 def record_failure(folder: Path, reason: str) -> None:
