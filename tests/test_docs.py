@@ -14,7 +14,7 @@ import yaml
 from ranks import Ranks
 
 from partialfc import PartialFC, losses
-from partialfc.config import parse_config
+from partialfc.config import WandbConfig, parse_config
 
 ROOT = Path(__file__).parent.parent
 
@@ -141,3 +141,15 @@ def test_the_pages_on_checkpoints_and_exchange_show_configs_that_are_valid() -> 
 def test_the_row_optimizers_page_shows_what_works() -> None:
     for example in _examples("row-optimizers.md"):
         exec(example, {"num_classes": 10, "embedding_dim": 4})
+
+
+def test_the_tracking_page_shows_what_works(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "tracking.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    assert parse_config(yaml.safe_load(example)).tracking.wandb.mode == "auto"
+    names = {"run": tmp_path}
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 5, "loss": 0.5}\n{"kind": "event"}\n')
+    exec(_examples("tracking.md")[0], names)
+    assert names["losses"] == {5: 0.5}
+    for key in WandbConfig.model_fields:
+        assert f"`{key}`" in text, key

@@ -13,12 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from made_up import write_task
 from test_train import ENVIRONMENT, command, lines
 from wandb_log import Logged
 from wandb_server import Server
 
+from partialfc.config import WandbConfig
+from partialfc.errors import MissingDependency
+from partialfc.evaluate.verification import Scores
+from partialfc.tracking import wandb_rows
+from partialfc.tracking.wandb_rows import Lines, Sent
+from partialfc.tracking.wandb_run import require_wandb, run_id
 from partialfc.train.summary import read_metrics
 
 KEY = "5ec2e7" * 6 + "abcd"  # 40 characters, as a real one
@@ -212,7 +219,7 @@ def killed_after(task: Path, folder: Path, rows: int, *overrides: str, **env: st
     wait_for(lambda: not followers(folder / "run"), "its follower goes on without it")
 
 
-SLOW = ["optim.epochs=12", "checkpoint.every=15", "evaluation.every=40"]  # 144 steps
+LONGER = ["optim.epochs=6", "checkpoint.every=15", "evaluation.every=40"]  # 72 steps
 
 
 def check_whole(rows: list[dict[str, Any]], steps: int) -> None:
@@ -229,8 +236,8 @@ def check_whole(rows: list[dict[str, Any]], steps: int) -> None:
 def restarted(task: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that was killed after a checkpoint and went on, offline."""
     folder = tmp_path_factory.mktemp("restarted")
-    killed_after(task, folder, 25, *SLOW, "tracking.wandb.mode=offline")
-    done = train(task, folder, *SLOW, "tracking.wandb.mode=offline")
+    killed_after(task, folder, 25, *LONGER, "tracking.wandb.mode=offline")
+    done = train(task, folder, *LONGER, "tracking.wandb.mode=offline")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "going on from" in done.stdout
     return folder
@@ -241,7 +248,7 @@ def test_a_restart_goes_on_with_the_same_run_and_steps_never_go_back(restarted: 
     assert len(logged.files) == 2
     assert len(set(logged.ids)) == 1
     assert logged.exit_codes == [1, 0]
-    check_whole(logged.rows, 144)
+    check_whole(logged.rows, 72)
 
 
 def test_sync_sends_the_attempts_in_their_order_and_only_once(restarted: Path) -> None:
@@ -253,9 +260,9 @@ def test_sync_sends_the_attempts_in_their_order_and_only_once(restarted: Path) -
     done = partialfc(restarted, "runs", "sync", run, WANDB_API_KEY=KEY, WANDB_BASE_URL=server.url)
     assert done.returncode == 0, done.stdout + done.stderr
     (rows,) = server.history.values()
-    check_whole(rows, 144)
+    check_whole(rows, 72)
     (summary,) = server.summary.values()
-    assert summary["step"] == 144
+    assert summary["step"] == 72
     requests = server.requests
     done = partialfc(restarted, "runs", "sync", run, WANDB_API_KEY=KEY, WANDB_BASE_URL=server.url)
     assert done.returncode == 0
@@ -276,16 +283,16 @@ def server() -> Iterator[Server]:
 
 def test_online_a_killed_run_goes_on_in_the_server_as_one_run(task: Path, tmp_path: Path, server: Server) -> None:
     online = {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": server.url}
-    killed_after(task, tmp_path, 25, *SLOW, "tracking.wandb.mode=auto", **online)
-    done = train(task, tmp_path, *SLOW, "tracking.wandb.mode=auto", **online)
+    killed_after(task, tmp_path, 25, *LONGER, "tracking.wandb.mode=auto", **online)
+    done = train(task, tmp_path, *LONGER, "tracking.wandb.mode=auto", **online)
     assert done.returncode == 0, done.stdout + done.stderr
     assert not warnings_of(done.stdout + done.stderr)
     assert server.keys == {KEY}
     ((run, rows),) = server.history.items()
     assert run == (tmp_path / "run" / "wandb" / "id.txt").read_text().strip()
-    check_whole(rows, 144)
+    check_whole(rows, 72)
     assert [end["code"] for end in server.exits] == [1, 0]
-    assert server.config[run]["optim"]["value"]["epochs"] == 12.0
+    assert server.config[run]["optim"]["value"]["epochs"] == 6.0
     assert server.summary[run]["best/plain/tar_at_far/1e-2"] > 0
     assert {artifact["artifactTypeName"] for artifact in server.artifacts} == {"checkpoint", "run_table"}
     assert not any("safetensors" in name or "distcp" in name for name in server.uploaded)
@@ -305,7 +312,7 @@ def test_a_server_that_stops_in_mid_run_loses_nothing_and_is_said_once(task: Pat
     server = Server()
     online = {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": server.url}
     process = subprocess.Popen(
-        command(task, 0, f"run.dir={tmp_path}/run", *SLOW, "tracking.wandb.mode=online", "tracking.wandb.timeout=4"),
+        command(task, 0, f"run.dir={tmp_path}/run", *LONGER, "tracking.wandb.mode=online", "tracking.wandb.timeout=4"),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -317,12 +324,12 @@ def test_a_server_that_stops_in_mid_run_loses_nothing_and_is_said_once(task: Pat
     assert process.returncode == 0, output
     assert len(warnings_of(output)) == 1, output
     assert "can be sent later" in output
-    assert len(lines(tmp_path / "run", "train")) == 144
+    assert len(lines(tmp_path / "run", "train")) == 72
     server.behaviour = "well"
     done = partialfc(tmp_path, "runs", "sync", str(tmp_path / "run"), **online)
     assert done.returncode == 0, done.stdout + done.stderr
     ((_, rows),) = server.history.items()
-    assert [row["step"] for row in rows if "train/loss" in row] == list(range(1, 145))
+    assert [row["step"] for row in rows if "train/loss" in row] == list(range(1, 73))
     server.close()
 
 
@@ -352,7 +359,7 @@ def test_a_server_in_trouble_costs_the_training_nothing_and_is_said_once(
 
 def test_a_client_that_dies_is_followed_by_one_that_writes_offline(task: Path, tmp_path: Path, server: Server) -> None:
     process = subprocess.Popen(
-        command(task, 0, f"run.dir={tmp_path}/run", *SLOW, "tracking.wandb.mode=online"),
+        command(task, 0, f"run.dir={tmp_path}/run", *LONGER, "tracking.wandb.mode=online"),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -366,7 +373,7 @@ def test_a_client_that_dies_is_followed_by_one_that_writes_offline(task: Path, t
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
     assert len(warnings_of(output)) == 1, output
-    assert [row["step"] for row in Logged(tmp_path / "run").rows if "train/loss" in row][-1] == 144
+    assert [row["step"] for row in Logged(tmp_path / "run").rows if "train/loss" in row][-1] == 72
     assert not followers(tmp_path / "run")
 
 
@@ -386,3 +393,146 @@ def test_without_w_and_b_its_client_is_never_loaded(task: Path, tmp_path: Path) 
         )
         assert done.returncode == 0, done.stdout + done.stderr
         assert (tmp_path / mode / "wandb").exists() == (mode == "offline")
+
+
+# --- the pieces -------------------------------------------------------------------------------------------------------
+
+
+def test_a_sweep_runs_commands_that_the_trainer_understands(tmp_path: Path) -> None:
+    """What W&B's agent would start for a trial, with a stand-in for the trainer that reads the config."""
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
+
+    root = Path(__file__).parent.parent
+    sweep = yaml.safe_load((root / "configs" / "sweep.yaml").read_text())
+    chosen: dict[str, Any] = {
+        "optim.lr": 1e-05,
+        "optim.head_lr_factor": 50,
+        "head.loss.margin": 0.30000000000000004,
+        "head.sample_rate": 0.1,
+        "evaluation.every": 250,
+    }
+    assert set(chosen) == set(sweep["parameters"])
+    arguments = create_sweep_command_args({"args": {key: {"value": value} for key, value in chosen.items()}})
+    words: list[str] = []
+    for word in create_sweep_command(sweep["command"]):
+        words += arguments["args_no_hyphens"] if word == "${args_no_hyphens}" else [word]
+    assert not any("${" in word for word in words)
+    trainer = tmp_path / "partialfc"
+    trainer.write_text(
+        f"#!{sys.executable}\n"
+        "import sys; from partialfc.config import load_config, to_yaml\n"
+        "assert sys.argv[1] == 'train'; print(to_yaml(load_config(sys.argv[2], sys.argv[3:])))\n"
+    )
+    trainer.chmod(0o755)
+    env = environment(tmp_path, WANDB_RUN_ID="trial7", PATH=f"{tmp_path}:{os.environ['PATH']}", PYTHONPATH=str(root))
+    done = subprocess.run(words, capture_output=True, text=True, env=env, cwd=root, check=False, timeout=60)
+    assert done.returncode == 0, done.stderr
+    tree = yaml.safe_load(done.stdout)
+    assert tree["run"]["dir"] == "runs/sweep/trial7"
+    assert tree["tracking"]["wandb"]["mode"] == "auto"
+    for key, value in chosen.items():
+        found: Any = tree
+        for name in key.split("."):
+            found = found[name]
+        assert found == value, key
+    results = {"unseen_font": {"tar_at_far": {"0.001": 0.7}}}
+    line = {"kind": "evaluation", "step": 1, "time": 1.0, "results": results}
+    assert sweep["metric"]["name"] in wandb_rows.best(wandb_rows.row(line), {}), (
+        "the sweep asks for a value that there is"
+    )
+
+
+def test_in_a_sweep_the_agent_names_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = run_id(tmp_path)
+    assert len(own) == 8
+    assert run_id(tmp_path) == own
+    monkeypatch.setenv("WANDB_RUN_ID", "trial7")
+    assert run_id(tmp_path) == own, "a leftover variable of some other run"
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep1")
+    Sent(rows=7).write(tmp_path / "wandb" / "sent.json")
+    assert run_id(tmp_path) == "trial7"
+    assert not (tmp_path / "wandb" / "sent.json").exists(), "another run has sent nothing yet"
+    monkeypatch.delenv("WANDB_SWEEP_ID")
+    assert run_id(tmp_path) == "trial7"
+    assert run_id(tmp_path, anew=True) != "trial7"
+
+
+def test_rows_have_names_that_w_and_b_takes_for_names() -> None:
+    results = {
+        "v1.2": {"tar_at_far": {"0.01": 0.9, "1e-05": 0.4, "0.00015": 0.5}, "genuine_pairs": 3},
+        "known": {"accuracy": 0.8, "genuine_cosine": None},
+    }
+    found = wandb_rows.row({"kind": "evaluation", "time": 5.0, "step": 7, "results": results})
+    assert found == {
+        "_timestamp": 5.0,
+        "evaluation/v1_2/tar_at_far/1e-2": 0.9,
+        "evaluation/v1_2/tar_at_far/1e-5": 0.4,
+        "evaluation/v1_2/tar_at_far/1_5e-4": 0.5,
+        "evaluation/v1_2/genuine_pairs": 3,
+        "evaluation/known/accuracy": 0.8,
+    }
+    highest = wandb_rows.best(found, {"best/known/accuracy": 0.85, "best/v1_2/tar_at_far/1e-2": 0.1})
+    assert highest["best/known/accuracy"] == 0.85
+    assert highest["best/v1_2/tar_at_far/1e-2"] == 0.9
+    assert "best/v1_2/genuine_pairs" not in highest
+    event = wandb_rows.row({"kind": "event", "time": 5.0, "event": "checkpoint", "step": 3, "path": "p"})
+    assert event == {"_timestamp": 5.0, "event/checkpoint/step": 3, "event/checkpoint/path": "p"}
+
+
+def test_lines_are_read_as_they_come_and_none_twice(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"kind": "event", "event": "started"}\n{"kind": "train", "step": 1}\n{"kind": "tra')
+    reader = Lines(path, Sent())
+    assert [line["kind"] for line in reader.new()] == ["event", "train"]
+    with path.open("a") as file:
+        file.write('in", "step": 2}\nnonsense\n{"kind": "evaluation", "step": 2}\n')
+    assert [(line["kind"], line["step"]) for line in reader.new()] == [("train", 2), ("evaluation", 2)]
+    assert list(reader.new()) == []
+    assert reader.sent == Sent(rows=4, train=2, evaluation=2, events=1)
+    reader.sent.write(tmp_path / "sent.json")
+    # The next attempt begins at step 1: it does step 2 again, and goes on.
+    path.write_text(
+        '{"kind": "event", "event": "started"}\n{"kind": "train", "step": 1}\n{"kind": "event", "event": "started"}\n'
+        '{"kind": "train", "step": 2}\n{"kind": "evaluation", "step": 2}\n{"kind": "train", "step": 3}\n'
+    )
+    again = Lines(path, Sent.read(tmp_path / "sent.json"))
+    assert [(line["kind"], line.get("step")) for line in again.new()] == [("event", None), ("train", 3)]
+    assert again.sent.rows == 6
+    (tmp_path / "sent.json").write_text("[1")
+    assert Sent.read(tmp_path / "sent.json") == Sent()
+
+
+def test_a_run_that_asks_for_w_and_b_needs_its_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "wandb").mkdir()
+    for name in [name for name in sys.modules if name.partition(".")[0] == "wandb"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])  # a folder called wandb, which is not the client
+    require_wandb(WandbConfig())
+    with pytest.raises(MissingDependency, match=r"pip install 'partialfc\[wandb\]'"):
+        require_wandb(WandbConfig(mode="auto"))
+
+
+def test_runs_lists_a_folder_whose_name_is_not_a_command(offline: Path) -> None:
+    for arguments in (["runs", str(offline)], ["runs", "list", str(offline)]):
+        done = partialfc(offline, *arguments)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.split() == [f"{offline}/run", "finished", "step", "36/36"]
+    done = partialfc(offline, "runs", str(offline / "home"))
+    assert (done.returncode, done.stderr) == (1, f"error: {offline}/home is not a run folder and holds none\n")
+    done = partialfc(offline, "runs", "sync", str(offline / "home"))
+    assert done.returncode == 1
+    assert "has no wandb folder" in done.stderr
+
+
+def test_a_curve_keeps_its_ends_and_its_values_when_points_are_left_out() -> None:
+    generator = torch.Generator().manual_seed(0)
+    genuine, impostors = torch.randint(0, 3, (2, 1 << 20), generator=generator)
+    scores = Scores(genuine, impostors)
+    far, tar = scores.roc()
+    points = scores.roc_points(50)
+    assert 40 <= len(points["far"]) <= 50
+    assert (points["far"][0], points["far"][-1], points["tar"][-1]) == (far[far > 0][0], 1.0, 1.0)
+    exact = dict(zip(far.tolist(), tar.tolist(), strict=True))
+    assert all(exact[x] == y for x, y in zip(points["far"], points["tar"], strict=True))
+    nothing = Scores(scores.genuine, torch.zeros(1 << 20, dtype=torch.int64))
+    assert nothing.roc_points() == {"far": [], "tar": []}

@@ -36,20 +36,24 @@ class Follower:
         self._unfinished = Path(self.run.settings.sync_dir) / UNFINISHED
         if not self.run.offline:
             self._unfinished.touch()
+            # Artifacts need it; the first one would fail if the server were away just then.
+            getattr(self.run, "_public_api", lambda: None)()
         # Rows are numbered over all attempts, as offline ones do not know of each other; charts are over `step`.
         self.run.define_metric("*", step_metric="step")
         self._sent_file = folder / "wandb" / SENT
         self._lines = Lines(folder / "metrics.jsonl", Sent.read(self._sent_file))
-        self._first_row = max(0, self.run.step - self._lines.sent.rows)
+        self._lines.sent.rows = max(self._lines.sent.rows, self.run.step)
         self._best: dict[str, float] = _best_before(folder / "metrics.jsonl")
 
     def send_new(self) -> None:
         """Hand over the lines that have come since the last call."""
         before = self._lines.sent.rows
-        for line in self._lines.new():
-            self._send(line)
-        if self._lines.sent.rows > before:
-            self._lines.sent.write(self._sent_file)
+        try:
+            for line in self._lines.new():
+                self._send(line)
+        finally:  # of a client that fails, another one goes on from here
+            if self._lines.sent.rows > before:
+                self._lines.sent.write(self._sent_file)
 
     def _send(self, line: dict[str, Any]) -> None:
         values = row(line)
@@ -60,9 +64,9 @@ class Follower:
             self._best = best(values, self._best)
             self.run.summary.update(self._best)
             values |= self._tables(line)
-        self.run.log(values, step=self._first_row + sent.rows, commit=True)
         if line["kind"] == "event" and line.get("event") in ("checkpoint", "export"):
             self._refer_to(line["event"], line)
+        self.run.log(values, step=sent.rows, commit=True)  # last: what fails before has sent no row
 
     def _tables(self, line: dict[str, Any]) -> dict[str, Any]:
         import wandb

@@ -67,7 +67,8 @@ class Supervisor:
 
     def _expect(self, client: Client, expected: str, what: str = _ALL) -> str | None:
         """What the client says with the next word, if that is the expected one; else None, and a warning."""
-        word, text = client.says(self.timeout + GRACE)
+        # The client itself keeps to the timeout at the start, and then says what the matter is.
+        word, text = client.says(self.timeout + GRACE if expected == "started" else max(self.timeout, GRACE))
         if word == expected:
             return text
         self._warn(text or f"no answer within {self.timeout:g} s", what)
