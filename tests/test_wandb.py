@@ -25,7 +25,7 @@ from partialfc.errors import MissingDependency
 from partialfc.evaluate.verification import Scores
 from partialfc.tracking import wandb_rows
 from partialfc.tracking.wandb_rows import Lines, Sent
-from partialfc.tracking.wandb_run import require_wandb, run_id
+from partialfc.tracking.wandb_run import WandbRun, require_wandb, run_id
 from partialfc.train.summary import read_metrics
 
 KEY = "5ec2e7" * 6 + "abcd"  # 40 characters, as a real one
@@ -269,6 +269,24 @@ def test_sync_sends_the_attempts_in_their_order_and_only_once(restarted: Path) -
     assert "nothing to send" in done.stdout
     assert server.requests == requests
     server.close()
+
+
+@pytest.mark.parametrize(("state", "code"), [("finished", 0), ("failed", 1), ("preempted", 1), ("running", 1)])
+def test_a_run_ends_in_w_and_b_as_its_state_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: str, code: int
+) -> None:
+    for key, value in environment(tmp_path).items():
+        monkeypatch.setenv(key, value)
+    (tmp_path / "config.yaml").write_text("optim: {lr: 0.5}\n")
+    (tmp_path / "state.json").write_text(json.dumps({"state": state}))
+    gone = {"kind": "event", "time": 1.0, "event": "checkpoint", "step": 3, "path": "checkpoints/step-00000003"}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(gone) + "\n")
+    WandbRun(tmp_path, WandbConfig(mode="offline")).close()
+    logged = Logged(tmp_path)
+    assert logged.exit_codes == [code]
+    assert logged.preempting == (state == "preempted")
+    assert len(logged.rows) == 1
+    assert not logged.artifacts, "a checkpoint that is pruned already is no more than a row"
 
 
 # --- online -----------------------------------------------------------------------------------------------------------

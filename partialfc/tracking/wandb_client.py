@@ -96,11 +96,12 @@ class Follower:
         path = Path(line["path"])
         if kind == "checkpoint":  # as the trainer saw it, from its working directory
             path = self.folder / "checkpoints" / path.name
-        if not path.exists():  # another one has replaced it
-            return
         metadata = {key: value for key, value in line.items() if key not in ("kind", "event")} | {"path": str(path)}
         artifact = wandb.Artifact(f"{self.run.id}-{kind}", type=kind, metadata=metadata)
-        artifact.add_reference(path.as_uri(), checksum=False)
+        try:
+            artifact.add_reference(path.as_uri(), checksum=False)
+        except (OSError, ValueError):  # it is gone: another one has replaced it
+            return
         aliases = ["latest"] + ([f"step-{line['step']}"] if "step" in line else [])
         self.run.log_artifact(artifact, aliases=aliases)
 
