@@ -27,6 +27,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from partialfc import PartialFC, RowSGD, losses
+from partialfc.train.backbone_state import ReplicatedBackbone
 from partialfc.train.checkpoint import TrainingState
 from partialfc.train.saving import Saver
 
@@ -115,7 +116,7 @@ def trained_state(arguments: argparse.Namespace) -> TrainingState:
     head(backbone(torch.randn(4, 8)), torch.arange(4)).loss.backward()
     optimizer.step()
     optimizer.zero_grad()
-    return TrainingState(backbone, head, torch.optim.SGD(backbone.parameters()), optimizer)
+    return TrainingState(ReplicatedBackbone(backbone, torch.optim.SGD(backbone.parameters())), head, optimizer)
 
 
 def small_steps(count: int = 10**9, until: Saver | None = None) -> list[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from enum import StrEnum
@@ -41,6 +42,9 @@ runs = typer.Typer(help="Look at runs: partialfc runs DIR.", no_args_is_help=Tru
 app.add_typer(runs, name="runs")
 
 
+STOPPED = 75  # EX_TEMPFAIL: stopped on request with a checkpoint written; start me again
+
+
 class CenterDtype(StrEnum):
     float32 = "float32"
     float16 = "float16"
@@ -58,8 +62,25 @@ def train_command(
     """
     from partialfc.config import load_config
     from partialfc.train.main import train
+    from partialfc.train.ranks import under_torchrun
 
-    train(load_config(config, overrides or []), force)
+    outcome = train(load_config(config, overrides or []), force)
+    # torchrun takes any other code for a failure, and starts the run again; state.json says how it has ended.
+    if outcome == "preempted" and not under_torchrun():
+        raise typer.Exit(STOPPED)
+
+
+@app.command("config")
+def config_command(
+    config: Annotated[Path, typer.Argument(help="YAML file")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value")] = None,
+    get: Annotated[str, typer.Option(help="print just this key's value, e.g. run.dir")] = "",
+) -> None:
+    """Check a config, and print it with every key spelled out."""
+    from partialfc.config import load_config, to_yaml, value_of
+
+    resolved = load_config(config, overrides or [])
+    print(value_of(resolved, get) if get else to_yaml(resolved), end="\n" if get else "")
 
 
 @checkpoint.command("inspect")
@@ -110,13 +131,12 @@ def export_command(
 
 @runs.command("list")
 def runs_list_command(
-    folder: Annotated[Path, typer.Argument(help="a run folder, or one that holds run folders, e.g. runs")],
+    folder: Annotated[Path, typer.Argument(help="a run folder, or one above run folders, e.g. runs")],
 ) -> None:
-    """List runs with their state and step. `list` may be left out."""
-    from partialfc.train.runs import list_runs
+    """Show how runs are doing. `list` may be left out."""
+    from partialfc.train.runs import describe_runs
 
-    for line in list_runs(folder):
-        print(line)
+    print(describe_runs(folder))
 
 
 @runs.command("sync")
@@ -182,7 +202,9 @@ def glyphs_command(
 
 
 def main() -> None:
-    """Run the command; exit codes: 0 finished, 1 failed (the last line says why), 2 wrong usage or config."""
+    """Run the command; exit codes: 0 finished, 1 failed (the last line says why), 2 wrong usage or config, 75 stopped
+    on request with a checkpoint written.
+    """
     try:
         app(standalone_mode=True)
     except ConfigError as error:
@@ -193,6 +215,8 @@ def main() -> None:
 
 def _fail(error: Exception, code: int) -> None:
     sys.stdout.flush()
+    with contextlib.suppress(OSError, KeyError):
+        Path(os.environ["PARTIALFC_CODE_FILE"]).write_text(str(code))  # torchrun passes no codes on
     prefix = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
     print(f"{prefix}error: {error}", file=sys.stderr, flush=True)
     # A thread of a broken process group may never end; what is worth keeping has been written.

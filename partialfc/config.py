@@ -32,7 +32,11 @@ class Section(BaseModel):
 class RunConfig(Section):
     dir: Path = Field(Path("runs/run"), description="run folder: metrics, checkpoints, figures")
     seed: int = Field(0, ge=0, lt=2**31, description="of weights, sample order, augmentation and negatives")
-    timeout: float = Field(120.0, gt=0, description="seconds after which a silent rank ends the run (after step 1)")
+    timeout: float = Field(120.0, gt=0, description="seconds after which a silent rank ends the run")
+    skipped_in_a_row: int = Field(10, ge=1, description="steps in a row, skipped for NaN or Inf, that end the run")
+    restarts_without_progress: int = Field(
+        3, ge=0, description="automatic restarts in a row from the same step before the run is given up"
+    )
 
 
 class DataConfig(Section):
@@ -80,6 +84,11 @@ class HeadConfig(Section):
     memory_budget_mb: float = Field(256.0, gt=0, description="MiB for logits within a step")
 
 
+class SpikeConfig(Section):
+    factor: float = Field(3.0, gt=1, description="a loss above so many times its running mean is a spike")
+    window: int = Field(100, ge=1, description="steps over which the mean is taken")
+
+
 class OptimConfig(Section):
     name: Literal["sgd", "adamw"] = Field("sgd", description="SGD with momentum, or AdamW")
     head: Literal["same", "sgd", "adamw", "adagrad"] = Field("same", description="the head's; adagrad: row-wise")
@@ -97,6 +106,9 @@ class OptimConfig(Section):
         "frozen", description="head rows without a gradient: as they are, or exactly as dense SGD would have them"
     )
     accumulation: int = Field(1, ge=1, description="micro-batches that a global batch is cut into")
+    spike: SpikeConfig | None = Field(
+        None, description="after a jump of the loss go back to the last checkpoint, with the next samples"
+    )
 
     @property
     def head_optimizer(self) -> Literal["sgd", "adamw", "adagrad"]:
@@ -137,6 +149,7 @@ class WandbConfig(Section):
 
 class TrackingConfig(Section):
     log_every: int = Field(20, ge=1, description="steps between lines of metrics.jsonl")
+    metrics_port: int = Field(0, ge=0, le=65535, description="loopback port of /healthz and /metrics; 0: none")
     wandb: WandbConfig = Field(WandbConfig(), description="Weights & Biases, beside metrics.jsonl")
 
 
@@ -276,7 +289,13 @@ def build_head_optimizer(config: Config, head: PartialFC) -> RowOptimizer:
     )
 
 
-def build_head(config: Config, num_classes: int, steps_per_epoch: int = 1000, device: Any = None) -> PartialFC:
+def build_head(
+    config: Config,
+    num_classes: int,
+    steps_per_epoch: int = 1000,
+    device: Any = None,
+    on_nonfinite: Literal["raise", "propagate"] = "raise",
+) -> PartialFC:
     """The head that a config describes, on this rank; ``steps_per_epoch`` is the unit of a sample rate's schedule."""
     head = config.head
     return PartialFC(
@@ -288,6 +307,7 @@ def build_head(config: Config, num_classes: int, steps_per_epoch: int = 1000, de
         center_loss=CenterLoss(head.center_loss.weight, head.center_loss.alpha) if head.center_loss else None,
         filter_threshold=head.filter_threshold,
         correct_sampling=head.correct_sampling,
+        on_nonfinite=on_nonfinite,
         weight_dtype=getattr(torch, head.weight_dtype),
         memory_budget_mb=head.memory_budget_mb,
         device=device,
@@ -297,6 +317,21 @@ def build_head(config: Config, num_classes: int, steps_per_epoch: int = 1000, de
 def to_yaml(config: Config) -> str:
     """The resolved config, every key spelled out; :func:`load_config` reads it back to an equal one."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def value_of(config: Config, key: str) -> Any:
+    """The value at a dotted key, as YAML would have it.
+
+    Raises:
+        ConfigError: there is no such key.
+    """
+    value: Any = config.model_dump(mode="json")
+    for depth, name in enumerate(key.split(".")):
+        if not isinstance(value, dict) or name not in value:
+            known = value if isinstance(value, dict) else []
+            raise ConfigError(f"{'.'.join(key.split('.')[: depth + 1])}: {_unknown(name, known)}")
+        value = value[name]
+    return value
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:

@@ -192,6 +192,7 @@ def _mean_start(group: Any, config_file: Path, sub_centers: int | None) -> list[
     from partialfc import CenterLoss, PartialFC, losses
     from partialfc.config import load_config
     from partialfc.models import GlyphNet
+    from partialfc.train.backbone_state import ReplicatedBackbone
     from partialfc.train.checkpoint import TrainingState
     from partialfc.train.growing import start_at_mean_embeddings
     from partialfc.train.ranks import Rank
@@ -203,7 +204,8 @@ def _mean_start(group: Any, config_file: Path, sub_centers: int | None) -> list[
     torch.manual_seed(0)
     backbone = GlyphNet(32, 1, 16)
     drawn = head.weight.detach().clone()
-    state = TrainingState(backbone, head, torch.optim.SGD(backbone.parameters()), RowSGD(head.parameters()))
+    replicated = ReplicatedBackbone(backbone, torch.optim.SGD(backbone.parameters()))
+    state = TrainingState(replicated, head, RowSGD(head.parameters()))
     rank = Rank(head.collectives.rank, head.collectives.world_size, torch.device("cpu"), None)
     start_at_mean_embeddings(config, rank, dataset, state, 37)
     assert backbone.training

@@ -10,12 +10,19 @@ from typing import Any
 import pytest
 import torch
 from ranks import Ranks
+from safetensors.torch import load_file
 from test_resume import made, small_disk, train_a_little
 
+from partialfc.config import parse_config
 from partialfc.errors import CheckpointFailed
+from partialfc.exchange.merge import merge
 from partialfc.train import saving
+from partialfc.train.backbone_state import ReplicatedBackbone
 from partialfc.train.checkpoint import newest_whole
+from partialfc.train.checkpoint_files import undo_half_a_replacement
+from partialfc.train.run_folder import RunFolder, forget_after, read_state
 from partialfc.train.saving import Saver
+from partialfc.train.summary import read_metrics
 
 __all__ = ["small_disk"]
 MANIFEST = {"step": 3, "samples": 21}
@@ -112,7 +119,7 @@ def test_a_failure_while_training_goes_on_is_told_and_the_next_save_works(tmp_pa
     (ended,) = saver.ended()
     assert isinstance(ended.error, CheckpointFailed)
     assert str(ended.error).startswith("the checkpoint could not be written (rank 0: ")
-    assert str(ended.error).endswith("is the disk full?")
+    assert "is the disk full?" in str(ended.error)
     assert "Traceback" not in str(ended.error)
     assert [path.name for path in small_disk.iterdir()] == ["ballast"]
     ballast.unlink()
@@ -120,6 +127,86 @@ def test_a_failure_while_training_goes_on_is_told_and_the_next_save_works(tmp_pa
     saver.wait()
     assert saver.ended()[0].error is None
     assert newest_whole(small_disk) is not None
+
+
+def _save_with_a_failing_rank(group: Any, folder: Path) -> list[str]:
+    state = made(process_group=group)
+    saver = Saver(True, saved=int)
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        if group.rank() == 1:
+            patch.setattr(saving, "_describe", lambda path: [].pop())
+        saver.save(folder / "step-00000003", state.tensors(), MANIFEST)
+        saver.wait(20)
+        found += [str(ended.error) for ended in saver.ended()]
+    saver.save(folder / "step-00000004", state.tensors(), MANIFEST)
+    saver.wait(20)
+    return found + [str(ended.error) for ended in saver.ended()]
+
+
+def test_whatever_fails_on_one_rank_fails_on_all_and_the_next_save_works(ranks: Ranks, tmp_path: Path) -> None:
+    for first, second in ranks.run(4, _save_with_a_failing_rank, tmp_path):
+        assert "rank 1: IndexError: pop from empty list" in first
+        assert second == "None"
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"]
+
+
+def _save_batch_statistics(group: Any, folder: Path) -> None:
+    state = made(process_group=group)
+    backbone = torch.nn.Sequential(*(torch.nn.BatchNorm1d(8) for _ in range(3)))
+    state.backbone = ReplicatedBackbone(backbone, torch.optim.SGD(backbone.parameters()))
+    for buffer in backbone.buffers():
+        buffer.fill_(group.rank() + 1)
+    saving.save_checkpoint(folder / "step-00000003", state.tensors(), MANIFEST)
+
+
+def test_batch_statistics_are_all_of_the_rank_whose_are_used(ranks: Ranks, tmp_path: Path) -> None:
+    ranks.run(4, _save_batch_statistics, tmp_path)
+    merge(tmp_path / "step-00000003", tmp_path / "all.safetensors", only="backbone.")
+    buffers = {name: value for name, value in load_file(tmp_path / "all.safetensors").items() if value.dim() == 0}
+    buffers |= {name: value for name, value in load_file(tmp_path / "all.safetensors").items() if "running" in name}
+    assert len(buffers) == 9
+    for name, value in buffers.items():
+        assert (value == 1).all(), name
+
+
+@pytest.mark.parametrize("killed_at", [1, 2, 3])
+def test_a_kill_while_one_of_the_same_step_is_replaced_leaves_the_one_or_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: int
+) -> None:
+    """A head that has grown without a step is written over the checkpoint that it has grown from."""
+    saving.save_checkpoint(tmp_path / "step-00000003", made().tensors(), MANIFEST | {"samples": 1})
+    begun, moves = _begun(tmp_path), 0
+
+    def move_or_die(real: Any) -> Any:
+        def move(path: Path, *arguments: Any, **options: Any) -> None:
+            nonlocal moves
+            moves += Path(path).exists()
+            if moves == killed_at:
+                raise KeyboardInterrupt  # like a kill, nobody catches it
+            real(path, *arguments, **options)
+
+        return move
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", move_or_die(Path.rename))
+        patch.setattr(saving.shutil, "rmtree", move_or_die(saving.shutil.rmtree))
+        with pytest.raises(KeyboardInterrupt):
+            saving._finish(*begun)
+    undo_half_a_replacement(tmp_path)
+    found = newest_whole(tmp_path)
+    assert found is not None
+    assert found[1]["samples"] == (2 if killed_at == 3 else 1)
+    saving.save_checkpoint(tmp_path / "step-00000003", made().tensors(), MANIFEST | {"samples": 4})
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000003"]
+
+
+def _begun(folder: Path) -> tuple[Path, Path, dict[str, Any], list[dict[str, Any]]]:
+    """What is on the disk, and known, before a checkpoint of step 3 gets its name."""
+    temporary = folder / ".step-00000003.incomplete"
+    saving._begin(temporary, ())
+    saving._write_tensors(temporary, made(start=1).tensors(), None)
+    return temporary, folder / "step-00000003", MANIFEST | {"samples": 2}, [saving._describe_mine(temporary)]
 
 
 def test_leftovers_of_a_killed_save_are_cleared_by_the_next(tmp_path: Path) -> None:
@@ -139,3 +226,37 @@ def test_extra_files_are_part_of_the_checkpoint(tmp_path: Path) -> None:
     assert newest_whole(tmp_path / "all") is not None
     copy.write_text('{"id": 0, "name": "bob"}\n')
     assert newest_whole(tmp_path / "all") is None, "and checked like the others"
+
+
+def test_a_full_disk_ends_no_run_and_costs_no_line_of_metrics(small_disk: Path) -> None:
+    config = parse_config({"run": {"dir": str(small_disk / "run")}, "data": {"train": "unused"}})
+    folder = RunFolder(config, 300, 0)
+    ballast = small_disk / "ballast"
+    with pytest.raises(OSError, match="No space left"):
+        ballast.write_bytes(bytes(1_000_000))
+    for step in range(1, 300):
+        folder.metrics.write("train", step=step, note="é" * 40)
+        folder.set_state("running", step)
+    with pytest.raises(OSError, match="No space left"):
+        folder.set_state("finished", 299)
+    assert read_state(config.run.dir) is not None, "the one before is still there"
+    assert not list(config.run.dir.glob(".*"))
+    ballast.unlink()
+    folder.metrics.write("train", step=300)
+    folder.set_state("finished", 300)
+    folder.close()
+    written = [line["step"] for line in read_metrics(config.run.dir / "metrics.jsonl") if line["kind"] == "train"]
+    assert written == list(range(1, 301))
+
+
+@pytest.mark.parametrize(
+    "torn", [b'{"kind": "train", "step": 2, "n": "\xc3', b'{"kind": "train", "step": 2}', b"\0\0", b"7"]
+)
+def test_a_torn_line_of_metrics_stops_nobody(tmp_path: Path, torn: bytes) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_bytes(b'{"kind": "train", "step": 1}\n' + torn)
+    forget_after(metrics, 2)
+    with metrics.open("a") as file:
+        file.write('{"kind": "train", "step": 3}\n')
+    steps = [line["step"] for line in read_metrics(metrics)]
+    assert steps == ([1, 2, 3] if torn.endswith(b"}") else [1, 3])

@@ -534,9 +534,7 @@ def test_runs_lists_a_folder_whose_name_is_not_a_command(offline: Path) -> None:
     for arguments in (["runs", str(offline)], ["runs", "list", str(offline)]):
         done = partialfc(offline, *arguments)
         assert done.returncode == 0, done.stderr
-        assert done.stdout.split() == [f"{offline}/run", "finished", "step", "36/36"]
-    done = partialfc(offline, "runs", str(offline / "home"))
-    assert (done.returncode, done.stderr) == (1, f"error: {offline}/home is not a run folder and holds none\n")
+        assert done.stdout.splitlines()[1].split()[:3] == ["run", "finished", "36/36"]
     done = partialfc(offline, "runs", "sync", str(offline / "home"))
     assert done.returncode == 1
     assert "has no wandb folder" in done.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import signal
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -123,7 +124,7 @@ def build_loader(
         batch_size=None,
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_one_thread,
+        worker_init_fn=_start_worker,
     )
 
 
@@ -179,5 +180,8 @@ def _check_sizes(dataset: TarDataset, image_size: int, channels: int, name: str,
         raise DataError(f"{dataset.folder} holds no samples")
 
 
-def _one_thread(worker: int) -> None:
+def _start_worker(worker: int) -> None:
     torch.set_num_threads(1)  # as many workers as cores: more threads would only get in each other's way
+    # A signal to the whole group of processes is for the rank to answer: it finishes its step, and ends its workers.
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
@@ -11,17 +11,25 @@ from torch import Tensor, nn
 
 @torch.no_grad()
 def embed(
-    backbone: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], num_samples: int, dim: int, device: torch.device
+    backbone: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    num_samples: int,
+    dim: int,
+    device: torch.device,
+    interrupted: Callable[[], bool] = lambda: False,
 ) -> Tensor:
     """Embeddings of all samples, [num_samples, dim] float32, not normalised, on every rank. A collective.
 
     Args:
         batches: this rank's (indices [b], images [b, C, H, W]); the ranks' batches together hold every sample once.
+        interrupted: asked before each batch; once it is true the rest is left out, and the result is of no use.
     """
     was_training = backbone.training
     backbone.eval()
     embeddings = torch.zeros(num_samples, dim, device=device)
     for indices, images in batches:
+        if interrupted():
+            break
         embeddings[indices.to(device)] = backbone(images.to(device, non_blocking=True)).float()
     backbone.train(was_training)
     if dist.is_initialized():

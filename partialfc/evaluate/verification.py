@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,6 +108,7 @@ def score_pairs(
     designs: Sequence[str],
     protocol: Protocol,
     look_alikes: Sequence[tuple[int, int]] = (),
+    interrupted: Callable[[], bool] = lambda: False,
 ) -> Scores:
     """Count the cosines of a protocol's pairs. With a process group a collective: the ranks share the work.
 
@@ -117,6 +118,7 @@ def score_pairs(
         designs: N names; a sample is a probe or a gallery sample by its name. A pair is counted once, and no sample
             meets itself.
         look_alikes: pairs of classes that are left out.
+        interrupted: asked now and then; once it is true the rest is left out, and the result is of no use.
     """
     device = embeddings.device
     probes = torch.tensor([i for i, design in enumerate(designs) if design in protocol.probe], device=device)
@@ -131,7 +133,7 @@ def score_pairs(
     impostors = torch.zeros_like(genuine)
     for start in range(rank * _ROWS, len(probes), world_size * _ROWS):
         rows = probes[start : start + _ROWS]
-        if not len(gallery):
+        if not len(gallery) or interrupted():
             break
         cosines = embeddings[rows] @ embeddings[gallery].T
         # A pair that occurs in both orders counts where the probe comes first.

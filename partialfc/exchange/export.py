@@ -72,6 +72,7 @@ def export(
         ConfigError: ``out`` holds something else.
         DamagedCheckpoint: there is no whole checkpoint.
         ExportFailed: the ONNX file does not compute what the backbone does.
+        DataError: ``out`` cannot be written.
         MissingDependency: an exporter is not installed.
     """
     if onnx:
@@ -84,8 +85,8 @@ def export(
     backbone = _read_backbone(checkpoint, config)
     temporary = out.with_name(f".{out.name}.incomplete")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     try:
+        temporary.mkdir(parents=True)
         shape = (config.data.channels, config.data.image_size, config.data.image_size)
         about: dict[str, Any] = {
             "model": config.model.name,

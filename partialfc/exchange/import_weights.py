@@ -40,7 +40,7 @@ def import_weights(config: Config, backbone: Path | None, head: Path | None) -> 
     """
     if backbone is None and head is None:
         raise ConfigError("nothing to import: give --backbone, --head or both")
-    with joined() as rank:
+    with joined(config.run.dir, config.run.timeout) as rank:
         present = any(gathered(bool(step_folders(config.run.dir / "checkpoints"))))
         if present:
             raise ConfigError(f"{config.run.dir} holds checkpoints already; choose another run.dir")
@@ -48,7 +48,7 @@ def import_weights(config: Config, backbone: Path | None, head: Path | None) -> 
         problem = None
         try:
             if backbone is not None:
-                load_backbone(trainer.plain_backbone, backbone)
+                load_backbone(trainer.backbone, backbone)
             if head is not None:
                 load_head(trainer.head, head)
         except PartialFCError as error:
@@ -71,9 +71,7 @@ def load_backbone(module: nn.Module, path: Path) -> None:
         ConfigError: names or shapes differ from the backbone's.
         DataError: the file cannot be read, or holds NaN.
     """
-    content = _read(path)
-    for key in ("state_dict_backbone", "state_dict"):
-        content = content.get(key, content)
+    content = _read(path, "state_dict_backbone", "state_dict")
     found = {_plain(name): value for name, value in content.items() if isinstance(value, Tensor)}
     expected = module.state_dict()
     missing = [name for name in expected if name not in found and not name.endswith("num_batches_tracked")]
@@ -162,8 +160,7 @@ def _number(file: Path, prefix: str) -> int | None:
 
 def _rows(shard: Path) -> Tensor:
     """The weights of a shard's classes, [n, D]."""
-    content = _read(shard)
-    content = content.get("state_dict_softmax_fc", content)
+    content = _read(shard, "state_dict_softmax_fc")
     weight = {_plain(name): value for name, value in content.items()}.get("weight")
     if not isinstance(weight, Tensor) or weight.dim() < 2:
         raise DataError(
@@ -172,8 +169,8 @@ def _rows(shard: Path) -> Tensor:
     return weight
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """A dictionary of tensors and plain values; nothing in the file is executed."""
+def _read(path: Path, *keys: str) -> dict[str, Any]:
+    """A dictionary of tensors and plain values, the one under ``keys`` where there is one; nothing is executed."""
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -189,8 +186,11 @@ def _read(path: Path) -> dict[str, Any]:
         raise DataError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
     if isinstance(content, Tensor):
         return {"weight": content}
-    if not isinstance(content, dict):
-        raise DataError(f"{path}: expected a dictionary of tensors, got {type(content).__name__}")
+    for key in keys:
+        if isinstance(content, dict):
+            content = content.get(key, content)
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+        raise DataError(f"{path}: expected a dictionary of tensors by name, got {type(content).__name__}")
     return content
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 
-from partialfc.errors import ConfigError
+from partialfc.errors import ConfigError, DataError
 from partialfc.exchange.reading import find_checkpoint, map_file, read_into, reserve, stored_tensors
 from partialfc.tracking.progress import Progress, no_progress
 
@@ -37,7 +38,7 @@ def merge(folder: Path, out: Path, only: str = "", progress: Progress = no_progr
     Raises:
         ConfigError: no tensor begins so, or ``out`` exists.
         DamagedCheckpoint: the checkpoint is not as it was written.
-        OSError: the disk is full.
+        DataError: ``out`` cannot be written (a full disk).
     """
     checkpoint, manifest = find_checkpoint(folder)
     stored = {name: entry for name, entry in stored_tensors(checkpoint).items() if name.startswith(only)}
@@ -69,6 +70,9 @@ def merge(folder: Path, out: Path, only: str = "", progress: Progress = no_progr
                 read_into(checkpoint, {name: tensor})
                 advance(1, note=name)
         temporary.rename(out)
+    except OSError as error:
+        raise DataError(f"{out} cannot be written: {error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
     return start + end

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import math
 import os
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from partialfc.train.checkpoint import newest_whole
 from partialfc.train.checkpoint_files import CheckedReader, DamagedCheckpoint, verify
-from partialfc.train.row_loading import RowLoadPlanner
+from partialfc.train.row_loading import RowLoadPlanner, read_tensors
 
 
 def find_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]]:
@@ -40,10 +38,7 @@ def stored_tensors(checkpoint: Path) -> dict[str, TensorStorageMetadata]:
 
 def read_into(checkpoint: Path, targets: dict[str, Tensor], planner: RowLoadPlanner | None = None) -> None:
     """Fill ``targets``, whole tensors by the names of the checkpoint, converting to their dtype."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # about a single process, which is meant
-        reader = CheckedReader(checkpoint)
-        dcp.load(targets, storage_reader=reader, planner=planner or RowLoadPlanner({}), no_dist=True)
+    read_tensors(CheckedReader(checkpoint), targets, planner or RowLoadPlanner({}))
 
 
 def map_file(path: Path, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -54,6 +54,11 @@ class CenterLoss(nn.Module):
             self.centers.index_add_(0, rows, (sums / (1 + counts)[:, None]).to(self.centers.dtype), alpha=self.alpha)
         self.drop_pending()
 
+    @property
+    def pending_offsets(self) -> list[Tensor]:
+        """What the next applied step would move the centers by, [n, D] for each micro-batch."""
+        return [offsets for _, offsets in self._pending]
+
     def drop_pending(self) -> None:
         """Forget what a skipped step has accumulated."""
         self._pending.clear()

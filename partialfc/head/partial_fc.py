@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from partialfc.errors import BatchMismatch, ConfigError, LabelOutOfRange
-from partialfc.head import packing
+from partialfc.head import gradients, packing
 from partialfc.head.arguments import check_loss, check_options, check_sizes, claim
 from partialfc.head.center_loss import CenterLoss
 from partialfc.head.collectives import Collectives
@@ -247,12 +247,16 @@ class PartialFC(nn.Module):
     @torch.no_grad()
     def grad_norm(self) -> Tensor:
         """Euclidean norm of the weight's gradient over all shards, []. A collective."""
-        total = torch.zeros((), dtype=torch.float64, device=self.weight.device)
-        for parameter in (self.weight, self.bias):  # not the loss's own, which are no class's
-            if parameter is not None and parameter.grad is not None:
-                gradient = parameter.grad.coalesce().values() if parameter.grad.is_sparse else parameter.grad
-                total += torch.linalg.vector_norm(gradient, dtype=torch.float64).square()
-        return self.collectives.sum(total).sqrt()
+        of_classes = [self.weight, self.bias]  # not the loss's own parameters
+        return self.collectives.sum(gradients.squared_norm(of_classes, self.weight.device)).sqrt()
+
+    @torch.no_grad()
+    def gradient_is_finite(self) -> Tensor:
+        """Whether all that the next update takes in is, [] bool: the gradients of this shard, and what its centers move
+        by. No collective: the ranks have to agree before one of them skips the step.
+        """
+        pending = [] if self.center_loss is None else self.center_loss.pending_offsets
+        return gradients.all_finite(self.parameters(), pending, self.weight.device)
 
     def catch_up(self, rows: Tensor | None = None) -> None:
         """Have the optimizer apply what it owes to ``rows [n]`` of this shard, all by default (``RowSGD`` with decayed

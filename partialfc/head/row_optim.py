@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from partialfc.errors import ConfigError
+from partialfc.head.gradients import coalesced
 from partialfc.head.hashing import stream_key
 from partialfc.head.rounding import round_stochastically
 
@@ -179,13 +180,3 @@ def rows_per_piece(parameter: Tensor) -> int:
     """How many rows of ``parameter`` to work on at once."""
     elements = math.prod(parameter.shape[1:])
     return max(1, (_CPU_PIECE if parameter.device.type == "cpu" else _GPU_PIECE) // max(1, elements))
-
-
-def coalesced(gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """Sorted unique rows [A] and their values [A, …] of a sparse gradient."""
-    rows = gradient._indices()[0]
-    # Autograd drops the mark that the rows are sorted and unique; looking costs far less than sorting values.
-    if gradient.is_coalesced() or bool((rows[1:] > rows[:-1]).all()):
-        return rows, gradient._values()
-    gradient = gradient.coalesce()
-    return gradient.indices()[0], gradient.values()

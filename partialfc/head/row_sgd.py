@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from partialfc.errors import ConfigError
+from partialfc.head.gradients import coalesced
 from partialfc.head.hashing import stream_key
 from partialfc.head.pending_decay import PendingDecay
-from partialfc.head.row_optim import RowOptimizer, WorkingRows, coalesced, rows_per_piece
+from partialfc.head.row_optim import RowOptimizer, WorkingRows, rows_per_piece
 
 _CATCHING_UP = 5  # the purpose that tells this stream of random numbers from the others
 

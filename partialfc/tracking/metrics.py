@@ -4,25 +4,48 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from partialfc.tracking.progress import log
 
 
 class MetricsFile:
     """Appends lines ``{"kind": …, "time": …, …}``; written through at once, so that a killed run loses none.
 
     Kinds: ``train`` (means over the steps since the last such line), ``evaluation``, ``event``.
+
+    A disk that is full is no reason to end a run: lines wait in memory until it takes them.
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("a", encoding="utf-8")
+        self.path = path
+        self.listeners: list[Callable[[dict[str, Any]], None]] = []  # are given each line, as it is written
+        self._file = path.open("ab", buffering=0)
+        self._waiting = b""
+        self._lock = threading.Lock()
 
     def write(self, kind: str, **values: Any) -> None:
         """Append one line. Numbers that JSON cannot hold (NaN, Inf) are written as null."""
         line = {"kind": kind, "time": round(time.time(), 3), **_jsonable(values)}
-        self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        self._file.flush()
+        with self._lock:
+            self._append(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+            for listener in self.listeners:
+                listener(line)
+
+    def _append(self, text: bytes) -> None:
+        had_to_wait = bool(self._waiting)
+        self._waiting += text
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+        except OSError as error:
+            if not had_to_wait:
+                log(f"WARNING: {self._file.name} cannot be written ({error.strerror}); its lines are kept until it can")
 
     def close(self) -> None:
         self._file.close()
@@ -37,9 +60,39 @@ def add_event(run: Path, event: str, **values: Any) -> None:
         metrics.close()
 
 
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; a torn last line is left out."""
+    lines = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            continue
+    return lines
+
+
+def read_last(path: Path, most: int) -> dict[str, dict[str, Any]]:
+    """The last line of each kind among the last ``most`` bytes of a metrics.jsonl; {} if there is none."""
+    try:
+        with path.open("rb") as file:
+            start = max(0, file.seek(0, 2) - most)
+            file.seek(start)
+            texts = file.read(most).split(b"\n")[1 if start else 0 :]
+    except OSError:
+        return {}
+    found = {}
+    for text in texts:
+        with suppress(ValueError):
+            line = json.loads(text)
+            found[line["kind"]] = line
+    return found
+
+
 def _jsonable(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _jsonable(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_jsonable(item) for item in value]
     if isinstance(value, float):
         return float(f"{value:.9g}") if math.isfinite(value) else None
     return value

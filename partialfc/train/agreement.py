@@ -14,7 +14,7 @@ Group = dist.ProcessGroup | None
 
 
 def together(work: Callable[[], Any], group: Group = None) -> list[Any]:
-    """What ``work`` gives on each rank; where writing fails on one, the same error on all of them. A collective.
+    """What ``work`` gives on each rank; where it fails on one, in whatever way, the same error on all. A collective.
 
     Raises:
         CheckpointFailed: on every rank, if ``work`` failed on any; it names the rank.
@@ -22,21 +22,24 @@ def together(work: Callable[[], Any], group: Group = None) -> list[Any]:
     mine: tuple[Any, str | None]
     try:
         mine = work(), None
-    except (OSError, CheckpointException) as error:
-        mine = None, _reason(error)
+    except (Exception, CheckpointException) as error:  # the others wait to hear of it; torch's is no Exception
+        mine = None, reason_of(error)
     results = gathered(mine, group)
     failed = [f"rank {rank}: {reason}" for rank, (_, reason) in enumerate(results) if reason]
     if failed:
-        raise CheckpointFailed(f"the checkpoint could not be written ({failed[0]}); is the disk full?")
+        raise CheckpointFailed(f"the checkpoint could not be written ({failed[0]})")
     return [value for value, _ in results]
 
 
-def _reason(error: OSError | CheckpointException) -> str:
+def reason_of(error: BaseException) -> str:
     """In a line: torch's exception quotes the trace of every rank."""
     cause: BaseException = error
+    if isinstance(error, CheckpointFailed):
+        return str(error)
     if isinstance(error, CheckpointException):
         cause = next(iter(error.failures.values()), (error,))[0]
-    return f"{type(cause).__name__}: {cause}".splitlines()[0]
+    hint = "; is the disk full?" if isinstance(cause, OSError) else ""
+    return f"{type(cause).__name__}: {cause}".splitlines()[0] + hint
 
 
 def gathered(value: Any, group: Group = None) -> list[Any]:

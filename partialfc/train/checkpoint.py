@@ -6,14 +6,12 @@ number of ranks: each takes its own range of the classes.
 
 from __future__ import annotations
 
-import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
@@ -23,6 +21,7 @@ from partialfc.errors import ConfigError
 from partialfc.head import PartialFC
 from partialfc.tracking.progress import log
 from partialfc.train.agreement import gathered, is_first, my_share, on_first
+from partialfc.train.backbone_state import OPTIMIZER, WEIGHTS, BackboneState
 from partialfc.train.checkpoint_files import (
     CheckedReader,
     DamagedCheckpoint,
@@ -30,10 +29,10 @@ from partialfc.train.checkpoint_files import (
     read_manifest,
     step_folders,
 )
-from partialfc.train.row_loading import RowLoadPlanner
+from partialfc.train.row_loading import RowLoadPlanner, read_tensors
 
 _PER_CLASS = {"weight", "bias", "center_loss.centers"}  # of the head
-_BACKBONE_OPTIMIZER, _HEAD_OPTIMIZER = "backbone_optimizer.", "head.optimizer."
+_HEAD_OPTIMIZER = "head.optimizer."
 
 
 class TrainingState:
@@ -42,19 +41,12 @@ class TrainingState:
     Replicated tensors are saved as they are; those with one row a class as DTensors over the ranks.
     """
 
-    def __init__(
-        self, backbone: nn.Module, head: PartialFC, backbone_optimizer: Optimizer, head_optimizer: Optimizer
-    ) -> None:
-        self.backbone, self.head = backbone, head
-        self.backbone_optimizer, self.head_optimizer = backbone_optimizer, head_optimizer
+    def __init__(self, backbone: BackboneState, head: PartialFC, head_optimizer: Optimizer) -> None:
+        self.backbone, self.head, self.head_optimizer = backbone, head, head_optimizer
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of them, as they lie."""
-        found = self._of_modules()
-        for name, parameter in self.backbone.named_parameters():
-            for key, value in self.backbone_optimizer.state.get(parameter, {}).items():
-                if isinstance(value, Tensor):
-                    found[f"{_BACKBONE_OPTIMIZER}{name}.{key}"] = value
+        """All of them, as they lie. A collective."""
+        found = self.backbone.tensors() | self._of_head()
         for name, parameter in self.head.named_parameters():
             for key, value in self.head_optimizer.state.get(parameter, {}).items():
                 if isinstance(value, Tensor):
@@ -63,9 +55,8 @@ class TrainingState:
             name: _sharded(self.head, value) if _has_rows(name, value.dim()) else value for name, value in found.items()
         }
 
-    def _of_modules(self) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {f"backbone.{name}": value for name, value in self.backbone.state_dict().items()}
-        return found | {f"head.{name}": value for name, value in self.head.state_dict().items()}
+    def _of_head(self) -> dict[str, Tensor]:
+        return {f"head.{name}": value for name, value in self.head.state_dict().items()}
 
     def load(self, checkpoint: Path, grow: bool = False) -> int:
         """Take everything from a checkpoint folder that has been checked. A collective of the head's ranks.
@@ -81,40 +72,44 @@ class TrainingState:
         """
         reader = CheckedReader(checkpoint)
         stored = reader.read_metadata().state_dict_metadata
-        targets = self._of_modules()
+        targets = self.backbone.targets() | self._of_head()
         self._check_shapes(checkpoint, targets, stored, grow)
-        states: list[tuple[Optimizer, nn.Parameter, str, str]] = []
-        for prefix, optimizer, module in (
-            (_BACKBONE_OPTIMIZER, self.backbone_optimizer, self.backbone),
-            (_HEAD_OPTIMIZER, self.head_optimizer, self.head),
-        ):
-            parameters = dict(module.named_parameters())
-            for name, entry in stored.items():
-                if not name.startswith(prefix) or not isinstance(entry, TensorStorageMetadata):
-                    continue
-                owner, _, key = name.removeprefix(prefix).rpartition(".")
-                if owner not in parameters:
-                    raise ConfigError(f"{checkpoint} holds optimizer state of {owner!r}, which this run does not have")
-                parameter = parameters[owner]
-                shape = (len(parameter), *entry.size[1:]) if _has_rows(name, len(entry.size)) else entry.size
-                device = parameter.device if key != "step" else torch.device("cpu")
-                targets[name] = torch.zeros(shape, dtype=entry.properties.dtype, device=device)
-                states.append((optimizer, parameter, key, name))
+        weight: Any = stored["head.weight"]
+        num_classes: int = weight.size[0]
+        owners = {OPTIMIZER: self.backbone.shapes(), _HEAD_OPTIMIZER: self._shapes_of_head()}
+        for name, entry in stored.items():
+            prefix = next((prefix for prefix in owners if name.startswith(prefix)), None)
+            if prefix is None or not isinstance(entry, TensorStorageMetadata):
+                continue
+            owner = name.removeprefix(prefix).rpartition(".")[0]
+            if owner not in owners[prefix]:
+                raise ConfigError(f"{checkpoint} holds optimizer state of {owner!r}, which this run does not have")
+            parameter = owners[prefix][owner]
+            rows = _has_rows(name, len(entry.size))
+            shape = torch.Size((parameter[0], *entry.size[1:])) if rows else entry.size
+            if shape not in ((), parameter[:1], parameter) or (rows and entry.size[0] != num_classes):
+                raise ConfigError(f"{checkpoint} is of another optimizer: {name} is {list(entry.size)} there")
+            device = self.head.weight.device if prefix == _HEAD_OPTIMIZER and shape else torch.device("cpu")
+            targets[name] = torch.zeros(shape, dtype=entry.properties.dtype, device=device)
         first = self.head.first_class
         planner = RowLoadPlanner({name: first for name, value in targets.items() if _has_rows(name, value.dim())})
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # about loading in a single process, which is meant
-            group = self.head.collectives.group
-            dcp.load(targets, storage_reader=reader, planner=planner, process_group=group, no_dist=group is None)
-        for optimizer, parameter, key, name in states:
-            optimizer.state[parameter][key] = targets[name]
+        read_tensors(reader, targets, planner, self.head.collectives.group)
+        self.backbone.take({name: value for name, value in targets.items() if name.startswith((WEIGHTS, OPTIMIZER))})
+        self.head_optimizer.state.clear()
+        parameters = dict(self.head.named_parameters())
+        for name, value in targets.items():
+            if name.startswith(_HEAD_OPTIMIZER):
+                owner, _, key = name.removeprefix(_HEAD_OPTIMIZER).rpartition(".")
+                self.head_optimizer.state[parameters[owner]][key] = value
         self.head.forget_step()
-        weight: Any = stored["head.weight"]
-        return weight.size[0]
+        return num_classes
+
+    def _shapes_of_head(self) -> dict[str, torch.Size]:
+        return {name: parameter.shape for name, parameter in self.head.named_parameters()}
 
     def _check_shapes(self, checkpoint: Path, targets: dict[str, Tensor], stored: dict[str, Any], grow: bool) -> None:
         missing = [name for name in targets if name not in stored]
-        optimizers = (_BACKBONE_OPTIMIZER, _HEAD_OPTIMIZER)
+        optimizers = (OPTIMIZER, _HEAD_OPTIMIZER)
         foreign = [name for name in stored if name not in targets and not name.startswith(optimizers)]
         if missing or foreign:
             words = f"lacks {missing[0]}" if missing else f"holds {foreign[0]}, which this run does not have"

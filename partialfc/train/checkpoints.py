@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,23 @@ from partialfc.errors import ConfigError
 from partialfc.tracking.progress import log
 from partialfc.train.agreement import on_first
 from partialfc.train.checkpoint import TrainingState, newest_whole
-from partialfc.train.checkpoint_files import prune
+from partialfc.train.checkpoint_files import DamagedCheckpoint, prune, set_aside, step_folders, undo_half_a_replacement
 from partialfc.train.class_table import CLASSES, check_class_table
 from partialfc.train.config_changes import Change, config_changes
 from partialfc.train.growing import start_at_mean_embeddings
 from partialfc.train.ranks import Rank
 from partialfc.train.run_folder import RunFolder
 from partialfc.train.saving import Saver
+from partialfc.train.verdict import Diverged
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come."""
+
+    step: int = 0
+    samples: int = 0
+    counts: dict[str, Any] = field(default_factory=dict)  # what :meth:`Checkpoints.save` was given
 
 
 class Checkpoints:
@@ -34,27 +45,37 @@ class Checkpoints:
         self._saver = Saver(keep.asynchronous, lambda: prune(self.folder, keep.keep_last, keep.keep_every))
         self._other_samples = 0  # seen in data sets that this one has replaced, over those of as many steps of this one
         self._newest_step = -1  # that was loaded, or is written or being written
+        self._whole_step = -1  # that was loaded, or has been written
+        self._rolled_back = (-1, 0)  # the checkpoint's step, how often
 
     # --- going on -----------------------------------------------------------------------------------------------------
 
-    def resume(self) -> tuple[int, int]:
+    def resume(self) -> Progress:
         """Take the newest whole checkpoint of the run folder, if there is one. A collective.
 
-        Returns:
-            The steps done, and the samples seen in them; (0, 0) where a run begins.
         Raises:
             ConfigError: it is of a config, data set or class table that this run cannot go on from.
+            DamagedCheckpoint: there are some, and none is whole.
         """
+        on_first(lambda: undo_half_a_replacement(self.folder))
         if self.config.checkpoint.resume == "never":
-            return 0, 0
+            self._set_aside(-1)
+            return Progress()
         found = newest_whole(self.folder)
         if found is None:
-            return 0, 0
+            if on_first(lambda: step_folders(self.folder)):
+                raise DamagedCheckpoint(
+                    f"none of the checkpoints in {self.folder} is whole, and the run would begin at step 0; bring back "
+                    "a whole one, choose another run.dir, or begin anew with checkpoint.resume=never, all set aside"
+                )
+            return Progress()
         path, manifest = found
         new_classes = self._check_classes(path, manifest)
         self._check_unchanged(path, manifest, new_classes)
         num_classes = self.state.load(path, grow=new_classes > 0)
+        self._set_aside(int(path.name[5:]))
         step: int = manifest["step"]
+        self._whole_step = step
         self._newest_step = -1 if new_classes else step  # the checkpoint that is there lacks them
         if self.rank.is_first:
             log(f"going on from {path}, written on {manifest.get('world_size')} ranks")
@@ -62,7 +83,41 @@ class Checkpoints:
             self._start_new_classes(num_classes)
         samples: int = manifest["samples"]
         self._other_samples = samples - self._samples_before(step)
-        return step, samples
+        return Progress(step, samples, manifest.get("counts", {}))
+
+    def roll_back(self, step: int, most: int) -> str | None:
+        """Take weights, optimizers and state from the newest whole checkpoint, for a run that goes on from ``step``, at
+        most so often from the same one. A collective.
+
+        Returns:
+            Its path; None if there is none.
+        Raises:
+            Diverged: going back to it has not helped.
+        """
+        self._saver.wait()
+        found = newest_whole(self.folder)
+        if found is None or found[1]["step"] > step:
+            return None
+        path, manifest = found
+        since, times = self._rolled_back
+        self._rolled_back = (manifest["step"], times + 1 if since == manifest["step"] else 1)
+        if self._rolled_back[1] > most:
+            raise Diverged(f"the loss jumped again and again after going back to {path} {most} times; lower optim.lr")
+        self.state.load(path)
+        self.state.head.step.fill_(step)  # its samples, negatives and learning rate are not those of the checkpoint
+        self.state.head.forget_step()
+        return str(path)
+
+    def newest_in_words(self) -> str:
+        """Where a run that fails now can go on from."""
+        if self._whole_step < 0:
+            return "there is no checkpoint yet"
+        return f"the newest checkpoint, of step {self._whole_step:,}, is from before"
+
+    def _set_aside(self, after: int) -> None:
+        for place in on_first(lambda: set_aside(self.folder, after)):
+            if self.rank.is_first:
+                log(f"set aside, since its steps are done again: {place}")
 
     def _samples_before(self, step: int) -> int:
         return samples_before(step, self.dataset.num_samples, self.config.data.global_batch_size)
@@ -106,8 +161,12 @@ class Checkpoints:
 
     # --- saving -------------------------------------------------------------------------------------------------------
 
-    def save(self, step: int) -> None:
-        """Begin to write a checkpoint; how it ends is told by :meth:`report`. A collective."""
+    def save(self, step: int, counts: dict[str, Any] | None = None) -> None:
+        """Begin to write a checkpoint; how it ends is told by :meth:`report`. A collective.
+
+        Args:
+            counts: what else :meth:`resume` is to give back.
+        """
         if step == self._newest_step:
             return
         self._newest_step = step
@@ -115,6 +174,7 @@ class Checkpoints:
         manifest = {
             "step": step,
             "samples": self._other_samples + self._samples_before(step),
+            "counts": counts or {},
             "loader": {"epoch": epoch, "batch": batch},
             # All random numbers are functions of the seed and of step, class, sample or rank: nothing else to keep.
             "rng": {"seed": self.config.run.seed, "step": step},
@@ -139,6 +199,7 @@ class Checkpoints:
         ended = self._saver.ended()
         for saved in ended:
             step = int(saved.folder.name[5:])
+            self._whole_step = step if saved.error is None else self._whole_step
             if folder and saved.error is None:
                 folder.metrics.write("event", event="checkpoint", step=step, path=str(saved.folder))
             elif folder and not (wait and saved is ended[-1]):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 Verdict = Literal["harmless", "needs --force", "impossible"]
@@ -48,7 +48,13 @@ def config_changes(before: dict[str, Any], now: dict[str, Any]) -> list[Change]:
     """The keys whose values differ between two resolved configs."""
     old, new = _flat(before), _flat(now)
     keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-    return [Change(key, old.get(key), new.get(key), _verdict(key)) for key in keys]
+    changes = [Change(key, old.get(key), new.get(key), _verdict(key)) for key in keys]
+    return [replace(change, verdict="impossible") if _has_no_centers(change) else change for change in changes]
+
+
+def _has_no_centers(change: Change) -> bool:
+    """Whether it is a center loss that is new, or gone: there are no centers to go on with, or nowhere to put them."""
+    return change.key.startswith("head.center_loss.") and None in (change.before, change.now)
 
 
 def _verdict(key: str) -> Verdict:

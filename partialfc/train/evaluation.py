@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,15 +54,22 @@ class Evaluation:
         if twice:
             raise ConfigError(f"evaluation.sets: two sets give results called {', '.join(twice)}; rename one of them")
 
-    def run(self, backbone: nn.Module, head: PartialFC, rank: Rank, step: int) -> dict[str, Any]:
-        """All results, e.g. ``{"unseen_font": {"tar_at_far": {"0.001": 0.9}, …}}``. A collective.
+    def run(self, backbone: nn.Module, head: PartialFC, rank: Rank, step: int) -> dict[str, Any] | None:
+        """All results, e.g. ``{"unseen_font": {"tar_at_far": {"0.001": 0.9}, …}}``; None if the ranks were asked to
+        stop meanwhile. A collective.
 
         The first rank also writes them, with a ROC figure, into the run folder's ``evaluation/``.
         """
+
+        def asked() -> bool:  # this rank; the others learn of it within a second or two
+            return rank.stop.requested
+
         results: dict[str, Any] = {}
         curves: dict[str, Scores] = {}
         for folder, dataset in self.sets:
-            embeddings = self._embed(backbone, dataset, rank)
+            embeddings = self._embed(backbone, dataset, rank, asked)
+            if rank.agree_to_stop():
+                return None
             labels = torch.from_numpy(dataset.labels).to(rank.device)
             if not (folder / "protocol.json").exists():
                 right = nearest_classes(head, embeddings) == labels
@@ -71,7 +79,9 @@ class Evaluation:
             protocols, look_alikes = read_protocols(folder)
             designs = [key.partition("-")[2] for key in dataset.keys]
             for protocol in protocols:
-                scores = score_pairs(embeddings, labels, designs, protocol, look_alikes)
+                scores = score_pairs(embeddings, labels, designs, protocol, look_alikes, asked)
+                if rank.agree_to_stop():
+                    return None
                 curves[protocol.name] = scores
                 found = {f"{far:g}": scores.tar_at_far(far) for far in FARS}
                 results[protocol.name] = {
@@ -85,7 +95,7 @@ class Evaluation:
             self._write(results, curves, step)
         return results
 
-    def _embed(self, backbone: nn.Module, dataset: TarDataset, rank: Rank) -> torch.Tensor:
+    def _embed(self, backbone: nn.Module, dataset: TarDataset, rank: Rank, asked: Callable[[], bool]) -> torch.Tensor:
         batches = evaluation_batches(
             dataset,
             image_size=self.config.data.image_size,
@@ -104,7 +114,7 @@ class Evaluation:
                     advance(len(indices))
 
             dim = self.config.model.embedding_dim
-            return embed(backbone, counted(), dataset.num_samples, dim, rank.device)
+            return embed(backbone, counted(), dataset.num_samples, dim, rank.device, asked)
 
     def _write(self, results: dict[str, Any], curves: dict[str, Scores], step: int) -> None:
         folder: Path = self.config.run.dir / "evaluation"

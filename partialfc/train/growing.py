@@ -29,7 +29,7 @@ def start_at_mean_embeddings(
     turned, the others stay drawn; the center loss's centers are put at the mean of the embeddings themselves. A class
     without samples stays as it was drawn. All ranks share the embedding, whoever owns the classes: a collective.
     """
-    head, backbone = state.head, state.backbone
+    head, backbone = state.head, state.backbone.module
     new = np.flatnonzero(dataset.labels >= first_class)
     new = new[np.argsort(dataset.labels[new], kind="stable")]
     labels = dataset.labels[new]

@@ -10,25 +10,29 @@ from partialfc.tracking.wandb_run import require_wandb
 from partialfc.train.ranks import joined
 from partialfc.train.run_folder import finished_before
 from partialfc.train.summary import summarize
-from partialfc.train.trainer import Trainer
+from partialfc.train.trainer import Outcome, Trainer
 
 
-def train(config: Config, force: bool = False) -> None:
+def train(config: Config, force: bool = False) -> Outcome:
     """Train what ``config`` describes, on the ranks that torchrun started, or alone.
 
     A run folder that holds a checkpoint is gone on with; ``force`` allows changes of the config that change results.
+
+    Returns:
+        ``"finished"``, or ``"preempted"`` if the run was asked to stop: it has written a checkpoint, and can go on.
 
     Raises:
         PartialFCError: the run failed; the message says why. ``RankLost`` names the rank that keeps the others waiting.
     """
     if finished_before(config, force):
         _say_finished(config, "this run has finished before; nothing to do")
-        return
+        return "finished"
     require_wandb(config.tracking.wandb)
-    with joined() as rank:
-        Trainer(config, rank, force).train()
-        if rank.is_first:
+    with joined(config.run.dir, config.run.timeout) as rank:
+        outcome = Trainer(config, rank, force).train()
+        if rank.is_first and outcome == "finished":
             _say_finished(config, "finished")
+        return outcome
 
 
 def _say_finished(config: Config, words: str) -> None:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from partialfc.errors import PartialFCError, RankLost
+from partialfc.train.agreement import gathered
 from partialfc.train.liveness import Liveness
+from partialfc.train.rendezvous import fresh_store
+from partialfc.train.stopping import StopRequest
 
 # What may take long on one rank while the others wait: imports, compilers and caches before the first step, the writing
 # of a checkpoint, an evaluation.
@@ -26,8 +31,11 @@ class Rank:
     rank: int
     world_size: int
     device: torch.device
-    liveness: Liveness | None
+    stop: StopRequest
+    liveness: Liveness | None = None
     timeout: timedelta = PATIENCE
+    #: Called by a thread, with the reason, when another rank is lost; the process ends right after.
+    on_lost: list[Callable[[str], None]] = field(default_factory=list)
 
     @property
     def is_first(self) -> bool:
@@ -50,6 +58,19 @@ class Rank:
         if self.liveness:
             self.liveness.enter(step, phase)
 
+    def agree_to_stop(self) -> bool:
+        """Whether any rank has been asked to stop. A collective."""
+        asked = self.stop.requested
+        if self.world_size == 1:
+            return asked
+        votes = torch.tensor([int(asked)], device=self.device)
+        dist.all_reduce(votes)
+        return bool(votes.item())
+
+    def why_stop(self) -> str:
+        """Who has asked to stop, in words. A collective."""
+        return next((reason for reason in gathered(self.stop.reason) if reason), "a request")
+
     def explain(self, error: Exception) -> Exception:
         """A failure in words that name the rank at fault, here or elsewhere; tells the other ranks of one here."""
         if self.liveness is None:
@@ -60,27 +81,57 @@ class Rank:
         self.liveness.report_failure(f"{error}" if isinstance(error, PartialFCError) else repr(error))
         return error
 
+    def lost(self, reason: str) -> None:
+        """End this process, which waits for a rank that will not come, whatever its main thread is doing."""
+        for tell in self.on_lost:
+            tell(reason)
+        print(f"[rank {self.rank}] error: {reason}", file=sys.stderr, flush=True)
+        os._exit(1)
+
 
 @contextmanager
-def joined() -> Iterator[Rank]:
-    """Join the process group that torchrun's environment describes; without one, a single process."""
+def joined(run_folder: Path, timeout: float) -> Iterator[Rank]:
+    """Join the process group that torchrun's environment describes; without one, a single process.
+
+    Args:
+        run_folder: where the file ``stop`` would appear.
+        timeout: seconds of silence after which another rank counts as lost.
+    """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        yield Rank(0, 1, device, None)
+    alone = "RANK" not in os.environ or "WORLD_SIZE" not in os.environ
+    stop = StopRequest(run_folder if alone or os.environ["RANK"] == "0" else None)
+    if alone:
+        with stop.listening():
+            yield Rank(0, 1, device, stop)
         return
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=PATIENCE)
-    rank = Rank(dist.get_rank(), dist.get_world_size(), device, Liveness(dist.get_rank(), dist.get_world_size()))
-    try:
-        yield rank
-        dist.barrier()  # rank 0 may still be writing: nobody tears the group down before it is done
-    finally:
-        if rank.liveness:
-            rank.liveness.close()
-        dist.destroy_process_group()
+    store, number, world_size = fresh_store(PATIENCE)
+    backend = "nccl" if on_gpu else "gloo"
+    dist.init_process_group(backend, store=store, rank=number, world_size=world_size, timeout=PATIENCE)
+    rank = Rank(number, world_size, device, stop)
+    with stop.listening():  # not before: until all are there, a launcher's SIGTERM had better end the process
+        try:
+            rank.liveness = Liveness(rank.rank, rank.world_size, timeout, stop, rank.lost)
+            yield rank
+            dist.barrier()  # rank 0 may still be writing: nobody tears the group down before it is done
+        finally:
+            if rank.liveness:
+                rank.liveness.close()
+            dist.destroy_process_group()
+
+
+def under_torchrun() -> bool:
+    """Whether torchrun has started this process: it answers for the exit codes, and restarts what fails."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def automatic_restarts() -> int:
+    """How often torchrun and Slurm have started this run again by themselves, as far as they tell."""
+    counts = (os.environ.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+    return sum(int(count) for count in counts if count.isdigit())
 
 
 def _set_group_timeout(timeout: timedelta) -> None:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultLoadPlanner
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+
+from partialfc.train.agreement import Group, reason_of
+from partialfc.train.checkpoint_files import CheckedReader, DamagedCheckpoint
 
 
 class RowLoadPlanner(DefaultLoadPlanner):
@@ -47,3 +53,19 @@ class RowLoadPlanner(DefaultLoadPlanner):
 def stored_rows(stored: TensorStorageMetadata, first: int, count: int) -> int:
     """How many of the ``count`` rows from ``first`` on were stored."""
     return max(0, min(count, stored.size[0] - first))
+
+
+def read_tensors(
+    reader: CheckedReader, targets: dict[str, Tensor], planner: RowLoadPlanner, group: Group = None
+) -> None:
+    """Fill ``targets`` from a checkpoint. A collective of the ranks of ``group``; without one, each rank by itself.
+
+    Raises:
+        DamagedCheckpoint: it cannot be read.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # about loading in a single process, which is meant
+        try:
+            dcp.load(targets, storage_reader=reader, planner=planner, process_group=group, no_dist=group is None)
+        except CheckpointException as error:
+            raise DamagedCheckpoint(f"{reader.path} cannot be read: {reason_of(error)}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import threading
@@ -22,7 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from partialfc.errors import CheckpointFailed
 from partialfc.train.agreement import Group, is_first, my_share, together
-from partialfc.train.checkpoint_files import FORMAT, MANIFEST
+from partialfc.train.checkpoint_files import FORMAT, MANIFEST, REPLACED, manifest_digest
 from partialfc.train.ranks import PATIENCE
 
 
@@ -37,19 +38,34 @@ def save_checkpoint(
     first rank's.
 
     Raises:
-        CheckpointFailed: on every rank, if it cannot be written (a full disk); no other checkpoint is touched.
+        CheckpointFailed: on every rank, if it cannot be written (a full disk), or holds NaN; no other checkpoint is
+            touched.
     """
     first = is_first()
     temporary = folder.with_name(f".{folder.name}.incomplete")
     try:
+        together(lambda: _check_finite(tensors), group)
         together(lambda: _begin(temporary, extra) if first else None, group)
         together(lambda: _write_tensors(temporary, tensors, group), group)
-        files = together(lambda: _describe_mine(temporary), group)
+        # The first rank's listing: on a network file system another's may still lack something.
+        names = together(lambda: sorted(path.name for path in temporary.iterdir()) if first else None, group)[0]
+        files = together(lambda: {name: _describe(temporary / name) for name in my_share(names)}, group)
         together(lambda: _finish(temporary, folder, manifest, files) if first else None, group)
     except CheckpointFailed:
         if first:
             shutil.rmtree(temporary, ignore_errors=True)  # its room is needed
         raise
+
+
+def _check_finite(tensors: dict[str, Tensor]) -> None:
+    """A run must not replace checkpoints that it can go on from by one that it cannot."""
+    for name, value in tensors.items():
+        local = value.to_local() if isinstance(value, DTensor) else value
+        if local.is_floating_point() and local.numel():
+            largest = torch.linalg.vector_norm(local.detach(), math.inf)
+            # A backbone's buffers may hold Inf on purpose (a mask).
+            if largest.isnan() or (largest.isinf() and not name.startswith("backbone.")):
+                raise CheckpointFailed(f"{name} holds NaN or Inf")
 
 
 def _begin(folder: Path, extra: tuple[Path, ...]) -> None:
@@ -65,30 +81,38 @@ def _write_tensors(folder: Path, tensors: dict[str, Tensor], group: Group) -> No
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # about saving in a single process, which is meant
         writer = dcp.FileSystemWriter(folder, sync_files=True)
-        dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=not dist.is_initialized())
-
-
-def _describe_mine(folder: Path) -> dict[str, dict[str, Any]]:
-    """Sizes and digests of this rank's share of the files."""
-    return {name: _describe(folder / name) for name in my_share(sorted(path.name for path in folder.iterdir()))}
+        # Batch statistics differ between ranks, and the first one's are those that count: DDP hands them to the others.
+        planner = dcp.DefaultSavePlanner(dedup_save_to_lowest_rank=True)
+        alone = not dist.is_initialized()
+        dcp.save(tensors, storage_writer=writer, planner=planner, process_group=group, no_dist=alone)
 
 
 def _describe(path: Path) -> dict[str, Any]:
+    """Size and digest of a file that has been written, read back."""
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def _finish(temporary: Path, folder: Path, manifest: dict[str, Any], files: list[dict[str, Any]]) -> None:
-    """Write the manifest, and give the folder its name: only now it is a checkpoint."""
+    """Write the manifest, and give the folder its name: only now it is a checkpoint.
+
+    Of two renames a kill may come between: :func:`undo_half_a_replacement` is for that.
+    """
     described = dict(sorted((name, file) for part in files for name, file in part.items()))
+    for name, file in described.items():
+        if (temporary / name).stat().st_size != file["bytes"]:
+            raise CheckpointFailed(f"{name} is not what its rank has written: {file['bytes']:,} bytes")
     path = temporary / MANIFEST
     content = {"format": FORMAT, **manifest, "files": described, "torch": torch.__version__}
-    path.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    path.write_text(json.dumps(content | {"digest": manifest_digest(content)}, indent=1), encoding="utf-8")
     _sync(path)
     _sync(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
+    replaced = folder.with_name(f".{folder.name}{REPLACED}")
+    if folder.exists():  # of this step, before the head has grown
+        folder.rename(replaced)
     temporary.rename(folder)
     _sync(folder.parent)
+    shutil.rmtree(replaced, ignore_errors=True)  # only now: it takes long, and a kill must leave the one or the other
 
 
 def _sync(path: Path) -> None:

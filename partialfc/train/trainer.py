@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from partialfc import models
 from partialfc.config import Config, build_head, build_head_optimizer
@@ -22,21 +20,36 @@ from partialfc.errors import ConfigError, PartialFCError, RankLost
 from partialfc.head import HeadOutput
 from partialfc.head.hashing import stream_key
 from partialfc.tracking.progress import console_progress, log, no_progress
+from partialfc.train.agreement import on_first
 from partialfc.train.checkpoint import TrainingState
 from partialfc.train.checkpoints import Checkpoints
 from partialfc.train.describe import describe_memory, describe_rate
+from partialfc.train.engine import DdpEngine, Engine
 from partialfc.train.evaluation import Evaluation
+from partialfc.train.means import Means
 from partialfc.train.phase_clock import PhaseClock
-from partialfc.train.ranks import Rank
-from partialfc.train.run_folder import RunFolder, record_failure
+from partialfc.train.ranks import Rank, automatic_restarts
+from partialfc.train.run_folder import GivenUp, RunFolder, count_restarts, record_failure
 from partialfc.train.schedule import lr_factor
+from partialfc.train.spikes import SpikeRule
+from partialfc.train.verdict import Diverged, StepCheck, Verdict, Word, find_faults
 
 _DRAWS = 6  # the purpose that tells this stream of random numbers from the others
-_STATE_EVERY = 10.0  # seconds between updates of state.json, at least
+_MOST_ROLL_BACKS = 3  # to one checkpoint
+
+Outcome = Literal["finished", "preempted"]
 
 
-class Diverged(PartialFCError, ArithmeticError):
-    """The loss is no longer finite."""
+@dataclass(frozen=True)
+class StepResult:
+    """What a step gives: the head's output, the norm of the backbone's gradient [], and what the ranks say of it."""
+
+    out: HeadOutput
+    grad_norm: Tensor
+    check: StepCheck
+    verdict: Verdict
+    skipped: bool
+    scale_fell: bool  # the loss scale was lowered, and could be
 
 
 class Trainer:
@@ -56,183 +69,246 @@ class Trainer:
 
         torch.manual_seed(config.run.seed)
         make = models.BY_NAME[config.model.name]
-        plain = make(config.model.embedding_dim, config.data.channels, config.data.image_size)
-        plain = plain.to(rank.device)
-        self.plain_backbone = plain
-        self.backbone: nn.Module = plain
-        if rank.world_size > 1:
-            self.backbone = DistributedDataParallel(plain, gradient_as_bucket_view=True)
-        self.head = build_head(config, self.dataset.num_classes, self.steps_per_epoch, rank.device)
-
-        optim = config.optim
-        self.optimizer: torch.optim.Optimizer
-        if optim.name == "adamw":
-            self.optimizer = torch.optim.AdamW(plain.parameters(), lr=optim.lr, weight_decay=optim.weight_decay)
-        else:
-            self.optimizer = torch.optim.SGD(
-                plain.parameters(), lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay
-            )
+        self.backbone = make(config.model.embedding_dim, config.data.channels, config.data.image_size).to(rank.device)
+        self.engine: Engine = DdpEngine(self.backbone, config.optim, rank)
+        # Numbers that are not finite are the step's verdict's business: every rank gets as far as that.
+        self.head = build_head(config, self.dataset.num_classes, self.steps_per_epoch, rank.device, "propagate")
         self.head_optimizer = build_head_optimizer(config, self.head)
         self.clock = PhaseClock(rank.device, entered=lambda phase: rank.enter(self.step, phase))
-        state = TrainingState(plain, self.head, self.optimizer, self.head_optimizer)
+        state = TrainingState(self.engine.state, self.head, self.head_optimizer)
         self.checkpoints = Checkpoints(config, rank, self.dataset, state, force)
-        self.step = 0
-        self.samples = 0
+        spike = config.optim.spike
+        self.spikes = SpikeRule(spike.factor, spike.window) if spike else None
+        self.step = self.samples = 0
+        self.training_seconds = 0.0  # of this attempt, without evaluations and checkpoints
+        self.skipped_steps = self.skipped_in_a_row = 0
 
-    def train(self) -> dict[str, Any]:
-        """Run to the end; returns the last evaluation. Every rank calls it."""
-        self.step, self.samples = self.checkpoints.resume()
+    def train(self) -> Outcome:
+        """Run to the end, or until asked to stop. Every rank calls it."""
+        resumed = self.checkpoints.resume()
+        self.step, self.samples = resumed.step, resumed.samples
+        self.skipped_steps = resumed.counts.get("skipped_steps", 0)
+        self.engine.load_counts(resumed.counts.get("engine", {}))
+        if self.spikes and "spikes" in resumed.counts:
+            self.spikes.load(resumed.counts["spikes"])
         if self.step > self.total_steps:
             raise ConfigError(
                 f"the checkpoint is of step {self.step:,}, and optim.epochs={self.config.optim.epochs:g} ends the run "
                 f"at step {self.total_steps:,}; raise it to train on"
             )
-        folder = RunFolder(self.config, self.total_steps, self.step) if self.rank.is_first else None
+        try:
+            restarts = on_first(lambda: count_restarts(self.config, self.step, automatic_restarts()))
+        except GivenUp as error:
+            if self.rank.is_first:
+                record_failure(self.config.run.dir, str(error), states=("running", "failed", "preempted"))
+            raise
+        folder = RunFolder(self.config, self.total_steps, self.step, restarts) if self.rank.is_first else None
+        self.rank.on_lost.append(lambda reason: self._record_failure(folder, reason))
         try:
             if folder:
                 self._describe()
-            results = self._loop(folder)
+            outcome = self._run(folder)
         except BaseException as error:
             explained = self.rank.explain(error) if isinstance(error, Exception) else error
             if isinstance(error, Exception) and not isinstance(explained, RankLost):
                 self.checkpoints.let_end(self.config.run.timeout / 2)
-            if folder:
-                reason = str(explained) or type(explained).__name__
-                folder.metrics.write("event", event="failed", step=self.step, reason=reason)
-                folder.set_state("failed", self.step, reason)
-            elif isinstance(explained, PartialFCError) and not isinstance(explained, RankLost):
-                record_failure(self.config.run.dir, f"rank {self.rank.rank}: {explained}")
+            if folder or (isinstance(explained, PartialFCError) and not isinstance(explained, RankLost)):
+                self._record_failure(folder, str(explained) or type(explained).__name__)
             raise explained from (None if explained is error else error)
         if folder:
-            folder.set_state("finished", self.step)
             folder.close()
-        return results
+        return outcome
 
-    def _loop(self, folder: RunFolder | None) -> dict[str, Any]:
-        data = self.config.data
-        loader = build_loader(
-            self.dataset,
-            global_batch_size=data.global_batch_size,
-            image_size=data.image_size,
-            channels=data.channels,
-            augment=data.augment,
-            seed=self.config.run.seed,
-            rank=self.rank.rank,
-            world_size=self.rank.world_size,
-            workers=data.workers,
-            start_step=self.step,
-            total_steps=self.total_steps,
-            micro_batches=self.config.optim.accumulation,
-        )
-        log_every, evaluate_every = self.config.tracking.log_every, self.config.evaluation.every
-        means = Means()
-        started = state_written = time.monotonic()
-        start_step, start_samples = self.step, self.samples
-        elsewhere = 0.0  # seconds of evaluations and checkpoints
+    def _record_failure(self, folder: RunFolder | None, reason: str) -> None:
+        if folder:
+            folder.metrics.write("event", event="failed", step=self.step, reason=reason)
+            folder.set_state("failed", self.step, reason)
+        else:
+            record_failure(self.config.run.dir, f"rank {self.rank.rank}: {reason}")
+
+    def _run(self, folder: RunFolder | None) -> Outcome:
+        start_samples = self.samples
+        stopped = self._make_up_for_evaluation(folder) or self._train_steps(folder)
+        self._save()
+        stopped = stopped or self._evaluate(folder) is None
+        self.rank.enter(self.step, "save")
+        with self.rank.patience():
+            self.checkpoints.report(folder, wait=True)
+            if stopped:
+                reason = self.rank.why_stop()
+        if folder and stopped:
+            self.rank.stop.done()
+            log(f"stopped after step {self.step:,} as asked by {reason}, with a checkpoint; start again to go on")
+            folder.metrics.write("event", event="preempted", step=self.step, reason=reason)
+            folder.set_state("preempted", self.step, f"asked to stop by {reason}")
+        elif folder:
+            seconds = self.training_seconds
+            rate = (self.samples - start_samples) / seconds if seconds else 0.0
+            folder.metrics.write(
+                "event", event="finished", step=self.step, training_seconds=seconds, samples_per_s=rate
+            )
+            folder.set_state("finished", self.step)
+        return "preempted" if stopped else "finished"
+
+    def _train_steps(self, folder: RunFolder | None) -> bool:
+        """Train to the last step, or until asked to stop: whether that was so."""
+        log_every = self.config.tracking.log_every
+        start_step, means, verdict = self.step, Means(), None
+        before = time.monotonic()
         progress = console_progress if folder else no_progress
         with progress("training", self.total_steps - start_step) as advance:
             self.clock.mark("start")
-            for batch in loader:
+            for batch in self._loader():
                 self.clock.mark("data")
-                out, grad_norm = self.train_step(batch)
-                means.add(out, grad_norm)
+                result = self.train_step(batch)
+                verdict = result.verdict
+                means.add(result.out, result.grad_norm, result.skipped)
                 self.step += 1
+                self._follow_verdict(folder, result, batch)
                 if self.step == start_step + 1:
                     self.rank.set_timeout(self.config.run.timeout)
-                if self.step % log_every == 0 or self.step == self.total_steps:
-                    line = self._metrics(means, out)
+                if self.step % log_every == 0 or self.step == self.total_steps or verdict.stop:
+                    line = self._metrics(means, result.out)
                     if folder:
                         folder.metrics.write("train", **line)
                     advance(0, note=f"loss {line['loss']:.3f}  cos {line['target_cosine']:.3f}  {_rate(line)}")
                     means = Means()
                 advance(1)
-                if folder and time.monotonic() - state_written > _STATE_EVERY:
-                    folder.set_state("running", self.step)
-                    state_written = time.monotonic()
-                before = time.monotonic()
+                self.training_seconds += time.monotonic() - before
+                if folder:
+                    seconds = self.training_seconds / (self.step - start_step)
+                    folder.progress(self.step, (self.total_steps - self.step) * seconds)
+                if verdict.stop:
+                    return True
                 if self._is_due(self.config.checkpoint.every):
                     self._save()
-                if self._is_due(evaluate_every):
-                    with self.rank.patience():
-                        self._evaluate(folder)
+                if self._is_due(self.config.evaluation.every) and self._evaluate(folder) is None:
+                    return True
                 self.checkpoints.report(folder)
-                elsewhere += time.monotonic() - before
+                before = time.monotonic()
                 self.clock.mark("start")
-        seconds = time.monotonic() - started - elsewhere
-        self._save()
-        with self.rank.patience():
-            results = self._evaluate(folder)
-            self.rank.enter(self.step, "save")
-            self.checkpoints.report(folder, wait=True)
-        if folder:
-            rate = (self.samples - start_samples) / seconds
-            folder.metrics.write(
-                "event", event="finished", step=self.step, training_seconds=seconds, samples_per_s=rate
+        return False
+
+    def _loader(self) -> Iterator[Batch]:
+        data = self.config.data
+        return iter(
+            build_loader(
+                self.dataset,
+                global_batch_size=data.global_batch_size,
+                image_size=data.image_size,
+                channels=data.channels,
+                augment=data.augment,
+                seed=self.config.run.seed,
+                rank=self.rank.rank,
+                world_size=self.rank.world_size,
+                workers=data.workers,
+                start_step=self.step,
+                total_steps=self.total_steps,
+                micro_batches=self.config.optim.accumulation,
             )
-        return results
+        )
 
     def _is_due(self, every: int) -> bool:
         """Whether what happens every so many steps happens now; at the end it happens anyway."""
         return bool(every) and self.step % every == 0 and self.step < self.total_steps
 
-    def train_step(self, batch: Batch) -> tuple[HeadOutput, Tensor]:
-        """One step on this rank's share of the global batch; returns the head's output and the backbone's grad norm."""
-        factor = lr_factor(
-            self.step, self.total_steps, self.warmup_steps, self.config.optim.schedule, self.config.optim.power
-        )
-        _set_lr(self.optimizer, self.config.optim.lr * factor)
-        _set_lr(self.head_optimizer, self.config.optim.lr * factor)
+    # --- a step -------------------------------------------------------------------------------------------------------
+
+    def train_step(self, batch: Batch) -> StepResult:
+        """One step on this rank's share of the global batch: applied on all ranks, or skipped on all."""
+        parts, lr = self.config.optim.accumulation, self._lr(self.step)
+        self.engine.begin_step(lr)
+        _set_lr(self.head_optimizer, lr)
         # What a backbone draws (dropout) is a function of the step too: a run that goes on draws the same.
         torch.manual_seed(stream_key(self.config.run.seed, _DRAWS, self.step, self.rank.rank) % 2**63)
         images = batch.images.to(self.rank.device, non_blocking=True)
         labels = batch.labels.to(self.rank.device, non_blocking=True)
-        outputs = []
-        parts = self.config.optim.accumulation
+        check, outputs = StepCheck(self.rank.device), []
         for part, (some_images, some_labels) in enumerate(_micro_batches(images, labels, parts)):
-            with self._gradients_stay_local(part < parts - 1):
-                embeddings = self.backbone(some_images)
-                self.clock.mark("forward")
-                out = self.head(embeddings, some_labels)
-                self.clock.mark("head")
-                # Each micro-batch counts by its samples: together they are one large batch.
-                share = out.num_samples / self._samples_of(batch.step)
-                # embeddings.grad is world_size times this rank's part; averaging over ranks makes the exact gradient.
-                (out.loss * share).backward()
-                self.clock.mark("backward")
+            embeddings = self.engine.forward(some_images)
+            self.clock.mark("forward")
+            head_input = embeddings.detach().requires_grad_()
+            out = self.head(head_input, some_labels)
+            # Each micro-batch counts by its samples: together they are one large batch.
+            share = out.num_samples / self._samples_of(batch.step)
+            (out.loss * share).backward()
+            self.clock.mark("head")
+            # head_input.grad is world_size times this rank's part; averaging over ranks makes the exact gradient.
+            assert head_input.grad is not None
+            self.engine.backward(embeddings, head_input.grad, last=part == parts - 1)
+            self.clock.mark("backward")
+            check.embeddings(head_input)
+            check.loss(out.loss)
             outputs.append((out, share))
-        grad_norm = self._clip()
+        out = _together(outputs)
+        check.gradients(*self.engine.finish_backward(), self.head.gradient_is_finite())
+        verdict = check.agree(self.rank, self._words(out))
         self.clock.mark("backward")
-        self.optimizer.step()
-        self.head_optimizer.step()
-        self.optimizer.zero_grad()
+        skipped = verdict.broken or verdict.spike
+        scale_fell = self.engine.skip() if skipped else False
+        if not skipped and self.engine.step():
+            self.head_optimizer.step()
+        elif not skipped:  # the engine alone has seen an overflow, on all ranks, and dropped the step
+            skipped = scale_fell = True
         self.head_optimizer.zero_grad()
         self.clock.mark("update")
-        return _together(outputs), grad_norm
+        return StepResult(out, self.engine.grad_norm(), check, verdict, skipped, scale_fell)
 
-    def _gradients_stay_local(self, local: bool) -> AbstractContextManager[None]:
-        """Within it backward does not average the backbone's gradients over ranks, if ``local``."""
-        if local and isinstance(self.backbone, DistributedDataParallel):
-            return self.backbone.no_sync()
-        return nullcontext()
+    def _lr(self, step: int) -> float:
+        optim = self.config.optim
+        return optim.lr * lr_factor(step, self.total_steps, self.warmup_steps, optim.schedule, optim.power)
+
+    def _words(self, out: HeadOutput) -> Word:
+        """What this rank has to say besides what it has seen in its tensors."""
+        words = Word.STOP if self.rank.stop.requested else Word(0)
+        if self.spikes and self.rank.is_first and self.spikes.is_spike(float(out.loss.detach())):
+            words |= Word.SPIKE
+        return words
 
     def _samples_of(self, step: int) -> int:
         """Samples of a step's global batch; an epoch's last one may be short."""
         size = self.config.data.global_batch_size
         return min(size, self.dataset.num_samples - step % self.steps_per_epoch * size)
 
-    def _clip(self) -> Tensor:
-        """Clip the backbone's gradient; the norm is the one before."""
-        largest = self.config.optim.clip
-        return nn.utils.clip_grad_norm_(self.plain_backbone.parameters(), math.inf if largest is None else largest)
+    def _follow_verdict(self, folder: RunFolder | None, result: StepResult, batch: Batch) -> None:
+        """Count a skipped step and say why; give up after too many in a row. Go back after a spike."""
+        if not result.skipped:
+            self.skipped_in_a_row = 0
+            return
+        self.skipped_steps += 1
+        if result.verdict.spike and not result.verdict.broken:
+            self._roll_back(folder, result)
+            return
+        self.skipped_in_a_row += not result.scale_fell  # while it falls, skipping is how a loss scale is found
+        faults = find_faults(result.verdict, result.check, batch.indices, self.dataset, self.head, self.rank)
+        words = "; ".join(map(str, faults))
+        if folder:
+            log(f"WARNING: step {self.step:,} is skipped on all ranks: {words}")
+            folder.metrics.write(
+                "event", event="skipped_step", step=self.step, faults=[asdict(fault) for fault in faults]
+            )
+        if self.skipped_in_a_row >= self.config.run.skipped_in_a_row:
+            raise Diverged(
+                f"{self.skipped_in_a_row} steps in a row were skipped, the last for {words}; "
+                f"{self.checkpoints.newest_in_words()}. Look at these samples; lower optim.lr or raise optim.warmup "
+                f"(now {self.config.optim.lr:g} and {self.config.optim.warmup:g} epochs)"
+            )
+
+    def _roll_back(self, folder: RunFolder | None, result: StepResult) -> None:
+        """After a spike: the state of the last checkpoint, with the samples that come next. A collective."""
+        loss = float(result.out.loss.detach())
+        with self.rank.patience():
+            checkpoint = self.checkpoints.roll_back(self.step, _MOST_ROLL_BACKS)
+        if folder:
+            where = f"back to {checkpoint}" if checkpoint else "skipped; there is no checkpoint to go back to"
+            log(f"WARNING: the loss has jumped to {loss:.4g} at step {self.step:,}: {where}")
+            folder.metrics.write("event", event="spike", step=self.step, loss=loss, rolled_back_to=checkpoint)
+
+    # --- what is written ----------------------------------------------------------------------------------------------
 
     def _metrics(self, means: Means, out: HeadOutput) -> dict[str, Any]:
         """A train line, the same on every rank: means over the steps since the last one."""
         values = means.read()
-        if not math.isfinite(values["loss"]):
-            raise Diverged(
-                f"the loss is {values['loss']} at step {self.step}; lower optim.lr or raise optim.warmup "
-                f"(now {self.config.optim.lr:g} and {self.config.optim.warmup:g} epochs)"
-            )
         active = torch.tensor(out.active_rows, device=self.rank.device)
         if self.rank.world_size > 1:
             dist.all_reduce(active)
@@ -246,20 +322,25 @@ class Trainer:
             "samples": self.samples,
             **values,
             "active_rows": int(active),
-            "lr": self.optimizer.param_groups[0]["lr"],
-            "skipped_steps": 0,
+            "lr": self._lr(self.step - 1),
+            "skipped_steps": self.skipped_steps,
             "samples_per_s": counted / (means.steps * sum(seconds.values())),
             "seconds": seconds,
         }
 
     def _save(self) -> None:
         self.rank.enter(self.step, "save")
+        counts: dict[str, Any] = {"skipped_steps": self.skipped_steps, "engine": self.engine.counts()}
+        if self.spikes:
+            counts["spikes"] = self.spikes.state()
         with self.rank.patience():  # another rank may still write the checkpoint before
-            self.checkpoints.save(self.step)
+            self.checkpoints.save(self.step, counts)
 
-    def _evaluate(self, folder: RunFolder | None) -> dict[str, Any]:
+    def _evaluate(self, folder: RunFolder | None) -> dict[str, Any] | None:
+        """The results, or None if a request to stop came in between. A collective."""
         self.rank.enter(self.step, "evaluate")
-        results = self.evaluation.run(self.plain_backbone, self.head, self.rank, self.step)
+        with self.rank.patience(), self.engine.evaluating() as backbone:
+            results = self.evaluation.run(backbone, self.head, self.rank, self.step)
         if folder and results:
             folder.metrics.write("evaluation", step=self.step, results=results)
             for name, found in results.items():
@@ -267,8 +348,15 @@ class Trainer:
                 log(f"{name}: " + (tar or f"accuracy {found['accuracy']:.4f}"))
         return results
 
+    def _make_up_for_evaluation(self, folder: RunFolder | None) -> bool:
+        """Do the evaluation of the step that a run goes on from, if it ended before that; whether asked to stop."""
+        if self.step == 0 or not self._is_due(self.config.evaluation.every):
+            return False
+        missing = on_first(lambda: folder is not None and not folder.has_evaluation(self.step))
+        return missing and self._evaluate(folder) is None
+
     def _describe(self) -> None:
-        parameters = sum(parameter.numel() for parameter in self.plain_backbone.parameters())
+        parameters = sum(parameter.numel() for parameter in self.backbone.parameters())
         log(
             f"{self.dataset.num_samples:,} images of {self.dataset.num_classes:,} classes; {self.config.model.name} "
             f"({parameters / 1e6:.1f} M parameters); {self.head.loss.__class__.__name__}({self.head.loss.extra_repr()})"
@@ -280,35 +368,6 @@ class Trainer:
             f"run folder {self.config.run.dir}"
         )
         log(describe_memory(self.config, self.head))
-
-
-class Means:
-    """Sums of what steps report, kept on the device until they are read."""
-
-    def __init__(self) -> None:
-        self.steps = 0
-        self._sums: dict[str, Tensor] = {}
-
-    def add(self, out: HeadOutput, grad_norm: Tensor) -> None:
-        """Add one step."""
-        values = {
-            "loss": out.loss.detach(),
-            "softmax_loss": out.softmax_loss,
-            "center_loss": out.center_loss,
-            "target_cosine": out.target_cosine,
-            "grad_norm": grad_norm,
-            "num_samples": out.num_samples,
-        }
-        for name, value in values.items():
-            self._sums[name] = self._sums.get(name, 0) + value.double()
-        self.steps += 1
-
-    def read(self) -> dict[str, float]:
-        """The mean of each over the steps, but the sum of ``num_samples``."""
-        return {
-            name: float(total) if name == "num_samples" else float(total) / self.steps
-            for name, total in self._sums.items()
-        }
 
 
 def _micro_batches(images: Tensor, labels: Tensor, parts: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -1,0 +1,63 @@
+"""A backbone's weights and optimizer state, whole, under the names that checkpoints use."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+WEIGHTS, OPTIMIZER = "backbone.", "backbone_optimizer."
+
+
+class BackboneState(Protocol):
+    """What a checkpoint needs of an engine. Every name is ``backbone.<name in the module>``, or
+    ``backbone_optimizer.<parameter>.<key>``; every tensor is whole, whoever holds which part of it.
+    """
+
+    module: nn.Module
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All there is. A collective; the tensors may be those that training goes on to change."""
+
+    def targets(self) -> dict[str, Tensor]:
+        """Where weights and buffers are to be read into. A collective."""
+
+    def shapes(self) -> dict[str, torch.Size]:
+        """The shape of each parameter."""
+
+    def take(self, tensors: dict[str, Tensor]) -> None:
+        """Go on from ``tensors``: the targets, filled, and the optimizer's state. A collective."""
+
+
+class ReplicatedBackbone:
+    """A backbone that every rank has in full."""
+
+    def __init__(self, module: nn.Module, optimizer: Optimizer) -> None:
+        self.module, self.optimizer = module, optimizer
+
+    def tensors(self) -> dict[str, Tensor]:
+        found = self.targets()
+        for name, parameter in self.module.named_parameters():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                if isinstance(value, Tensor):
+                    found[f"{OPTIMIZER}{name}.{key}"] = value
+        return found
+
+    def targets(self) -> dict[str, Tensor]:
+        return {f"{WEIGHTS}{name}": value for name, value in self.module.state_dict().items()}
+
+    def shapes(self) -> dict[str, torch.Size]:
+        return {name: parameter.shape for name, parameter in self.module.named_parameters()}
+
+    def take(self, tensors: dict[str, Tensor]) -> None:
+        parameters = dict(self.module.named_parameters())
+        on_device = any(self.optimizer.defaults.get(kind) for kind in ("fused", "capturable"))
+        self.optimizer.state.clear()
+        for name, value in tensors.items():
+            if name.startswith(OPTIMIZER):  # weights and buffers were read into place
+                owner, _, key = name.removeprefix(OPTIMIZER).rpartition(".")
+                parameter = parameters[owner]
+                device = parameter.device if key != "step" or on_device else torch.device("cpu")
+                self.optimizer.state[parameter][key] = value.to(device)

@@ -1,0 +1,68 @@
+"""Requests to stop: the file ``stop`` in the run folder, SIGTERM, SIGUSR1 and Ctrl-C.
+
+A request only leaves word. The training loop reads it between steps and tells the other ranks with the verdict on the
+step, so that all of them stop after the same one; nothing is done inside a signal handler.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+STOP_FILE = "stop"
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_LOOK_EVERY = 0.5  # seconds between looks for the file, which may lie on a network
+
+
+class StopRequest:
+    """Whether this process has been asked to stop.
+
+    Args:
+        folder: the run folder whose file ``stop`` is a request, too; None: nobody looks for it here.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self.reason: str | None = None  # who asked, in words
+        self._file = folder / STOP_FILE if folder else None
+        self._looked = -_LOOK_EVERY
+
+    @property
+    def requested(self) -> bool:
+        """Whether somebody has asked."""
+        if self.reason is None and self._file is not None and time.monotonic() - self._looked >= _LOOK_EVERY:
+            if self._file.exists():
+                self.reason = f"the file {self._file}"
+            self._looked = time.monotonic()
+        return self.reason is not None
+
+    def request(self, reason: str) -> None:
+        """Ask this process to stop; the first reason is kept."""
+        self.reason = self.reason or reason
+
+    def done(self) -> None:
+        """The run has stopped: the file has served."""
+        if self._file is not None:
+            self._file.unlink(missing_ok=True)
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Within, signals are requests. A second Ctrl-C ends the process as usual; other signals may repeat."""
+        if threading.current_thread() is not threading.main_thread():  # Python hands signals to no other
+            yield
+            return
+        before = {number: signal.signal(number, self._receive) for number in _SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.reason is not None:
+            raise KeyboardInterrupt
+        self.request(signal.Signals(number).name)
