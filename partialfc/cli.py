@@ -7,9 +7,10 @@ import os
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from partialfc.errors import ConfigError, PartialFCError
 from partialfc.tracking.progress import console_progress, log
@@ -20,12 +21,25 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+class FolderOrCommand(TyperGroup):
+    """Commands, the first of which may be left out: ``partialfc runs DIR`` is ``partialfc runs list DIR``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in (*self.commands, "--help"):
+            args = ["list", *args]
+        return super().parse_args(ctx, args)
+
+
 data = typer.Typer(help="Make data sets.", no_args_is_help=True)
 app.add_typer(data, name="data")
 checkpoint = typer.Typer(help="Look at checkpoints.", no_args_is_help=True)
 app.add_typer(checkpoint, name="checkpoint")
 imports = typer.Typer(help="Take in what other tools have written.", no_args_is_help=True)
 app.add_typer(imports, name="import")
+runs = typer.Typer(help="Look at runs: partialfc runs DIR.", no_args_is_help=True, cls=FolderOrCommand)
+app.add_typer(runs, name="runs")
 
 
 STOPPED = 75  # EX_TEMPFAIL: stopped on request with a checkpoint written; start me again
@@ -111,11 +125,42 @@ def export_command(
     model: Annotated[str | None, typer.Option(help="allow this my.module:factory or timm:NAME to be run")] = None,
 ) -> None:
     """Write the backbone as safetensors and ONNX, and on request the class centres."""
+    from partialfc.config import load_config
     from partialfc.exchange.export import export
+    from partialfc.tracking.wandb_run import catch_up
 
     done = export(run, out, centers, center_dtype.value, onnx, console_progress, model)
     checked = "" if done.onnx_difference is None else f"; ONNX as torch within {done.onnx_difference:.0e}"
     log(f"{done.folder}, from {done.checkpoint.name}: {', '.join(done.files)}{checked}")
+    folder = done.checkpoint.parent.parent
+    if (folder / "config.yaml").exists():
+        catch_up(folder, load_config(folder / "config.yaml").tracking.wandb)
+
+
+@runs.command("list")
+def runs_list_command(
+    folder: Annotated[Path, typer.Argument(help="a run folder, or one above run folders, e.g. runs")],
+    watch: Annotated[bool, typer.Option("--watch", help="show it again and again, until Ctrl-C")] = False,
+    every: Annotated[float, typer.Option(min=0.1, help="seconds between two looks")] = 5.0,
+) -> None:
+    """Show how runs are doing: state, step, ETA, last metrics. `list` may be left out."""
+    from partialfc.train.runs import describe_runs, watch_runs
+
+    if watch:
+        watch_runs(folder, every)
+    else:
+        print(describe_runs(folder))
+
+
+@runs.command("sync")
+def runs_sync_command(
+    folder: Annotated[Path, typer.Argument(help="a run folder")],
+) -> None:
+    """Send to W&B what a run has kept for later, because it was offline or its server did not answer."""
+    from partialfc.tracking.wandb_sync import sync
+
+    attempts = sync(folder)
+    log(f"{folder}: " + (f"sent what {attempts} attempts had kept" if attempts else "nothing to send"))
 
 
 @imports.command("weights")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import yaml
@@ -149,9 +149,23 @@ class CheckpointConfig(Section):
     resume: Literal["auto", "never"] = Field("auto", description="auto: go on from the run folder's newest whole one")
 
 
+class WandbConfig(Section):
+    mode: Literal["disabled", "auto", "online", "offline"] = Field(
+        "disabled", description="auto: WANDB_MODE if set, else online where there is a key, else offline"
+    )
+    project: str = Field("partialfc", min_length=1, max_length=128, description="W&B project")
+    entity: str | None = Field(None, min_length=1, description="user or team; null: the key's own")
+    name: str | None = Field(None, min_length=1, max_length=128, description="of the run; null: the run folder's name")
+    group: str | None = Field(None, min_length=1, max_length=128, description="runs that W&B shows together")
+    tags: list[Annotated[str, Field(min_length=1, max_length=64)]] = Field([], description="labels to find the run by")
+    timeout: float = Field(30.0, gt=0, le=3600, description="seconds to wait for W&B, at the start and at the end")
+    system_metrics: bool = Field(False, description="also the use of CPUs, GPUs, memory and disks on rank 0's host")
+
+
 class TrackingConfig(Section):
     log_every: int = Field(20, ge=1, description="steps between lines of metrics.jsonl")
     metrics_port: int = Field(0, ge=0, le=65535, description="loopback port of /healthz and /metrics; 0: none")
+    wandb: WandbConfig = Field(WandbConfig(), description="Weights & Biases, beside metrics.jsonl")
 
 
 class Config(Section):

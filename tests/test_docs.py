@@ -15,7 +15,7 @@ from ranks import Ranks
 from torch.utils.flop_counter import FlopCounterMode
 
 from partialfc import PartialFC, losses, models
-from partialfc.config import parse_config
+from partialfc.config import WandbConfig, parse_config
 
 ROOT = Path(__file__).parent.parent
 
@@ -177,3 +177,15 @@ def test_what_the_page_on_backbones_shows_works(tmp_path: Path, monkeypatch: pyt
         model, data = config.model, config.data
         if model.name == "my_nets:net":
             models.build(model.name, model.embedding_dim, data.channels, data.image_size, model.options)
+
+
+def test_the_tracking_page_shows_what_works(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "tracking.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    assert parse_config(yaml.safe_load(example)).tracking.wandb.mode == "auto"
+    names = {"run": tmp_path}
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 5, "loss": 0.5}\n{"kind": "event"}\n')
+    exec(_examples("tracking.md")[0], names)
+    assert names["losses"] == {5: 0.5}
+    for key in WandbConfig.model_fields:
+        assert f"`{key}`" in text, key

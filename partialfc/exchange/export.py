@@ -19,6 +19,7 @@ from partialfc import __version__, models
 from partialfc.config import Config, parse_config
 from partialfc.errors import ConfigError, DataError, ExportFailed, MissingDependency
 from partialfc.exchange.reading import find_checkpoint, map_file, read_into, reserve, stored_tensors
+from partialfc.tracking.metrics import add_event
 from partialfc.tracking.progress import Advance, Progress, no_progress
 from partialfc.train.class_table import CLASSES
 from partialfc.train.row_loading import RowLoadPlanner
@@ -119,6 +120,7 @@ def export(
         (temporary / ABOUT).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
         shutil.rmtree(out, ignore_errors=True)
         temporary.rename(out)
+        add_event(checkpoint.parent.parent, "export", step=manifest["step"], path=str(out.resolve()))
     except OSError as error:
         raise DataError(f"{out} cannot be written: {error}") from error
     finally:

@@ -51,6 +51,15 @@ class MetricsFile:
         self._file.close()
 
 
+def add_event(run: Path, event: str, **values: Any) -> None:
+    """Write an event into the metrics.jsonl of a run folder, if it is one, from outside its training."""
+    path = run / "metrics.jsonl"
+    if path.exists():
+        metrics = MetricsFile(path)
+        metrics.write("event", event=event, **values)
+        metrics.close()
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl; a torn last line is left out."""
     lines = []

@@ -20,9 +20,9 @@ from partialfc.evaluate.figures import draw_roc
 from partialfc.evaluate.identification import nearest_classes
 from partialfc.evaluate.verification import Scores, read_protocols, score_pairs
 from partialfc.head import PartialFC
+from partialfc.tracking.atomic import write_atomically
 from partialfc.tracking.progress import console_progress, no_progress
 from partialfc.train.ranks import Rank
-from partialfc.train.run_folder import write_atomically
 
 FARS = (1e-2, 1e-3, 1e-4, 1e-5)
 
@@ -122,4 +122,6 @@ class Evaluation:
         write_atomically(folder / f"step-{step:08d}.json", json.dumps(results, indent=1) + "\n")
         if curves:
             title = f"{self.config.run.dir.name}, step {step}"
+            points = {name: scores.roc_points() for name, scores in curves.items()}
+            write_atomically(folder / f"roc-step-{step:08d}.json", json.dumps(points) + "\n")
             draw_roc(curves, folder / f"roc-step-{step:08d}.png", title)

@@ -13,8 +13,10 @@ from typing import Any
 
 from partialfc.config import Config, to_yaml
 from partialfc.errors import ConfigError, PartialFCError
+from partialfc.tracking.atomic import write_atomically
 from partialfc.tracking.metrics import MetricsFile, read_metrics
 from partialfc.tracking.progress import log
+from partialfc.tracking.wandb_run import start_wandb
 
 STATE = "state.json"
 _HEARTBEAT = 5.0  # seconds between updates of state.json
@@ -22,21 +24,6 @@ _HEARTBEAT = 5.0  # seconds between updates of state.json
 
 class GivenUp(PartialFCError):
     """The run was restarted again and again without getting any further."""
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write ``text`` so that ``path`` is either as before or complete, also after a crash."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
 
 
 def read_state(folder: Path) -> dict[str, Any] | None:
@@ -78,6 +65,7 @@ class RunFolder:
         self._endpoint = self._open_endpoint(config)
         self._thread = threading.Thread(target=self._keep_fresh, name="state", daemon=True)
         self._thread.start()
+        self.wandb = start_wandb(self.path, config.tracking.wandb, anew=config.checkpoint.resume == "never")
 
     def progress(self, step: int, seconds_left: float | None = None) -> None:
         """Say how far the run is; written with the next heartbeat."""
@@ -110,6 +98,8 @@ class RunFolder:
         if self._endpoint:
             self._endpoint.close()
         self.metrics.close()
+        if self.wandb:
+            self.wandb.close()
 
     def _open_endpoint(self, config: Config) -> Any:
         port = config.tracking.metrics_port

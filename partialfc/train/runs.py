@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,6 +86,15 @@ def describe_runs(folder: Path) -> str:
         if run.state == "stalled"
     ]
     return "\n".join(lines + (["", *notes] if notes else []))
+
+
+def watch_runs(folder: Path, every: float) -> None:
+    """Print the table again and again, in place on a terminal, until the user has seen enough (Ctrl-C)."""
+    start = "\x1b[2J\x1b[H" if sys.stdout.isatty() else ""
+    with suppress(KeyboardInterrupt):
+        while True:
+            print(f"{start}{time.strftime('%Y-%m-%d %H:%M:%S')}\n{describe_runs(folder)}\n", flush=True)
+            time.sleep(every)
 
 
 def _row(run: Run, folder: Path) -> tuple[str, ...]:
