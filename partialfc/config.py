@@ -45,7 +45,9 @@ class DataConfig(Section):
     global_batch_size: int = Field(256, ge=1, description="samples a step, over all ranks")
     image_size: int = Field(32, ge=8, le=1024, description="pixels; images of another size are resized")
     channels: Literal[1, 3] = Field(1, description="1 grey, 3 RGB")
-    augment: Literal["none", "light"] = Field("light", description="random affine maps and noise")
+    augment: Literal["none", "light", "flip"] = Field(
+        "light", description="light: random affine maps and noise; flip: mirrored at random, as is usual for faces"
+    )
     workers: int = Field(0, ge=0, le=256, description="loader processes a rank; 0 loads in the training process")
 
 
