@@ -35,12 +35,12 @@ from partialfc.config import load_config
 from partialfc.train.run_folder import GivenUp, count_restarts
 
 FAULTY = str(Path(__file__).with_name("faulty_run.py"))
-SETTINGS = ["evaluation.every=0", "evaluation.sets=[]", "optim.epochs=10", "checkpoint.every=4", "optim.lr=0.02"]
+SETTINGS = ["evaluation.every=0", "evaluation.sets=[]", "optim.epochs=10", "checkpoint.every=4", "optim.lr=0.005"]
 
 
 # From its second step on DDP lays out its buckets anew, and with them the order in which three ranks sum gradients.
 # A run that begins again does so a step later than one that goes on; rounding differs, and that grows with the steps.
-SUMMED_IN_ANOTHER_ORDER = 5e-3
+SUMMED_IN_ANOTHER_ORDER = 2e-3
 
 
 @pytest.fixture(scope="module")
