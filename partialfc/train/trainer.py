@@ -27,6 +27,7 @@ from partialfc.train.describe import describe_memory, describe_rate
 from partialfc.train.engine import DdpEngine, Engine
 from partialfc.train.evaluation import Evaluation
 from partialfc.train.means import Means
+from partialfc.train.micro_batches import micro_batches, together
 from partialfc.train.phase_clock import PhaseClock
 from partialfc.train.ranks import Rank, automatic_restarts
 from partialfc.train.run_folder import GivenUp, RunFolder, count_restarts, record_failure
@@ -101,13 +102,7 @@ class Trainer:
                 f"the checkpoint is of step {self.step:,}, and optim.epochs={self.config.optim.epochs:g} ends the run "
                 f"at step {self.total_steps:,}; raise it to train on"
             )
-        try:
-            restarts = on_first(lambda: count_restarts(self.config, self.step, automatic_restarts()))
-        except GivenUp as error:
-            if self.rank.is_first:
-                record_failure(self.config.run.dir, str(error), states=("running", "failed", "preempted"))
-            raise
-        folder = RunFolder(self.config, self.total_steps, self.step, restarts) if self.rank.is_first else None
+        folder = self._open_folder()
         self.rank.on_lost.append(lambda reason: self._record_failure(folder, reason))
         try:
             if folder:
@@ -123,6 +118,21 @@ class Trainer:
         if folder:
             folder.close()
         return outcome
+
+    def _open_folder(self) -> RunFolder | None:
+        """The first rank's; where it cannot be had, or the run has been given up, all ranks fail. A collective."""
+        opened: list[RunFolder] = []
+
+        def open_it() -> None:
+            try:
+                restarts = count_restarts(self.config, self.step, automatic_restarts())
+            except GivenUp as error:
+                record_failure(self.config.run.dir, str(error), states=("running", "failed", "preempted"))
+                raise
+            opened.append(RunFolder(self.config, self.total_steps, self.step, restarts))
+
+        on_first(open_it)
+        return opened[0] if opened else None
 
     def _record_failure(self, folder: RunFolder | None, reason: str) -> None:
         if folder:
@@ -229,7 +239,7 @@ class Trainer:
         images = batch.images.to(self.rank.device, non_blocking=True)
         labels = batch.labels.to(self.rank.device, non_blocking=True)
         check, outputs = StepCheck(self.rank.device), []
-        for part, (some_images, some_labels) in enumerate(_micro_batches(images, labels, parts)):
+        for part, (some_images, some_labels) in enumerate(micro_batches(images, labels, parts)):
             embeddings = self.engine.forward(some_images)
             self.clock.mark("forward")
             head_input = embeddings.detach().requires_grad_()
@@ -245,7 +255,7 @@ class Trainer:
             check.embeddings(head_input)
             check.loss(out.loss)
             outputs.append((out, share))
-        out = _together(outputs)
+        out = together(outputs)
         check.gradients(*self.engine.finish_backward(), self.head.gradient_is_finite())
         verdict = check.agree(self.rank, self._words(out))
         self.clock.mark("backward")
@@ -373,32 +383,6 @@ class Trainer:
             f"run folder {self.config.run.dir}"
         )
         log(describe_memory(self.config, self.head))
-
-
-def _micro_batches(images: Tensor, labels: Tensor, parts: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The ``parts`` slices of a batch, all of one size; the loader has laid them out."""
-    size = len(labels) // parts
-    for part in range(parts):
-        some = slice(part * size, (part + 1) * size)
-        yield images[some], labels[some]
-
-
-def _together(outputs: list[tuple[HeadOutput, Tensor]]) -> HeadOutput:
-    """What the head would have said of all micro-batches as one, each with its share of the samples."""
-    if len(outputs) == 1:
-        return outputs[0][0]
-
-    def mean(name: str) -> Tensor:
-        return torch.stack([getattr(out, name).detach() * share for out, share in outputs]).sum(0)
-
-    return HeadOutput(
-        mean("loss"),
-        mean("softmax_loss"),
-        mean("center_loss"),
-        mean("target_cosine"),
-        torch.stack([out.num_samples for out, _ in outputs]).sum(0),
-        max(out.active_rows for out, _ in outputs),
-    )
 
 
 def _set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
