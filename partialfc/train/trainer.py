@@ -141,8 +141,8 @@ class Trainer:
             self.checkpoints.report(folder, wait=True)
             if stopped:
                 reason = self.rank.why_stop()
+        self.rank.stop.done()
         if folder and stopped:
-            self.rank.stop.done()
             log(f"stopped after step {self.step:,} as asked by {reason}, with a checkpoint; start again to go on")
             folder.metrics.write("event", event="preempted", step=self.step, reason=reason)
             folder.set_state("preempted", self.step, f"asked to stop by {reason}")
