@@ -30,7 +30,7 @@ def read_state(folder: Path) -> dict[str, Any] | None:
     """The run's ``state.json``; None if there is none, or it is not one."""
     try:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return state if isinstance(state, dict) else None
 
