@@ -173,6 +173,7 @@ def test_restarts_that_get_no_further_are_given_up(task: Path, tmp_path: Path) -
     assert found["state"] == "failed"
     assert "2 restarts in a row have begun at step 4" in found["reason"]
     assert "steps in a row were skipped" in found["reason"], "and why the last one failed"
+    assert found["reason"].count("giving up") == 1, "however often torchrun starts it again"
     assert [line["step"] for line in events(folder, "started")] == [0, 4, 4], "one more is allowed, no third"
     by_hand = run(task, 0, f"run.dir={folder}", *SETTINGS, "optim.epochs=1")
     assert by_hand.returncode in (0, 2), by_hand.stderr
