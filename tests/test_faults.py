@@ -145,6 +145,19 @@ def test_after_a_jump_of_the_loss_a_run_goes_back_and_on_with_the_next_samples(t
     assert train[33]["skipped_steps"] == 1
 
 
+@pytest.mark.parametrize("every", [0, 2])
+def test_a_loss_that_jumps_step_after_step_ends_the_run_whatever_there_is_to_go_back_to(
+    task: Path, tmp_path: Path, every: int
+) -> None:
+    folder = tmp_path / "run"
+    settings = ["optim.epochs=4", f"checkpoint.every={every}", "optim.spike={factor: 1.5, window: 5}"]
+    done = faulty(0, task, folder, "backbone", 0, "9-", *settings, "run.skipped_in_a_row=4")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert [line["step"] for line in events(folder, "spike")] == [9, 10, 11, 12]
+    for words in ("4 steps in a row were skipped", "jump of the loss", "optim.lr"):
+        assert words in state(folder)["reason"], words
+
+
 def test_a_spike_is_judged_by_the_running_mean_and_survives_a_restart() -> None:
     rule = SpikeRule(factor=2.0, window=4)
     assert not any(rule.is_spike(loss) for loss in (9.0, 1.0, 1.0, 1.0)), "nothing is one before the window is full"

@@ -282,7 +282,7 @@ class Trainer:
             return
         self.skipped_steps += 1
         if result.verdict.spike and not result.verdict.broken:
-            self._roll_back(folder, result)
+            self._follow_spike(folder, result)
             return
         self.skipped_in_a_row += not result.scale_fell  # while it falls, skipping is how a loss scale is found
         faults = find_faults(result.verdict, result.check, batch.indices, self.dataset, self.head, self.rank)
@@ -299,8 +299,11 @@ class Trainer:
                 f"(now {self.config.optim.lr:g} and {self.config.optim.warmup:g} epochs)"
             )
 
-    def _roll_back(self, folder: RunFolder | None, result: StepResult) -> None:
-        """After a spike: the state of the last checkpoint, with the samples that come next. A collective."""
+    def _follow_spike(self, folder: RunFolder | None, result: StepResult) -> None:
+        """The state of the last checkpoint, with the samples that come next; no longer if that has not helped so far.
+        A collective.
+        """
+        self.skipped_in_a_row += 1
         loss = float(result.out.loss.detach())
         with self.rank.patience():
             checkpoint = self.checkpoints.roll_back(self.step, _MOST_ROLL_BACKS)
@@ -308,6 +311,11 @@ class Trainer:
             where = f"back to {checkpoint}" if checkpoint else "skipped; there is no checkpoint to go back to"
             log(f"WARNING: the loss has jumped to {loss:.4g} at step {self.step:,}: {where}")
             folder.metrics.write("event", event="spike", step=self.step, loss=loss, rolled_back_to=checkpoint)
+        if self.skipped_in_a_row >= self.config.run.skipped_in_a_row:
+            raise Diverged(
+                f"{self.skipped_in_a_row} steps in a row were skipped, the last for a jump of the loss to {loss:.4g}; "
+                f"{self.checkpoints.newest_in_words()}. Lower optim.lr, or raise optim.spike.factor"
+            )
 
     # --- what is written ----------------------------------------------------------------------------------------------
 
