@@ -117,7 +117,8 @@ class Trainer:
             explained = self.rank.explain(error) if isinstance(error, Exception) else error
             if isinstance(error, Exception) and not isinstance(explained, RankLost):
                 self.checkpoints.let_end(self.config.run.timeout / 2)
-            if folder or (isinstance(explained, PartialFCError) and not isinstance(explained, RankLost)):
+            # Of a rank that is lost every other one tells: it may be the first.
+            if folder or isinstance(explained, PartialFCError):
                 self._record_failure(folder, str(explained) or type(explained).__name__)
             raise explained from (None if explained is error else error)
         if folder:
