@@ -221,3 +221,35 @@ def test_a_request_that_comes_when_all_is_done_does_not_stop_the_next_start(task
     second = finish([*command(task, 0, *settings, "optim.epochs=3"), "--force"])
     assert second.returncode == 0, second.stdout + second.stderr
     assert state(folder)["step"] == 3
+
+
+def test_a_second_ctrl_c_ends_the_run_at_once_with_a_reason_and_the_checkpoints_that_there_are(
+    task: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    slow = (
+        "import time\n"
+        "from partialfc.train import saving\n"
+        "write = saving._write_tensors\n"
+        "saving._write_tensors = lambda folder, *words: (\n"
+        "    time.sleep(0 if 'step-00000003' in folder.name else 30), write(folder, *words)\n"
+        ")\n"
+        "from partialfc.__main__ import main\n"
+        "main()\n"
+    )
+    settings = [*LONG, "checkpoint.every=3", "data.workers=2"]
+    words = [sys.executable, "-c", slow, "train", str(task), f"run.dir={folder}", *settings]
+    with started(words, tmp_path / "output") as process:
+        wait_until(lambda: (folder / "checkpoints" / ".step-00000006.incomplete").exists(), of=process)
+        process.send_signal(signal.SIGINT)
+        time.sleep(1.0)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(4) == 1
+    assert "second Ctrl-C" in state(folder)["reason"]
+    assert "error: a second Ctrl-C has ended the run at once" in (tmp_path / "output").read_text().splitlines()[-1]
+    assert [path.name for path in (folder / "checkpoints").glob("step-*")] == ["step-00000003"]
+    again = finish(command(task, 0, f"run.dir={folder}", *settings, "optim.epochs=0.5"))
+    assert again.returncode == 2, "another config"
+    again = finish([*command(task, 0, f"run.dir={folder}", *settings, "optim.epochs=0.5"), "--force"])
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert state(folder)["start_step"] == 3

@@ -15,7 +15,7 @@ from partialfc.config import Config, build_head, build_head_optimizer
 from partialfc.data.dataset import TarDataset
 from partialfc.data.loader import Batch, build_loader
 from partialfc.data.order import steps_per_epoch
-from partialfc.errors import ConfigError, PartialFCError, RankLost
+from partialfc.errors import ConfigError, Interrupted, PartialFCError, RankLost
 from partialfc.head import HeadOutput
 from partialfc.head.hashing import stream_key
 from partialfc.tracking.progress import console_progress, log, no_progress
@@ -36,6 +36,7 @@ from partialfc.train.verdict import Diverged, StepCheck, Verdict, Word, find_fau
 
 _DRAWS = 6  # the purpose that tells this stream of random numbers from the others
 _MOST_ROLL_BACKS = 3  # to one checkpoint
+_INTERRUPTED = "a second Ctrl-C has ended the run at once; start again to go on from its newest checkpoint"
 
 Outcome = Literal["finished", "preempted"]
 
@@ -114,7 +115,11 @@ class Trainer:
                 self._describe()
             outcome = self._run(folder)
         except BaseException as error:
-            explained = self.rank.explain(error) if isinstance(error, Exception) else error
+            explained = error
+            if isinstance(error, Exception):
+                explained = self.rank.explain(error)
+            elif isinstance(error, KeyboardInterrupt):
+                explained = Interrupted(_INTERRUPTED)
             if isinstance(error, Exception) and not isinstance(explained, RankLost):
                 self.checkpoints.let_end(self.config.run.timeout / 2)
             # Of a rank that is lost every other one tells: it may be the first.
