@@ -33,7 +33,7 @@ class RunConfig(Section):
     dir: Path = Field(Path("runs/run"), description="run folder: metrics, checkpoints, figures")
     seed: int = Field(0, ge=0, lt=2**31, description="of weights, sample order, augmentation and negatives")
     timeout: float = Field(120.0, gt=0, description="seconds after which a silent rank ends the run")
-    skipped_in_a_row: int = Field(10, ge=1, description="steps in a row, skipped for NaN or Inf, that end the run")
+    skipped_in_a_row: int = Field(10, ge=1, description="skipped steps in a row that end the run")
     restarts_without_progress: int = Field(
         3, ge=0, description="automatic restarts in a row from the same step before the run is given up"
     )

@@ -90,6 +90,30 @@ def test_a_single_run_folder_and_an_empty_one_are_no_errors(
     assert describe_runs(empty) == f"no runs below {empty}"
 
 
+@pytest.mark.parametrize(
+    "spoilt",
+    [
+        "{}",
+        '{"state": "running", "step": "many", "total_steps": null, "attempt": [], "updated": null, "reason": null}',
+        '{"state": "running", "updated": 1e400, "step": 1e999, "seconds_left": "soon"}',
+        '{"state": "running", "updated": 9e12, "seconds_left": "soon"}',
+        "[" * 100_000,
+    ],
+)
+@pytest.mark.parametrize(
+    "metrics",
+    ["[]\n1\n{}\n", '{"kind": ["train"]}\n', '{"kind": "evaluation", "results": {"x": {"tar_at_far": {"y": 1}}}}'],
+)
+def test_a_spoilt_folder_does_not_hide_the_other_runs(several: Path, spoilt: str, metrics: str) -> None:
+    folder = several / "spoilt"
+    folder.mkdir()
+    (folder / "state.json").write_text(spoilt)
+    (folder / "metrics.jsonl").write_text(metrics)
+    text = describe_runs(several)
+    assert "old " in text
+    assert ("spoilt" in text) == spoilt.startswith("{"), text
+
+
 def test_the_list_is_renewed_until_the_user_has_seen_enough(several: Path) -> None:
     words = [sys.executable, "-m", "partialfc", "runs", str(several), "--watch", "--every", "0.2"]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)

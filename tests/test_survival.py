@@ -123,6 +123,33 @@ def test_a_rank_that_stops_while_the_others_wait_with_patience_is_noticed_by_its
     assert f"not heard from rank {victim}" in (tmp_path / "output").read_text()
 
 
+@pytest.mark.parametrize("asynchronous", ["true", "false"])
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_dies_in_the_last_save_is_named_also_if_it_is_the_first(
+    task: Path, tmp_path: Path, victim: int, asynchronous: str
+) -> None:
+    folder = tmp_path / "run"
+    slow = tmp_path / "slow.py"  # every part of a checkpoint takes longer
+    slow.write_text(
+        "import time\n"
+        "from partialfc.train import saving\n"
+        "write = saving._write_tensors\n"
+        "saving._write_tensors = lambda *words: (time.sleep(3), write(*words))\n"
+        "from partialfc.__main__ import main\n"
+        "main()\n"
+    )
+    settings = [*SETTINGS, "optim.epochs=0.25", f"checkpoint.asynchronous={asynchronous}"]
+    words = [*torchrun(2), str(slow), "train", str(task), f"run.dir={folder}", *settings]
+    with started(words, tmp_path / "output") as process:
+        wait_until(lambda: (folder / "checkpoints" / ".step-00000003.incomplete").exists(), of=process)
+        time.sleep(0.5)
+        os.kill(workers(process.pid)[victim], signal.SIGKILL)
+        assert process.wait(60) == 1
+    assert state(folder)["state"] == "failed"
+    assert f"not heard from rank {victim}" in state(folder)["reason"]
+    assert f"error: not heard from rank {victim}" in (tmp_path / "output").read_text()
+
+
 def agents(task: Path, folder: Path, port: int, nodes: str) -> list[str]:
     options = ["--nnodes", nodes, "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}"]
     options += [
@@ -173,6 +200,7 @@ def test_restarts_that_get_no_further_are_given_up(task: Path, tmp_path: Path) -
     assert found["state"] == "failed"
     assert "2 restarts in a row have begun at step 4" in found["reason"]
     assert "steps in a row were skipped" in found["reason"], "and why the last one failed"
+    assert found["reason"].count("giving up") == 1, "however often torchrun starts it again"
     assert [line["step"] for line in events(folder, "started")] == [0, 4, 4], "one more is allowed, no third"
     by_hand = run(task, 0, f"run.dir={folder}", *SETTINGS, "optim.epochs=1")
     assert by_hand.returncode in (0, 2), by_hand.stderr

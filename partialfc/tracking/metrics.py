@@ -84,7 +84,8 @@ def read_last(path: Path, most: int) -> dict[str, dict[str, Any]]:
     for text in texts:
         with suppress(ValueError):
             line = json.loads(text)
-            found[line["kind"]] = line
+            if isinstance(line, dict) and isinstance(line.get("kind"), str):
+                found[line["kind"]] = line
     return found
 
 

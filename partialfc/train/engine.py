@@ -93,7 +93,7 @@ class DdpEngine:
         self.optimizer = build_backbone_optimizer(config, module, rank.device)
         self.state: BackboneState = ReplicatedBackbone(module, self.optimizer)
         self._norm = torch.zeros((), device=rank.device)
-        self._buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
+        self._buffers = list(module.buffers())
         self._before = [torch.empty_like(buffer) for buffer in self._buffers]
 
     def begin_step(self, lr: float) -> None:

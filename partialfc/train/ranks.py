@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from partialfc.errors import PartialFCError, RankLost
+from partialfc.errors import CheckpointFailed, PartialFCError, RankLost
 from partialfc.train.agreement import gathered
 from partialfc.train.liveness import Liveness
 from partialfc.train.rendezvous import fresh_store
@@ -75,9 +75,11 @@ class Rank:
         """A failure in words that name the rank at fault, here or elsewhere; tells the other ranks of one here."""
         if self.liveness is None:
             return error
-        if isinstance(error, RankLost) or (isinstance(error, RuntimeError) and not isinstance(error, PartialFCError)):
+        cause = error.__cause__ if isinstance(error, CheckpointFailed) else error
+        if isinstance(cause, RankLost) or (isinstance(cause, RuntimeError) and not isinstance(cause, PartialFCError)):
             reason = self.liveness.explain()
-            return RankLost(f"{reason} (seen by rank {self.rank}: {error})") if reason else error
+            if reason:
+                return RankLost(f"{reason} (seen by rank {self.rank}: {error})")
         self.liveness.report_failure(f"{error}" if isinstance(error, PartialFCError) else repr(error))
         return error
 

@@ -19,6 +19,7 @@ from partialfc.tracking.progress import log
 from partialfc.tracking.wandb_run import start_wandb
 
 STATE = "state.json"
+_GIVING_UP = "giving up. Start the run by hand to try again"
 _HEARTBEAT = 5.0  # seconds between updates of state.json
 
 
@@ -30,7 +31,7 @@ def read_state(folder: Path) -> dict[str, Any] | None:
     """The run's ``state.json``; None if there is none, or it is not one."""
     try:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return state if isinstance(state, dict) else None
 
@@ -159,10 +160,12 @@ def count_restarts(config: Config, step: int, automatic: int) -> int:
         return 0
     restarts = int(previous.get("restarts", 0)) + 1
     if restarts > config.run.restarts_without_progress:
+        reason = previous.get("reason") or "no reason is known: the process was killed"
+        if str(reason).endswith(_GIVING_UP):  # and the launcher has started it again all the same
+            raise GivenUp(reason)
         raise GivenUp(
-            f"{restarts} restarts in a row have begun at step {step:,} and got no further (last time: "
-            f"{previous.get('reason') or 'no reason is known: the process was killed'}); giving up. Start the run by "
-            "hand to try again"
+            f"{restarts} restarts in a row have begun at step {step:,} and got no further (last time: {reason}); "
+            f"{_GIVING_UP}"
         )
     return restarts
 

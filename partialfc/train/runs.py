@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from contextlib import suppress
@@ -44,7 +45,7 @@ def _look(folder: Path, now: float) -> Run | None:
     state = read_state(folder)
     if state is None:
         return None
-    silent = max(0.0, now - float(state.get("updated", 0.0)))
+    silent = max(0.0, now - (_number_of(state, "updated") or 0.0))
     word = str(state.get("state", "?"))
     if word == "running" and silent > STALLED_AFTER:
         word = "stalled"
@@ -52,15 +53,24 @@ def _look(folder: Path, now: float) -> Run | None:
     return Run(
         folder,
         word,
-        int(state.get("step", 0)),
-        int(state.get("total_steps", 0)),
-        int(state.get("attempt", 1)),
-        state.get("seconds_left") if word == "running" else None,
+        int(_number_of(state, "step") or 0),
+        int(_number_of(state, "total_steps") or 0),
+        int(_number_of(state, "attempt") or 1),
+        _number_of(state, "seconds_left") if word == "running" else None,
         silent,
-        str(state.get("reason", "")),
+        str(state.get("reason") or ""),
         lines.get("train", {}),
         lines.get("evaluation", {}),
     )
+
+
+def _number_of(state: dict[str, Any], name: str) -> float | None:
+    """What ``state`` says, if it is a number: a file that somebody else has spoilt must not hide all other runs."""
+    value = state.get(name)
+    with suppress(OverflowError):
+        if isinstance(value, int | float) and math.isfinite(value):
+            return float(value)
+    return None
 
 
 def describe_runs(folder: Path) -> str:
@@ -123,11 +133,12 @@ def _number(value: Any, form: str) -> str:
 
 def _result(evaluation: dict[str, Any]) -> str:
     """The first result of the last evaluation."""
-    for name, found in evaluation.get("results", {}).items():
-        tar = found.get("tar_at_far", {})
-        if tar:
-            far = min(tar, key=float)
-            return f"{name} TAR {tar[far]:.4f} @ FAR {far}"
-        if "accuracy" in found:
-            return f"{name} accuracy {found['accuracy']:.4f}"
+    with suppress(AttributeError, TypeError, ValueError):  # not as an evaluation has written it
+        for name, found in evaluation.get("results", {}).items():
+            tar = found.get("tar_at_far", {})
+            if tar:
+                far = min(tar, key=float)
+                return f"{name} TAR {tar[far]:.4f} @ FAR {far}"
+            if "accuracy" in found:
+                return f"{name} accuracy {found['accuracy']:.4f}"
     return ""

@@ -15,7 +15,7 @@ from partialfc.config import Config, build_head, build_head_optimizer
 from partialfc.data.dataset import TarDataset
 from partialfc.data.loader import Batch, build_loader
 from partialfc.data.order import steps_per_epoch
-from partialfc.errors import ConfigError, PartialFCError, RankLost
+from partialfc.errors import ConfigError, Interrupted, PartialFCError, RankLost
 from partialfc.head import HeadOutput
 from partialfc.head.hashing import stream_key
 from partialfc.tracking.progress import console_progress, log, no_progress
@@ -37,6 +37,7 @@ from partialfc.train.verdict import Diverged, StepCheck, Verdict, Word, find_fau
 
 _DRAWS = 6  # the purpose that tells this stream of random numbers from the others
 _MOST_ROLL_BACKS = 3  # to one checkpoint
+_INTERRUPTED = "a second Ctrl-C has ended the run at once; start again to go on from its newest checkpoint"
 
 Outcome = Literal["finished", "preempted"]
 
@@ -109,10 +110,15 @@ class Trainer:
                 self._describe()
             outcome = self._run(folder)
         except BaseException as error:
-            explained = self.rank.explain(error) if isinstance(error, Exception) else error
+            explained = error
+            if isinstance(error, Exception):
+                explained = self.rank.explain(error)
+            elif isinstance(error, KeyboardInterrupt):
+                explained = Interrupted(_INTERRUPTED)
             if isinstance(error, Exception) and not isinstance(explained, RankLost):
                 self.checkpoints.let_end(self.config.run.timeout / 2)
-            if folder or (isinstance(explained, PartialFCError) and not isinstance(explained, RankLost)):
+            # Of a rank that is lost every other one tells: it may be the first.
+            if folder or isinstance(explained, PartialFCError):
                 self._record_failure(folder, str(explained) or type(explained).__name__)
             raise explained from (None if explained is error else error)
         if folder:
@@ -151,8 +157,8 @@ class Trainer:
             self.checkpoints.report(folder, wait=True)
             if stopped:
                 reason = self.rank.why_stop()
+        self.rank.stop.done()
         if folder and stopped:
-            self.rank.stop.done()
             log(f"stopped after step {self.step:,} as asked by {reason}, with a checkpoint; start again to go on")
             folder.metrics.write("event", event="preempted", step=self.step, reason=reason)
             folder.set_state("preempted", self.step, f"asked to stop by {reason}")
@@ -292,7 +298,7 @@ class Trainer:
             return
         self.skipped_steps += 1
         if result.verdict.spike and not result.verdict.broken:
-            self._roll_back(folder, result)
+            self._follow_spike(folder, result)
             return
         self.skipped_in_a_row += not result.scale_fell  # while it falls, skipping is how a loss scale is found
         faults = find_faults(result.verdict, result.check, batch.indices, self.dataset, self.head, self.rank)
@@ -309,8 +315,11 @@ class Trainer:
                 f"(now {self.config.optim.lr:g} and {self.config.optim.warmup:g} epochs)"
             )
 
-    def _roll_back(self, folder: RunFolder | None, result: StepResult) -> None:
-        """After a spike: the state of the last checkpoint, with the samples that come next. A collective."""
+    def _follow_spike(self, folder: RunFolder | None, result: StepResult) -> None:
+        """The state of the last checkpoint, with the samples that come next; no longer if that has not helped so far.
+        A collective.
+        """
+        self.skipped_in_a_row += 1
         loss = float(result.out.loss.detach())
         with self.rank.patience():
             checkpoint = self.checkpoints.roll_back(self.step, _MOST_ROLL_BACKS)
@@ -318,6 +327,11 @@ class Trainer:
             where = f"back to {checkpoint}" if checkpoint else "skipped; there is no checkpoint to go back to"
             log(f"WARNING: the loss has jumped to {loss:.4g} at step {self.step:,}: {where}")
             folder.metrics.write("event", event="spike", step=self.step, loss=loss, rolled_back_to=checkpoint)
+        if self.skipped_in_a_row >= self.config.run.skipped_in_a_row:
+            raise Diverged(
+                f"{self.skipped_in_a_row} steps in a row were skipped, the last for a jump of the loss to {loss:.4g}; "
+                f"{self.checkpoints.newest_in_words()}. Lower optim.lr, or raise optim.spike.factor"
+            )
 
     # --- what is written ----------------------------------------------------------------------------------------------
 
