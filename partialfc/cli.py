@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from partialfc.errors import ConfigError, PartialFCError
+from partialfc.launch.cli import launch
 from partialfc.tracking.progress import console_progress, log
 
 app = typer.Typer(
@@ -26,6 +27,7 @@ checkpoint = typer.Typer(help="Look at checkpoints.", no_args_is_help=True)
 app.add_typer(checkpoint, name="checkpoint")
 imports = typer.Typer(help="Take in what other tools have written.", no_args_is_help=True)
 app.add_typer(imports, name="import")
+app.add_typer(launch, name="launch")
 
 
 STOPPED = 75  # EX_TEMPFAIL: stopped on request with a checkpoint written; start me again
@@ -53,6 +55,19 @@ def train_command(
     outcome = train(load_config(config, overrides or []), force)
     # torchrun takes any other code for a failure, and starts the run again; state.json says how it has ended.
     if outcome == "preempted" and not under_torchrun():
+        raise typer.Exit(STOPPED)
+
+
+@app.command("evaluate")
+def evaluate_command(
+    run: Annotated[Path, typer.Argument(help="run folder")],
+    sets: Annotated[list[Path] | None, typer.Option("--set", help="folder; default: the sets of the config")] = None,
+) -> None:
+    """Evaluate the newest checkpoint of a run, alone or under torchrun."""
+    from partialfc.train.evaluate import evaluate
+    from partialfc.train.ranks import under_torchrun
+
+    if evaluate(run, sets or []) is None and not under_torchrun():
         raise typer.Exit(STOPPED)
 
 

@@ -37,17 +37,24 @@ _BACKBONE_OPTIMIZER, _HEAD_OPTIMIZER = "backbone_optimizer.", "head.optimizer."
 class TrainingState:
     """Everything of a run that is tensors, by the names that checkpoints use.
 
-    Replicated tensors are saved as they are; those with one row a class as DTensors over the ranks.
+    Replicated tensors are saved as they are; those with one row a class as DTensors over the ranks. Without optimizers
+    it only loads what an evaluation needs.
     """
 
     def __init__(
-        self, backbone: nn.Module, head: PartialFC, backbone_optimizer: Optimizer, head_optimizer: Optimizer
+        self,
+        backbone: nn.Module,
+        head: PartialFC,
+        backbone_optimizer: Optimizer | None = None,
+        head_optimizer: Optimizer | None = None,
     ) -> None:
         self.backbone, self.head = backbone, head
         self.backbone_optimizer, self.head_optimizer = backbone_optimizer, head_optimizer
 
     def tensors(self) -> dict[str, Tensor]:
         """All of them, as they lie."""
+        assert self.backbone_optimizer is not None
+        assert self.head_optimizer is not None
         found = self._of_modules()
         for name, parameter in self.backbone.named_parameters():
             for key, value in self.backbone_optimizer.state.get(parameter, {}).items():
@@ -88,6 +95,8 @@ class TrainingState:
             (_BACKBONE_OPTIMIZER, self.backbone_optimizer, self.backbone),
             (_HEAD_OPTIMIZER, self.head_optimizer, self.head),
         ):
+            if optimizer is None:
+                continue
             parameters = dict(module.named_parameters())
             for name, entry in stored.items():
                 if not name.startswith(prefix) or not isinstance(entry, TensorStorageMetadata):
