@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from partialfc.errors import ConfigError, PartialFCError
+from partialfc.launch.cli import launch
 from partialfc.tracking.progress import console_progress, log
 
 app = typer.Typer(
@@ -40,6 +41,7 @@ imports = typer.Typer(help="Take in what other tools have written.", no_args_is_
 app.add_typer(imports, name="import")
 runs = typer.Typer(help="Look at runs: partialfc runs DIR.", no_args_is_help=True, cls=FolderOrCommand)
 app.add_typer(runs, name="runs")
+app.add_typer(launch, name="launch")
 
 
 STOPPED = 75  # EX_TEMPFAIL: stopped on request with a checkpoint written; start me again
@@ -74,6 +76,20 @@ def train_command(
     outcome = train(load_config(config, overrides or []), force)
     # torchrun takes any other code for a failure, and starts the run again; state.json says how it has ended.
     if outcome == "preempted" and not under_torchrun():
+        raise typer.Exit(STOPPED)
+
+
+@app.command("evaluate")
+def evaluate_command(
+    run: Annotated[Path, typer.Argument(help="run folder")],
+    sets: Annotated[list[Path] | None, typer.Option("--set", help="folder; default: the sets of the config")] = None,
+    model: Annotated[str | None, typer.Option(help="repeat the run's model.name where it is not one of ours")] = None,
+) -> None:
+    """Evaluate the newest checkpoint of a run, alone or under torchrun."""
+    from partialfc.train.evaluate import evaluate
+    from partialfc.train.ranks import under_torchrun
+
+    if evaluate(run, sets or [], model) is None and not under_torchrun():
         raise typer.Exit(STOPPED)
 
 

@@ -85,11 +85,7 @@ def export(
     if out.exists() and not (out / ABOUT).exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} holds something that is not an export; choose another --out")
     config = parse_config(manifest["config"])
-    if models.is_foreign(config.model.name) and model != config.model.name:
-        raise ConfigError(
-            f"{checkpoint} is of model.name={config.model.name}, code that is not of this package; if it may run, pass "
-            f"--model {config.model.name}"
-        )
+    models.require_trust(config.model.name, model, f"{checkpoint}")
     backbone = _read_backbone(checkpoint, config)
     temporary = out.with_name(f".{out.name}.incomplete")
     shutil.rmtree(temporary, ignore_errors=True)

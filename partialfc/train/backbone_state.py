@@ -32,12 +32,13 @@ class BackboneState(Protocol):
 
 
 class ReplicatedBackbone:
-    """A backbone that every rank has in full."""
+    """A backbone that every rank has in full; without an optimizer, for an evaluation."""
 
-    def __init__(self, module: nn.Module, optimizer: Optimizer) -> None:
+    def __init__(self, module: nn.Module, optimizer: Optimizer | None = None) -> None:
         self.module, self.optimizer = module, optimizer
 
     def tensors(self) -> dict[str, Tensor]:
+        assert self.optimizer is not None
         found = self.targets()
         for name, parameter in self.module.named_parameters():
             for key, value in self.optimizer.state.get(parameter, {}).items():
@@ -52,6 +53,8 @@ class ReplicatedBackbone:
         return {name: parameter.shape for name, parameter in self.module.named_parameters()}
 
     def take(self, tensors: dict[str, Tensor]) -> None:
+        if self.optimizer is None:
+            return
         parameters = dict(self.module.named_parameters())
         on_device = any(self.optimizer.defaults.get(kind) for kind in ("fused", "capturable"))
         self.optimizer.state.clear()

@@ -1,4 +1,4 @@
-"""Requests to stop: the file ``stop`` in the run folder, SIGTERM, SIGUSR1 and Ctrl-C.
+"""Requests to stop: the file ``stop`` in the run folder, SIGTERM, SIGUSR1 and Ctrl-C. The file may say who asks.
 
 A request only leaves word. The training loop reads it between steps and tells the other ranks with the verdict on the
 step, so that all of them stop after the same one; nothing is done inside a signal handler.
@@ -39,7 +39,7 @@ class StopRequest:
         if self.reason is None and self._file is not None and time.monotonic() - self._looked >= _LOOK_EVERY:
             with suppress(OSError):  # a network that does not answer now; the next look will tell
                 if self._file.exists():
-                    self.reason = f"the file {self._file}"
+                    self.reason = _who_asks(self._file)
             self._looked = time.monotonic()
         return self.reason is not None
 
@@ -76,3 +76,11 @@ class StopRequest:
         if number == signal.SIGINT and self.reason is not None:
             raise KeyboardInterrupt
         self.request(signal.Signals(number).name)
+
+
+def _who_asks(file: Path) -> str:
+    """The words in the file, if there are any: a launcher leaves its own."""
+    words = ""
+    with suppress(OSError), file.open(encoding="utf-8", errors="replace") as text:
+        words = text.readline(200).strip()
+    return f"{words} (the file {file})" if words else f"the file {file}"

@@ -25,7 +25,7 @@ from partialfc.train.checkpoint import TrainingState
 from partialfc.train.checkpoints import Checkpoints
 from partialfc.train.describe import describe_memory, describe_rate
 from partialfc.train.engine import DdpEngine, Engine
-from partialfc.train.evaluation import Evaluation
+from partialfc.train.evaluation import Evaluation, describe_results
 from partialfc.train.means import Means
 from partialfc.train.micro_batches import micro_batches, together
 from partialfc.train.phase_clock import PhaseClock
@@ -369,12 +369,11 @@ class Trainer:
         """The results, or None if a request to stop came in between. A collective."""
         self.rank.enter(self.step, "evaluate")
         with self.rank.patience(), self.engine.evaluating() as backbone:
-            results = self.evaluation.run(backbone, self.head, self.rank, self.step)
+            results = self.evaluation.run(backbone, self.head, self.rank, f"step-{self.step:08d}")
         if folder and results:
             folder.metrics.write("evaluation", step=self.step, results=results)
-            for name, found in results.items():
-                tar = "  ".join(f"TAR {value:.4f} at FAR {far}" for far, value in found.get("tar_at_far", {}).items())
-                log(f"{name}: " + (tar or f"accuracy {found['accuracy']:.4f}"))
+            for line in describe_results(results):
+                log(line)
         return results
 
     def _make_up_for_evaluation(self, folder: RunFolder | None) -> bool:
