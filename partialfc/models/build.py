@@ -81,8 +81,8 @@ def require_trust(name: str, trusted: str | None, where: str) -> None:
     """A checkpoint may come from anywhere, and must not choose what code runs.
 
     Raises:
-        ConfigError: ``name``, which stands in the checkpoint ``where``, is not one of ours, and the user has not repeated
-            it as ``trusted``.
+        ConfigError: ``name``, which stands in the checkpoint ``where``, is not one of ours, and the user has not
+            repeated it as ``trusted``.
     """
     if is_foreign(name) and trusted != name:
         raise ConfigError(
