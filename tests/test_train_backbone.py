@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ from partialfc.config import Config, load_config, parse_config
 from partialfc.errors import ConfigError, MissingDependency
 from partialfc.exchange import export as export_module
 from partialfc.exchange.merge import merge
-from partialfc.train.backbone import build_backbone, build_backbone_optimizer, replicate, synchronized, synchronizes
-from partialfc.train.checkpoint import _device_of_state
+from partialfc.train.backbone import build_backbone, build_backbone_optimizer, synchronized, synchronizes
+from partialfc.train.backbone_state import device_of_state
 from partialfc.train.config_changes import config_changes
+from partialfc.train.engine import DdpEngine
 from partialfc.train.ranks import Rank
 
 TINY_VIT = {
@@ -96,9 +98,9 @@ def test_optimizers_are_fused_on_gpus(name: str) -> None:
         assert on_gpu.defaults["momentum"] == 0.8
     # A checkpoint's state goes where the optimizer looks for it: a fused one counts its steps on the GPU.
     parameter = torch.empty(1, device="meta")
-    assert _device_of_state(on_cpu, parameter, "step").type == "cpu"
-    assert _device_of_state(on_gpu, parameter, "step").type == "meta"
-    assert _device_of_state(on_cpu, parameter, "momentum_buffer").type == "meta"
+    assert device_of_state(on_cpu, parameter, "step").type == "cpu"
+    assert device_of_state(on_gpu, parameter, "step").type == "meta"
+    assert device_of_state(on_cpu, parameter, "momentum_buffer").type == "meta"
 
 
 def test_what_may_change_in_a_run_that_goes_on() -> None:
@@ -125,7 +127,7 @@ def test_what_may_change_in_a_run_that_goes_on() -> None:
 # --- compiled ---------------------------------------------------------------------------------------------------------
 
 
-def step(called: nn.Module, images: torch.Tensor) -> torch.Tensor:
+def step(called: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor) -> torch.Tensor:
     """A training step's embeddings, the same random numbers each time; gradients are left on the parameters."""
     torch.manual_seed(3)
     embeddings = called(images)
@@ -141,9 +143,9 @@ def test_a_compiled_backbone_is_the_same_random_numbers_included() -> None:
         torch.manual_seed(0)
         backbone = build_backbone(settings, alone())
         names = list(backbone.state_dict())
-        called = replicate(backbone, settings, alone())
-        assert (called is backbone) == (not compile_it)
-        found.append((step(called, images), dict(backbone.named_parameters()), backbone.state_dict()))
+        engine = DdpEngine(backbone, settings, alone())
+        assert (backbone._compiled_call_impl is not None) == compile_it
+        found.append((step(engine.forward, images), dict(backbone.named_parameters()), backbone.state_dict()))
         assert list(backbone.state_dict()) == names, "checkpoints and exports see plain names"
         assert int(backbone.get_buffer("feature.1.num_batches_tracked")) == 1
     (plain, parameters, state), (compiled, compiled_parameters, compiled_state) = found
@@ -176,7 +178,7 @@ def test_a_missing_compiler_is_said_before_the_run_begins(monkeypatch: pytest.Mo
     backbone = build_backbone(settings, alone())
     monkeypatch.setenv("CXX", "a-compiler-that-there-is-not")
     with pytest.raises(MissingDependency, match=r"engine.compile needs a C\+\+ compiler on a CPU, and a-compiler"):
-        replicate(backbone, settings, alone())
+        DdpEngine(backbone, settings, alone())
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------
@@ -215,7 +217,7 @@ def test_a_run_begins_with_pretrained_weights_and_goes_on_with_its_own(task: Pat
     path.write_bytes(b"")  # a run that goes on does not read it
     resumed = run(task, 0, *still, "optim.epochs=2", "--force")
     assert resumed.returncode == 0, resumed.stderr
-    assert resumed.stdout.count("model.pretrained is for a run that begins; this one has its own weights") == 1
+    assert resumed.stdout.count("is not read: the run goes on from its own checkpoint") == 1
     assert "the backbone starts from" not in resumed.stdout
 
     fresh = run(task, 2, *still, f"run.dir={task.parent / 'other'}")

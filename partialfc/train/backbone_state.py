@@ -56,11 +56,15 @@ class ReplicatedBackbone:
         if self.optimizer is None:
             return
         parameters = dict(self.module.named_parameters())
-        on_device = any(self.optimizer.defaults.get(kind) for kind in ("fused", "capturable"))
         self.optimizer.state.clear()
         for name, value in tensors.items():
             if name.startswith(OPTIMIZER):  # weights and buffers were read into place
                 owner, _, key = name.removeprefix(OPTIMIZER).rpartition(".")
                 parameter = parameters[owner]
-                device = parameter.device if key != "step" or on_device else torch.device("cpu")
-                self.optimizer.state[parameter][key] = value.to(device)
+                self.optimizer.state[parameter][key] = value.to(device_of_state(self.optimizer, parameter, key))
+
+
+def device_of_state(optimizer: Optimizer, parameter: Tensor, key: str) -> torch.device:
+    """Where an optimizer looks for a piece of its state: steps are counted on the host, but by a fused kernel."""
+    on_device = any(optimizer.defaults.get(kind) for kind in ("fused", "capturable"))
+    return parameter.device if key != "step" or on_device else torch.device("cpu")
