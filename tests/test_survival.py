@@ -150,6 +150,24 @@ def test_a_rank_that_dies_in_the_last_save_is_named_also_if_it_is_the_first(
     assert f"error: not heard from rank {victim}" in (tmp_path / "output").read_text()
 
 
+def test_a_rank_that_dies_before_training_begins_is_named(task: Path, tmp_path: Path) -> None:
+    folder, output, slow = tmp_path / "run", tmp_path / "output", tmp_path / "slow.py"
+    slow.write_text(
+        "import time\n"
+        "from partialfc.train.checkpoints import Checkpoints\n"
+        "resume = Checkpoints.resume\n"
+        "Checkpoints.resume = lambda self: (print('resumes', flush=True), time.sleep(3), resume(self))[2]\n"
+        "from partialfc.__main__ import main\n"
+        "main()\n"
+    )
+    words = [*torchrun(2), str(slow), "train", str(task), f"run.dir={folder}", *SETTINGS]
+    with started(words, output) as process:
+        wait_until(lambda: output.read_text().count("resumes") == 2, of=process)
+        os.kill(workers(process.pid)[1], signal.SIGKILL)
+        assert process.wait(60) == 1
+    assert "[rank 0] error: not heard from rank 1" in output.read_text()
+
+
 def agents(task: Path, folder: Path, port: int, nodes: str) -> list[str]:
     options = ["--nnodes", nodes, "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}"]
     options += [

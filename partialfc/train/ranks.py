@@ -36,6 +36,7 @@ class Rank:
     timeout: timedelta = PATIENCE
     #: Called by a thread, with the reason, when another rank is lost; the process ends right after.
     on_lost: list[Callable[[str], None]] = field(default_factory=list)
+    _explained: Exception | None = None
 
     @property
     def is_first(self) -> bool:
@@ -73,14 +74,18 @@ class Rank:
 
     def explain(self, error: Exception) -> Exception:
         """A failure in words that name the rank at fault, here or elsewhere; tells the other ranks of one here."""
-        if self.liveness is None:
+        if self.liveness is None or error is self._explained:
             return error
+        self._explained = self._explain(error, self.liveness)
+        return self._explained
+
+    def _explain(self, error: Exception, liveness: Liveness) -> Exception:
         cause = error.__cause__ if isinstance(error, CheckpointFailed) else error
         if isinstance(cause, RankLost) or (isinstance(cause, RuntimeError) and not isinstance(cause, PartialFCError)):
-            reason = self.liveness.explain()
+            reason = liveness.explain()
             if reason:
                 return RankLost(f"{reason} (seen by rank {self.rank}: {error})")
-        self.liveness.report_failure(f"{error}" if isinstance(error, PartialFCError) else repr(error))
+        liveness.report_failure(f"{error}" if isinstance(error, PartialFCError) else repr(error))
         return error
 
     def lost(self, reason: str) -> None:
@@ -117,7 +122,11 @@ def joined(run_folder: Path, timeout: float) -> Iterator[Rank]:
     with stop.listening():  # not before: until all are there, a launcher's SIGTERM had better end the process
         try:
             rank.liveness = Liveness(rank.rank, rank.world_size, timeout, stop, rank.lost)
-            yield rank
+            try:
+                yield rank
+            except Exception as error:  # before training begins; later it has been explained
+                explained = rank.explain(error)
+                raise explained from (None if explained is error else error)
             dist.barrier()  # rank 0 may still be writing: nobody tears the group down before it is done
         finally:
             if rank.liveness:
