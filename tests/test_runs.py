@@ -18,7 +18,7 @@ import pytest
 import yaml
 from made_up import write_task
 from prometheus_client.parser import text_string_to_metric_families
-from running import ENVIRONMENT, command, lines, started, state, steps_done, wait_until
+from running import ENVIRONMENT, command, finish, lines, started, state, steps_done, wait_until
 
 from partialfc.config import parse_config
 from partialfc.tracking.endpoint import Endpoint
@@ -208,3 +208,46 @@ def test_a_run_serves_its_health_while_it_trains_and_a_taken_port_is_no_reason_n
             wait_until(lambda: steps_done(tmp_path / "second") >= 1, of=second)
     assert f"tracking.metrics_port={port} cannot be served" in (tmp_path / "second.out").read_text()
     assert lines(tmp_path / "second", "train")
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(write_task(tmp_path)))
+    words = command(config, 0, f"run.dir={tmp_path}/run", "optim.epochs=1000", "evaluation.every=0")
+    with started(words, tmp_path / "first") as first:
+        wait_until(lambda: steps_done(tmp_path / "run") >= 2, of=first)
+        second = finish([*words, "run.timeout=1"])
+        assert second.returncode == 2, second.stdout
+        assert "waiting for another process that trains in" in second.stdout
+        assert "has not ended within 1 s" in second.stderr
+        assert first.poll() is None
+        before = steps_done(tmp_path / "run")
+        wait_until(lambda: steps_done(tmp_path / "run") > before, of=first)
+    third = finish([*words[:-2], "optim.epochs=1", "--force"])
+    assert third.returncode in (0, 2), "the lock has died with its process"
+    assert "another process" not in third.stdout + third.stderr
+
+
+def test_an_evaluation_is_progress(tmp_path: Path) -> None:
+    """What /healthz goes by: a long evaluation is no stalled run."""
+    config = tmp_path / "config.yaml"
+    tree = write_task(tmp_path)
+    tree["optim"]["epochs"] = 1 / 12
+    tree["evaluation"]["batch_size"] = 1
+    config.write_text(yaml.safe_dump(tree))
+    script = (
+        "import sys\n"
+        "from partialfc.config import load_config\n"
+        "from partialfc.train.ranks import joined\n"
+        "from partialfc.train.trainer import Trainer\n"
+        "config = load_config(sys.argv[1])\n"
+        "with joined(config.run.dir, config.run.timeout) as rank:\n"
+        "    trainer, seen = Trainer(config, rank), []\n"
+        "    rank.on_progress.append(lambda: seen.append(trainer.step))\n"
+        "    trainer.train()\n"
+        "    print('signs', len(seen))\n"
+    )
+    done = finish([sys.executable, "-c", script, str(config)])
+    assert done.returncode == 0, done.stderr
+    signs = int(re.findall(r"signs (\d+)", done.stdout)[0])
+    assert signs >= 72 + 74, "one for each batch of the two sets"

@@ -265,3 +265,20 @@ def test_a_hundred_rounds_of_start_kill_and_resume_lose_no_sample(tmp_path: Path
     assert len(events(folder, "started")) == 100
     end = finish([sys.executable, *TRAIN, str(config), f"optim.epochs={len(seen) // 12 + 1}", "--force"], seconds=300)
     assert end.returncode == 0, end.stdout + end.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_node_that_joins_shares_the_rest_of_the_run(task: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    words = agents(task, folder, 20_000 + (os.getpid() + 7919) % 20_000, "1:2")
+    with started(words, tmp_path / "first") as first:
+        wait_until(lambda: steps_done(folder) >= 5, of=first)
+        with started(words, tmp_path / "second") as second:
+            assert first.wait(240) == 0, (tmp_path / "first").read_text()
+            assert second.wait(60) == 0, (tmp_path / "second").read_text()
+    assert state(folder)["state"] == "finished"
+    output = (tmp_path / "first").read_text() + (tmp_path / "second").read_text()
+    assert "120 steps of 20 images over 1 ranks" in output
+    assert "120 steps of 20 images over 2 ranks" in output
+    assert_undisturbed(task, folder, 2, 2e-2)

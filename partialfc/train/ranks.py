@@ -34,6 +34,8 @@ class Rank:
     stop: StopRequest
     liveness: Liveness | None = None
     timeout: timedelta = PATIENCE
+    #: Called now and then, by the main thread, as it goes on.
+    on_progress: list[Callable[[], None]] = field(default_factory=list)
     #: Called by a thread, with the reason, when another rank is lost; the process ends right after.
     on_lost: list[Callable[[str], None]] = field(default_factory=list)
     _explained: Exception | None = None
@@ -58,6 +60,11 @@ class Rank:
         """Say how far this rank is, for the others to know who keeps them waiting."""
         if self.liveness:
             self.liveness.enter(step, phase)
+
+    def goes_on(self) -> None:
+        """Say that this rank is at work, where no step tells so."""
+        for tell in self.on_progress:
+            tell()
 
     def agree_to_stop(self) -> bool:
         """Whether any rank has been asked to stop. A collective."""

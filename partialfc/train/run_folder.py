@@ -17,6 +17,7 @@ from partialfc.tracking.atomic import write_atomically
 from partialfc.tracking.metrics import MetricsFile, read_metrics
 from partialfc.tracking.progress import log
 from partialfc.tracking.wandb_run import start_wandb
+from partialfc.train.folder_lock import FolderLock
 
 STATE = "state.json"
 _GIVING_UP = "giving up. Start the run by hand to try again"
@@ -51,6 +52,7 @@ class RunFolder:
         self.attempt = previous["attempt"] + 1 if previous and isinstance(previous.get("attempt"), int) else 1
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            self._folder_lock = FolderLock(self.path, config.run.timeout)
             write_atomically(self.path / "config.yaml", to_yaml(config))
             forget_after(self.path / "metrics.jsonl", step)
             self.metrics = MetricsFile(self.path / "metrics.jsonl")
@@ -72,6 +74,10 @@ class RunFolder:
         """Say how far the run is; written with the next heartbeat."""
         self._step, self._progressed = step, time.monotonic()
         self._seconds_left = seconds_left if seconds_left is not None else self._seconds_left
+
+    def touch(self) -> None:
+        """Say that work goes on, though no step is done: in an evaluation, for instance."""
+        self._progressed = time.monotonic()
 
     def set_state(self, state: str, step: int, reason: str = "") -> None:
         """Write state.json: ``running``, ``preempted``, ``finished`` or ``failed``. Where the disk is full, a run that
@@ -99,6 +105,7 @@ class RunFolder:
         if self._endpoint:
             self._endpoint.close()
         self.metrics.close()
+        self._folder_lock.release()
         if self.wandb:
             self.wandb.close()
 
@@ -156,9 +163,9 @@ def count_restarts(config: Config, step: int, automatic: int) -> int:
         GivenUp: more than the config allows.
     """
     previous = read_state(config.run.dir)
-    if not automatic or previous is None or previous.get("start_step", -1) < step:
+    if not automatic or previous is None or _number(previous, "start_step", -1) < step:
         return 0
-    restarts = int(previous.get("restarts", 0)) + 1
+    restarts = _number(previous, "restarts", 0) + 1
     if restarts > config.run.restarts_without_progress:
         reason = previous.get("reason") or "no reason is known: the process was killed"
         if str(reason).endswith(_GIVING_UP):  # and the launcher has started it again all the same
@@ -168,6 +175,11 @@ def count_restarts(config: Config, step: int, automatic: int) -> int:
             f"{_GIVING_UP}"
         )
     return restarts
+
+
+def _number(state: dict[str, Any], name: str, default: int) -> int:
+    value = state.get(name)
+    return value if isinstance(value, int) else default
 
 
 def record_failure(folder: Path, reason: str, states: tuple[str, ...] = ("running",)) -> None:
@@ -188,7 +200,7 @@ def forget_after(metrics: Path, step: int) -> None:
         text = metrics.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
         return
-    kept = "".join(f"{line}\n" for line in text.splitlines() if _is_kept(line, step))
+    kept = "".join(f"{line}\n" for line in text.split("\n") if _is_kept(line, step))
     if kept != text:
         write_atomically(metrics, kept)
 

@@ -104,6 +104,8 @@ class Trainer:
                 f"at step {self.total_steps:,}; raise it to train on"
             )
         folder = self._open_folder()
+        if folder:
+            self.rank.on_progress.append(folder.touch)
         self.rank.on_lost.append(lambda reason: self._record_failure(folder, reason))
         try:
             if folder:
