@@ -1,13 +1,14 @@
 # make quickstart   train a glyph recogniser on two ranks, from nothing
 # make test         lint, types, tests          make test-all   with the slow, full-size ones
 # Both make their own virtual environment in .venv. TORCH="torch==2.13.0" chooses the torch to install, and PIP_ARGS
-# adds arguments for pip (an index of CPU builds, a folder of wheels).
+# adds arguments for pip (an index of CPU builds, a folder of wheels). JOBS=4 runs that many test files at once.
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==$(shell sed -n 's/^torch==//p' constraints.txt)
 PIP_ARGS ?=
 RANKS ?= 2
+JOBS ?= 2
 GLYPHS ?= data/glyphs
 export OMP_NUM_THREADS ?= 1
 
@@ -40,10 +41,10 @@ lint: $(VENV)/.dev
 	$(VENV)/bin/mypy
 
 test: lint
-	$(VENV)/bin/python -m pytest -m "not slow"
+	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile -m "not slow"
 
 test-all: lint
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile
 
 benchmark: $(VENV)/.train
 	$(VENV)/bin/python benchmarks/head_step.py

@@ -117,6 +117,7 @@ def held(runner: Engine, backbone: nn.Module) -> list[float]:
         pieces = runner.state.kept()
     else:
         assert isinstance(runner.state, ReplicatedBackbone)
+        assert runner.state.optimizer is not None
         pieces = [value for state in runner.state.optimizer.state.values() for value in state.values()]
     weights: list[Tensor] = [getattr(parameter, "ds_tensor", parameter) for parameter in backbone.parameters()]
     weights += [parameter.data for parameter in backbone.parameters()]  # small ones ZeRO 3 keeps whole besides

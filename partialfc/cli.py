@@ -7,11 +7,13 @@ import os
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from partialfc.errors import ConfigError, PartialFCError
+from partialfc.launch.cli import launch
 from partialfc.tracking.progress import console_progress, log
 
 app = typer.Typer(
@@ -20,12 +22,26 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+class FolderOrCommand(TyperGroup):
+    """Commands, the first of which may be left out: ``partialfc runs DIR`` is ``partialfc runs list DIR``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in (*self.commands, "--help"):
+            args = ["list", *args]
+        return super().parse_args(ctx, args)
+
+
 data = typer.Typer(help="Make data sets.", no_args_is_help=True)
 app.add_typer(data, name="data")
 checkpoint = typer.Typer(help="Look at checkpoints.", no_args_is_help=True)
 app.add_typer(checkpoint, name="checkpoint")
 imports = typer.Typer(help="Take in what other tools have written.", no_args_is_help=True)
 app.add_typer(imports, name="import")
+runs = typer.Typer(help="Look at runs: partialfc runs DIR.", no_args_is_help=True, cls=FolderOrCommand)
+app.add_typer(runs, name="runs")
+app.add_typer(launch, name="launch")
 
 
 STOPPED = 75  # EX_TEMPFAIL: stopped on request with a checkpoint written; start me again
@@ -41,6 +57,8 @@ def train_command(
     config: Annotated[Path, typer.Argument(help="YAML file, e.g. configs/quickstart.yaml")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, e.g. optim.lr=0.2")] = None,
     force: Annotated[bool, typer.Option("--force", help="go on with a run although its config has changed")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="compute nothing; print the memory by part")] = False,
+    ranks: Annotated[int, typer.Option(min=1, help="of --dry-run: over how many ranks")] = 1,
 ) -> None:
     """Train. Under torchrun the classifier is sharded over all ranks:
 
@@ -50,9 +68,28 @@ def train_command(
     from partialfc.train.main import train
     from partialfc.train.ranks import under_torchrun
 
+    if dry_run:
+        from partialfc.train.dry_run import dry_run as describe
+
+        print("\n".join(describe(load_config(config, overrides or []), ranks)))
+        return
     outcome = train(load_config(config, overrides or []), force)
     # torchrun takes any other code for a failure, and starts the run again; state.json says how it has ended.
     if outcome == "preempted" and not under_torchrun():
+        raise typer.Exit(STOPPED)
+
+
+@app.command("evaluate")
+def evaluate_command(
+    run: Annotated[Path, typer.Argument(help="run folder")],
+    sets: Annotated[list[Path] | None, typer.Option("--set", help="folder; default: the sets of the config")] = None,
+    model: Annotated[str | None, typer.Option(help="repeat the run's model.name where it is not one of ours")] = None,
+) -> None:
+    """Evaluate the newest checkpoint of a run, alone or under torchrun."""
+    from partialfc.train.evaluate import evaluate
+    from partialfc.train.ranks import under_torchrun
+
+    if evaluate(run, sets or [], model) is None and not under_torchrun():
         raise typer.Exit(STOPPED)
 
 
@@ -104,11 +141,42 @@ def export_command(
     model: Annotated[str | None, typer.Option(help="allow this my.module:factory or timm:NAME to be run")] = None,
 ) -> None:
     """Write the backbone as safetensors and ONNX, and on request the class centres."""
+    from partialfc.config import load_config
     from partialfc.exchange.export import export
+    from partialfc.tracking.wandb_run import catch_up
 
     done = export(run, out, centers, center_dtype.value, onnx, console_progress, model)
     checked = "" if done.onnx_difference is None else f"; ONNX as torch within {done.onnx_difference:.0e}"
     log(f"{done.folder}, from {done.checkpoint.name}: {', '.join(done.files)}{checked}")
+    folder = done.checkpoint.parent.parent
+    if (folder / "config.yaml").exists():
+        catch_up(folder, load_config(folder / "config.yaml").tracking.wandb)
+
+
+@runs.command("list")
+def runs_list_command(
+    folder: Annotated[Path, typer.Argument(help="a run folder, or one above run folders, e.g. runs")],
+    watch: Annotated[bool, typer.Option("--watch", help="show it again and again, until Ctrl-C")] = False,
+    every: Annotated[float, typer.Option(min=0.1, help="seconds between two looks")] = 5.0,
+) -> None:
+    """Show how runs are doing: state, step, ETA, last metrics. `list` may be left out."""
+    from partialfc.train.runs import describe_runs, watch_runs
+
+    if watch:
+        watch_runs(folder, every)
+    else:
+        print(describe_runs(folder))
+
+
+@runs.command("sync")
+def runs_sync_command(
+    folder: Annotated[Path, typer.Argument(help="a run folder")],
+) -> None:
+    """Send to W&B what a run has kept for later, because it was offline or its server did not answer."""
+    from partialfc.tracking.wandb_sync import sync
+
+    attempts = sync(folder)
+    log(f"{folder}: " + (f"sent what {attempts} attempts had kept" if attempts else "nothing to send"))
 
 
 @imports.command("weights")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import yaml
@@ -33,7 +33,7 @@ class RunConfig(Section):
     dir: Path = Field(Path("runs/run"), description="run folder: metrics, checkpoints, figures")
     seed: int = Field(0, ge=0, lt=2**31, description="of weights, sample order, augmentation and negatives")
     timeout: float = Field(120.0, gt=0, description="seconds after which a silent rank ends the run")
-    skipped_in_a_row: int = Field(10, ge=1, description="steps in a row, skipped for NaN or Inf, that end the run")
+    skipped_in_a_row: int = Field(10, ge=1, description="skipped steps in a row that end the run")
     restarts_without_progress: int = Field(
         3, ge=0, description="automatic restarts in a row from the same step before the run is given up"
     )
@@ -41,10 +41,13 @@ class RunConfig(Section):
 
 class DataConfig(Section):
     train: Path = Field(description="data set folder with index.json")
+    num_classes: int | None = Field(None, ge=1, description="what the data set must have; null: whatever it has")
     global_batch_size: int = Field(256, ge=1, description="samples a step, over all ranks")
     image_size: int = Field(32, ge=8, le=1024, description="pixels; images of another size are resized")
     channels: Literal[1, 3] = Field(1, description="1 grey, 3 RGB")
-    augment: Literal["none", "light"] = Field("light", description="random affine maps and noise")
+    augment: Literal["none", "light", "flip"] = Field(
+        "light", description="light: random affine maps and noise; flip: mirrored at random, as is usual for faces"
+    )
     workers: int = Field(0, ge=0, le=256, description="loader processes a rank; 0 loads in the training process")
 
 
@@ -156,9 +159,23 @@ class CheckpointConfig(Section):
     resume: Literal["auto", "never"] = Field("auto", description="auto: go on from the run folder's newest whole one")
 
 
+class WandbConfig(Section):
+    mode: Literal["disabled", "auto", "online", "offline"] = Field(
+        "disabled", description="auto: WANDB_MODE if set, else online where there is a key, else offline"
+    )
+    project: str = Field("partialfc", min_length=1, max_length=128, description="W&B project")
+    entity: str | None = Field(None, min_length=1, description="user or team; null: the key's own")
+    name: str | None = Field(None, min_length=1, max_length=128, description="of the run; null: the run folder's name")
+    group: str | None = Field(None, min_length=1, max_length=128, description="runs that W&B shows together")
+    tags: list[Annotated[str, Field(min_length=1, max_length=64)]] = Field([], description="labels to find the run by")
+    timeout: float = Field(30.0, gt=0, le=3600, description="seconds to wait for W&B, at the start and at the end")
+    system_metrics: bool = Field(False, description="also the use of CPUs, GPUs, memory and disks on rank 0's host")
+
+
 class TrackingConfig(Section):
     log_every: int = Field(20, ge=1, description="steps between lines of metrics.jsonl")
     metrics_port: int = Field(0, ge=0, le=65535, description="loopback port of /healthz and /metrics; 0: none")
+    wandb: WandbConfig = Field(WandbConfig(), description="Weights & Biases, beside metrics.jsonl")
 
 
 class Config(Section):

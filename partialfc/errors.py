@@ -40,6 +40,10 @@ class RankLost(PartialFCError, RuntimeError):
     """A collective failed: another rank died, hangs, or cannot be reached."""
 
 
+class Interrupted(PartialFCError):
+    """The user did not want to wait until the run had stopped."""
+
+
 class ExportFailed(PartialFCError):
     """An exported file does not compute what it was exported from."""
 

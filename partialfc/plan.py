@@ -1,4 +1,4 @@
-"""What a head needs in memory, by arithmetic."""
+"""What a run needs in memory, by arithmetic."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 HeadOptimizer = Literal["sgd", "adamw", "adagrad"]
+Precision = Literal["fp32", "bf16", "fp16"]
 BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}
 
 
@@ -67,3 +68,37 @@ def head_memory(
     # The rows' gradient in float32, their indices, and where rows are gathered the indices of the sample.
     active = numbers * 4 + 8 + (8 if sampled else 0)
     return HeadMemory(weight, state, counter, embedding_dim * 4 if center_loss else 0, active)
+
+
+def backbone_memory(
+    parameters: int,
+    optimizer: Literal["sgd", "adamw"] = "sgd",
+    *,
+    momentum: bool = True,
+    precision: Precision = "fp32",
+    zero_stage: int | None = None,
+    world_size: int = 1,
+) -> dict[str, int]:
+    """Bytes a rank of a backbone's lasting tensors, by part.
+
+    Args:
+        parameters: how many numbers.
+        zero_stage: 0 to 3 under DeepSpeed; None for DistributedDataParallel, whose weights and gradients are float32
+            and which computes in bf16 and fp16 under autocast, with copies of the weights for as long as a step lasts.
+    """
+    vectors = {"sgd": int(momentum), "adamw": 2}[optimizer]
+    if zero_stage is None:
+        copies = 0 if precision == "fp32" else 2 * parameters
+        parts = {"weights": 4 * parameters, "gradients": 4 * parameters, "optimizer": 4 * vectors * parameters}
+        return {**parts, "copies for autocast": copies} if copies else parts
+    width = 4 if precision == "fp32" else 2
+    master = 4 if precision != "fp32" or zero_stage > 0 else 0  # ZeRO updates a float32 copy of its part
+
+    def share(of: int, from_stage: int) -> int:
+        return -(-of // world_size) if zero_stage >= from_stage else of
+
+    return {
+        "weights": share(width * parameters, 3),
+        "gradients": share(width * parameters, 2),
+        "optimizer": share((master + 4 * vectors) * parameters, 1),
+    }

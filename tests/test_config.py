@@ -110,7 +110,8 @@ def test_shipped_configs_are_valid() -> None:
     files = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
     assert files
     for file in files:
-        load_config(file)
+        if file.name != "sweep.yaml":  # W&B's; its own test is in test_wandb.py
+            load_config(file)
 
 
 NESTED = {"focal": {"gamma": 1}, "label_smoothing": {"smoothing": 0.2}, "subcenter": {"sub_centers": 2}}

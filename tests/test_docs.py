@@ -12,9 +12,10 @@ import torch
 import torch.distributed as dist
 import yaml
 from ranks import Ranks
+from torch.utils.flop_counter import FlopCounterMode
 
-from partialfc import PartialFC, losses
-from partialfc.config import parse_config
+from partialfc import PartialFC, losses, models
+from partialfc.config import WandbConfig, parse_config
 
 ROOT = Path(__file__).parent.parent
 
@@ -141,3 +142,50 @@ def test_the_pages_on_checkpoints_and_exchange_show_configs_that_are_valid() -> 
 def test_the_row_optimizers_page_shows_what_works() -> None:
     for example in _examples("row-optimizers.md"):
         exec(example, {"num_classes": 10, "embedding_dim": 4})
+
+
+def test_the_page_on_backbones_lists_all_of_them_with_the_right_numbers() -> None:
+    page = (ROOT / "docs" / "backbones.md").read_text(encoding="utf-8")
+    measured = (ROOT / "docs" / "benchmarks" / "backbone_memory-cpu.txt").read_text(encoding="utf-8")
+    for name in models.BY_NAME:
+        assert f"`{name}`" in page, name
+    rows = re.findall(r"^\| `(\w+)` \| .* \| ([\d.]+) \| ([\d.]+) \|$", page, re.MULTILINE)
+    assert {name for name, _, _ in rows} == {
+        name for name in models.BY_NAME if name.startswith(("ir", "mob", "vit_"))
+    } - {name for name in models.BY_NAME if "dp005" in name}
+    for name, parameters, operations in rows:
+        with torch.device("meta"):
+            backbone = models.build(name, 512, 3, 112).eval()
+            images = torch.zeros(1, 3, 112, 112)
+        assert f"{sum(value.numel() for value in backbone.parameters()) / 1e6:.1f}" == parameters
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            backbone(images)
+        assert f"{counter.get_total_flops() / 1e9:.2f}" == operations
+    for name, plain, again, share in re.findall(
+        r"^\| `(\w+)` \| ([\d.]+) \| ([\d.]+) \| (\d+%) \|$", page, re.MULTILINE
+    ):
+        assert re.search(rf"^{name} .* {plain} +{again} +{share}$", measured, re.MULTILINE), name
+
+
+def test_what_the_page_on_backbones_shows_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (ROOT / "docs" / "backbones.md").read_text(encoding="utf-8")
+    (tmp_path / "my_nets.py").write_text(_examples("backbones.md")[0])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    for example in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL):
+        config = parse_config({"data": {"train": "x"}, **yaml.safe_load(example)})
+        model, data = config.model, config.data
+        if model.name == "my_nets:net":
+            models.build(model.name, model.embedding_dim, data.channels, data.image_size, model.options)
+
+
+def test_the_tracking_page_shows_what_works(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "tracking.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    assert parse_config(yaml.safe_load(example)).tracking.wandb.mode == "auto"
+    names = {"run": tmp_path}
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 5, "loss": 0.5}\n{"kind": "event"}\n')
+    exec(_examples("tracking.md")[0], names)
+    assert names["losses"] == {5: 0.5}
+    for key in WandbConfig.model_fields:
+        assert f"`{key}`" in text, key

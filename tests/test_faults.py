@@ -15,7 +15,11 @@ from made_up import write_task
 from running import events, finish, lines, run, state, torchrun
 
 from partialfc import CenterLoss, PartialFC, losses
+from partialfc.config import parse_config
+from partialfc.train.engine import DdpEngine
+from partialfc.train.ranks import Rank
 from partialfc.train.spikes import SpikeRule
+from partialfc.train.stopping import StopRequest
 from partialfc.train.verdict import nonfinite_classes
 
 FAULTY = str(Path(__file__).with_name("faulty_run.py"))
@@ -141,6 +145,19 @@ def test_after_a_jump_of_the_loss_a_run_goes_back_and_on_with_the_next_samples(t
     assert train[33]["skipped_steps"] == 1
 
 
+@pytest.mark.parametrize("every", [0, 2])
+def test_a_loss_that_jumps_step_after_step_ends_the_run_whatever_there_is_to_go_back_to(
+    task: Path, tmp_path: Path, every: int
+) -> None:
+    folder = tmp_path / "run"
+    settings = ["optim.epochs=4", f"checkpoint.every={every}", "optim.spike={factor: 1.5, window: 5}"]
+    done = faulty(0, task, folder, "backbone", 0, "9-", *settings, "run.skipped_in_a_row=4")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert [line["step"] for line in events(folder, "spike")] == [9, 10, 11, 12]
+    for words in ("4 steps in a row were skipped", "jump of the loss", "optim.lr"):
+        assert words in state(folder)["reason"], words
+
+
 def test_a_spike_is_judged_by_the_running_mean_and_survives_a_restart() -> None:
     rule = SpikeRule(factor=2.0, window=4)
     assert not any(rule.is_spike(loss) for loss in (9.0, 1.0, 1.0, 1.0)), "nothing is one before the window is full"
@@ -152,6 +169,24 @@ def test_a_spike_is_judged_by_the_running_mean_and_survives_a_restart() -> None:
     other.load(rule.state())
     assert other.is_spike(2.1 * rule.mean)
     assert not other.is_spike(1.9 * rule.mean)
+
+
+def test_a_skipped_step_leaves_no_trace_in_batch_statistics_their_count_included() -> None:
+    """With ``momentum=None`` BatchNorm weights a batch by how many it has seen."""
+    backbone = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3, momentum=None))
+    config = parse_config({"data": {"train": "x"}})
+    engine = DdpEngine(backbone, config, Rank(0, 1, torch.device("cpu"), StopRequest(None)))
+    before = {name: value.clone() for name, value in backbone.state_dict().items()}
+    for skipped in (True, False):
+        engine.begin_step(0.1)
+        embeddings = engine.forward(torch.randn(8, 4))
+        engine.backward(embeddings, torch.ones_like(embeddings), last=True)
+        engine.finish_backward()
+        if skipped:
+            engine.skip()
+        unchanged = {name for name, value in backbone.state_dict().items() if torch.equal(value, before[name])}
+        assert not skipped or unchanged == set(before)
+    assert not unchanged & {"1.running_mean", "1.running_var", "1.num_batches_tracked"}, "the test can fail"
 
 
 @pytest.mark.parametrize("sub_centers", [False, True])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -26,6 +27,8 @@ from running import (
     wait_until,
     workers,
 )
+
+from partialfc.train.stopping import StopRequest
 
 LONG = ["optim.epochs=1000", "evaluation.every=0", "checkpoint.every=7"]
 
@@ -173,3 +176,80 @@ def test_a_request_while_a_checkpoint_is_being_written_waits_for_it(task: Path, 
     kept = [line["step"] for line in events(folder, "checkpoint")]
     assert kept[0] == 5
     assert kept[-1] == stopped_after
+
+
+def test_a_stop_file_that_cannot_be_removed_is_told_of_and_the_run_has_stopped_all_the_same(
+    task: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    (folder / "stop").mkdir(parents=True)
+    done = finish(command(task, 0, f"run.dir={folder}", *LONG))
+    assert done.returncode == 75, done.stdout + done.stderr
+    assert assert_stopped_well(folder) == 1
+    assert f"{folder / 'stop'} cannot be removed" in done.stdout
+
+
+def test_a_look_for_the_stop_file_that_fails_is_no_request_and_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stale(path: Path) -> bool:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    stop = StopRequest(tmp_path)
+    with monkeypatch.context() as broken:
+        broken.setattr(Path, "exists", stale)
+        assert not stop.requested
+    (tmp_path / "stop").touch()
+    wait_until(lambda: stop.requested, seconds=10)
+
+
+def test_a_request_that_comes_when_all_is_done_does_not_stop_the_next_start(task: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    late = (  # the file appears while the last checkpoint is being written
+        "import pathlib, sys\n"
+        "from partialfc.train import saving\n"
+        "write = saving._write_tensors\n"
+        "stop = pathlib.Path(sys.argv.pop(1), 'stop')\n"
+        "saving._write_tensors = lambda *words: (stop.touch(), write(*words))\n"
+        "from partialfc.__main__ import main\n"
+        "main()\n"
+    )
+    settings = [f"run.dir={folder}", "evaluation.sets=[]", "evaluation.every=0", "data.global_batch_size=1000"]
+    first = finish([sys.executable, "-c", late, str(folder), "train", str(task), *settings, "optim.epochs=1"])
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert state(folder)["state"] == "finished"
+    second = finish([*command(task, 0, *settings, "optim.epochs=3"), "--force"])
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert state(folder)["step"] == 3
+
+
+def test_a_second_ctrl_c_ends_the_run_at_once_with_a_reason_and_the_checkpoints_that_there_are(
+    task: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    slow = (
+        "import time\n"
+        "from partialfc.train import saving\n"
+        "write = saving._write_tensors\n"
+        "saving._write_tensors = lambda folder, *words: (\n"
+        "    time.sleep(0 if 'step-00000003' in folder.name else 30), write(folder, *words)\n"
+        ")\n"
+        "from partialfc.__main__ import main\n"
+        "main()\n"
+    )
+    settings = [*LONG, "checkpoint.every=3", "data.workers=2"]
+    words = [sys.executable, "-c", slow, "train", str(task), f"run.dir={folder}", *settings]
+    with started(words, tmp_path / "output") as process:
+        wait_until(lambda: (folder / "checkpoints" / ".step-00000006.incomplete").exists(), of=process)
+        process.send_signal(signal.SIGINT)
+        time.sleep(1.0)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(4) == 1
+    assert "second Ctrl-C" in state(folder)["reason"]
+    assert "error: a second Ctrl-C has ended the run at once" in (tmp_path / "output").read_text().splitlines()[-1]
+    assert [path.name for path in (folder / "checkpoints").glob("step-*")] == ["step-00000003"]
+    again = finish(command(task, 0, f"run.dir={folder}", *settings, "optim.epochs=0.5"))
+    assert again.returncode == 2, "another config"
+    again = finish([*command(task, 0, f"run.dir={folder}", *settings, "optim.epochs=0.5"), "--force"])
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert state(folder)["start_step"] == 3

@@ -35,12 +35,12 @@ from partialfc.config import load_config
 from partialfc.train.run_folder import GivenUp, count_restarts
 
 FAULTY = str(Path(__file__).with_name("faulty_run.py"))
-SETTINGS = ["evaluation.every=0", "evaluation.sets=[]", "optim.epochs=10", "checkpoint.every=4", "optim.lr=0.02"]
+SETTINGS = ["evaluation.every=0", "evaluation.sets=[]", "optim.epochs=10", "checkpoint.every=4", "optim.lr=0.005"]
 
 
 # From its second step on DDP lays out its buckets anew, and with them the order in which three ranks sum gradients.
 # A run that begins again does so a step later than one that goes on; rounding differs, and that grows with the steps.
-SUMMED_IN_ANOTHER_ORDER = 5e-3
+SUMMED_IN_ANOTHER_ORDER = 2e-3
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +123,51 @@ def test_a_rank_that_stops_while_the_others_wait_with_patience_is_noticed_by_its
     assert f"not heard from rank {victim}" in (tmp_path / "output").read_text()
 
 
+@pytest.mark.parametrize("asynchronous", ["true", "false"])
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_dies_in_the_last_save_is_named_also_if_it_is_the_first(
+    task: Path, tmp_path: Path, victim: int, asynchronous: str
+) -> None:
+    folder = tmp_path / "run"
+    slow = tmp_path / "slow.py"  # every part of a checkpoint takes longer
+    slow.write_text(
+        "import time\n"
+        "from partialfc.train import saving\n"
+        "write = saving._write_tensors\n"
+        "saving._write_tensors = lambda *words: (time.sleep(3), write(*words))\n"
+        "from partialfc.__main__ import main\n"
+        "main()\n"
+    )
+    settings = [*SETTINGS, "optim.epochs=0.25", f"checkpoint.asynchronous={asynchronous}"]
+    words = [*torchrun(2), str(slow), "train", str(task), f"run.dir={folder}", *settings]
+    with started(words, tmp_path / "output") as process:
+        wait_until(lambda: (folder / "checkpoints" / ".step-00000003.incomplete").exists(), of=process)
+        time.sleep(0.5)
+        os.kill(workers(process.pid)[victim], signal.SIGKILL)
+        assert process.wait(60) == 1
+    assert state(folder)["state"] == "failed"
+    assert f"not heard from rank {victim}" in state(folder)["reason"]
+    assert f"error: not heard from rank {victim}" in (tmp_path / "output").read_text()
+
+
+def test_a_rank_that_dies_before_training_begins_is_named(task: Path, tmp_path: Path) -> None:
+    folder, output, slow = tmp_path / "run", tmp_path / "output", tmp_path / "slow.py"
+    slow.write_text(
+        "import time\n"
+        "from partialfc.train.checkpoints import Checkpoints\n"
+        "resume = Checkpoints.resume\n"
+        "Checkpoints.resume = lambda self: (print('resumes', flush=True), time.sleep(3), resume(self))[2]\n"
+        "from partialfc.__main__ import main\n"
+        "main()\n"
+    )
+    words = [*torchrun(2), str(slow), "train", str(task), f"run.dir={folder}", *SETTINGS]
+    with started(words, output) as process:
+        wait_until(lambda: output.read_text().count("resumes") == 2, of=process)
+        os.kill(workers(process.pid)[1], signal.SIGKILL)
+        assert process.wait(60) == 1
+    assert "[rank 0] error: not heard from rank 1" in output.read_text()
+
+
 def agents(task: Path, folder: Path, port: int, nodes: str) -> list[str]:
     options = ["--nnodes", nodes, "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}"]
     options += [
@@ -173,6 +218,7 @@ def test_restarts_that_get_no_further_are_given_up(task: Path, tmp_path: Path) -
     assert found["state"] == "failed"
     assert "2 restarts in a row have begun at step 4" in found["reason"]
     assert "steps in a row were skipped" in found["reason"], "and why the last one failed"
+    assert found["reason"].count("giving up") == 1, "however often torchrun starts it again"
     assert [line["step"] for line in events(folder, "started")] == [0, 4, 4], "one more is allowed, no third"
     by_hand = run(task, 0, f"run.dir={folder}", *SETTINGS, "optim.epochs=1")
     assert by_hand.returncode in (0, 2), by_hand.stderr
@@ -219,3 +265,20 @@ def test_a_hundred_rounds_of_start_kill_and_resume_lose_no_sample(tmp_path: Path
     assert len(events(folder, "started")) == 100
     end = finish([sys.executable, *TRAIN, str(config), f"optim.epochs={len(seen) // 12 + 1}", "--force"], seconds=300)
     assert end.returncode == 0, end.stdout + end.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_node_that_joins_shares_the_rest_of_the_run(task: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    words = agents(task, folder, 20_000 + (os.getpid() + 7919) % 20_000, "1:2")
+    with started(words, tmp_path / "first") as first:
+        wait_until(lambda: steps_done(folder) >= 5, of=first)
+        with started(words, tmp_path / "second") as second:
+            assert first.wait(240) == 0, (tmp_path / "first").read_text()
+            assert second.wait(60) == 0, (tmp_path / "second").read_text()
+    assert state(folder)["state"] == "finished"
+    output = (tmp_path / "first").read_text() + (tmp_path / "second").read_text()
+    assert "120 steps of 20 images over 1 ranks" in output
+    assert "120 steps of 20 images over 2 ranks" in output
+    assert_undisturbed(task, folder, 2, 2e-2)

@@ -107,7 +107,7 @@ def test_the_run_folder_is_complete(finished: dict[int, Path]) -> None:
     assert (folder / "evaluation" / "roc-step-00000036.png").stat().st_size > 10_000
     assert yaml.safe_load((folder / "config.yaml").read_text())["optim"]["power"] == 2.0, "resolved"
     hidden = [path.name for path in folder.rglob(".*")]
-    assert hidden == [".metadata"], "DCP's own; no temporary files stay"
+    assert sorted(hidden) == [".lock", ".metadata"], "DCP's own, and the folder's; no temporary files stay"
     output = (folder / "stdout.txt").read_text()
     for words in ("training  36/36 (100%)", "plain: TAR at FAR 0.001", "known: accuracy", "images/s", str(folder)):
         assert words in output

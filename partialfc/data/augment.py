@@ -1,4 +1,4 @@
-"""Light augmentation: one affine warp and additive noise, reproducible for each (seed, epoch, sample)."""
+"""Augmentation: one affine warp and additive noise, or a mirror; reproducible for each (seed, epoch, sample)."""
 
 from __future__ import annotations
 
@@ -40,6 +40,7 @@ class Augment:
         shear: largest horizontal shear, as a tangent.
         translate: largest shift in each direction, as a fraction of the image's width and height.
         noise: largest standard deviation of the noise, on the scale where black is -1 and white is 1.
+        flip: mirror every second image, left to right.
     """
 
     rotate_degrees: float = 0.0
@@ -47,6 +48,7 @@ class Augment:
     shear: float = 0.0
     translate: float = 0.0
     noise: float = 0.0
+    flip: bool = False
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Pixels:
         """Warp a grey (L) or RGB image; returns float32 [channels, height, width] in [-1, 1]."""
@@ -58,6 +60,8 @@ class Augment:
         if self.noise:
             pixels += rng.standard_normal(pixels.shape, dtype=np.float32) * np.float32(self.noise * noise)
             np.clip(pixels, -1, 1, out=pixels)
+        if self.flip and rng.random() < 0.5:
+            pixels = np.ascontiguousarray(pixels[:, :, ::-1])
         return pixels
 
     def _warp(
@@ -92,7 +96,8 @@ def background(image: Image.Image) -> float | tuple[int, ...]:
 
 NONE = Augment()
 LIGHT = Augment(rotate_degrees=8.0, scale=0.12, shear=0.12, translate=0.06, noise=0.15)
-_PRESETS = {"none": NONE, "light": LIGHT}
+FLIP = Augment(flip=True)
+_PRESETS = {"none": NONE, "light": LIGHT, "flip": FLIP}
 
 
 def augment_by_name(name: str) -> Augment:

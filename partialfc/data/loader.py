@@ -98,7 +98,7 @@ def build_loader(
 
     Args:
         channels: 1 (grey) or 3 (RGB); images are converted.
-        augment: ``none`` or ``light``.
+        augment: ``none``, ``light`` or ``flip``.
         workers: decoding processes of this rank; 0 decodes in the training process.
         micro_batches: equal parts of each batch, to be taken one after the other.
     Raises:

@@ -73,6 +73,16 @@ class Scores:
         steps = np.flatnonzero(np.diff(false, append=false[-1] + 1))
         return false[steps] / max(1, false[-1]), true[steps] / max(1, true[-1])
 
+    def roc_points(self, most: int = 200) -> dict[str, list[float]]:
+        """``far`` and ``tar`` at no more than ``most`` points of the curve, evenly spread over the logarithm of FAR."""
+        far, tar = self.roc()
+        far, tar = far[far > 0], tar[far > 0]
+        if not len(far):
+            return {"far": [], "tar": []}
+        chosen = np.searchsorted(far, np.geomspace(far[0], far[-1], most)).clip(max=len(far) - 1)
+        chosen = np.unique(chosen)
+        return {"far": far[chosen].tolist(), "tar": tar[chosen].tolist()}
+
 
 def read_protocols(folder: Path) -> tuple[list[Protocol], list[tuple[int, int]]]:
     """The protocols of a verification set, and the pairs of classes that count as neither genuine nor impostor.

@@ -19,6 +19,7 @@ from partialfc import __version__, models
 from partialfc.config import Config, parse_config
 from partialfc.errors import ConfigError, DataError, ExportFailed, MissingDependency
 from partialfc.exchange.reading import find_checkpoint, map_file, read_into, reserve, stored_tensors
+from partialfc.tracking.metrics import add_event
 from partialfc.tracking.progress import Advance, Progress, no_progress
 from partialfc.train.class_table import CLASSES
 from partialfc.train.row_loading import RowLoadPlanner
@@ -84,11 +85,7 @@ def export(
     if out.exists() and not (out / ABOUT).exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} holds something that is not an export; choose another --out")
     config = parse_config(manifest["config"])
-    if models.is_foreign(config.model.name) and model != config.model.name:
-        raise ConfigError(
-            f"{checkpoint} is of model.name={config.model.name}, code that is not of this package; if it may run, pass "
-            f"--model {config.model.name}"
-        )
+    models.require_trust(config.model.name, model, f"{checkpoint}")
     backbone = _read_backbone(checkpoint, config)
     temporary = out.with_name(f".{out.name}.incomplete")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -119,6 +116,7 @@ def export(
         (temporary / ABOUT).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
         shutil.rmtree(out, ignore_errors=True)
         temporary.rename(out)
+        add_event(checkpoint.parent.parent, "export", step=manifest["step"], path=str(out.resolve()))
     except OSError as error:
         raise DataError(f"{out} cannot be written: {error}") from error
     finally:

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from partialfc.models.build import build, check, is_foreign
+from partialfc.models.build import build, check, is_foreign, require_trust
 from partialfc.models.by_name import BY_NAME
 from partialfc.models.glyph_net import GlyphNet
 from partialfc.models.iresnet import IResNet
 from partialfc.models.mobilefacenet import MobileFaceNet
 from partialfc.models.vit import VisionTransformer
 
-__all__ = ["BY_NAME", "GlyphNet", "IResNet", "MobileFaceNet", "VisionTransformer", "build", "check", "is_foreign"]
+__all__ = [
+    "BY_NAME",
+    "GlyphNet",
+    "IResNet",
+    "MobileFaceNet",
+    "VisionTransformer",
+    "build",
+    "check",
+    "is_foreign",
+    "require_trust",
+]

@@ -77,6 +77,19 @@ def check(name: str, options: Mapping[str, Any] | None = None, activation_checkp
     _converted(BY_NAME[name], options or {})
 
 
+def require_trust(name: str, trusted: str | None, where: str) -> None:
+    """A checkpoint may come from anywhere, and must not choose what code runs.
+
+    Raises:
+        ConfigError: ``name``, which stands in the checkpoint ``where``, is not one of ours, and the user has not
+            repeated it as ``trusted``.
+    """
+    if is_foreign(name) and trusted != name:
+        raise ConfigError(
+            f"{where} is of model.name={name}, code that is not of this package; if it may run, pass --model {name}"
+        )
+
+
 def is_foreign(name: str) -> bool:
     """Whether building a backbone of this name runs code that is not of this package."""
     return ":" in name

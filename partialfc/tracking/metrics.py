@@ -51,10 +51,19 @@ class MetricsFile:
         self._file.close()
 
 
+def add_event(run: Path, event: str, **values: Any) -> None:
+    """Write an event into the metrics.jsonl of a run folder, if it is one, from outside its training."""
+    path = run / "metrics.jsonl"
+    if path.exists():
+        metrics = MetricsFile(path)
+        metrics.write("event", event=event, **values)
+        metrics.close()
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl; a torn last line is left out."""
     lines = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for text in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             lines.append(json.loads(text))
         except ValueError:
@@ -75,7 +84,8 @@ def read_last(path: Path, most: int) -> dict[str, dict[str, Any]]:
     for text in texts:
         with suppress(ValueError):
             line = json.loads(text)
-            found[line["kind"]] = line
+            if isinstance(line, dict) and isinstance(line.get("kind"), str):
+                found[line["kind"]] = line
     return found
 
 

@@ -32,12 +32,13 @@ class BackboneState(Protocol):
 
 
 class ReplicatedBackbone:
-    """A backbone that every rank has in full."""
+    """A backbone that every rank has in full; without an optimizer, for an evaluation."""
 
-    def __init__(self, module: nn.Module, optimizer: Optimizer) -> None:
+    def __init__(self, module: nn.Module, optimizer: Optimizer | None = None) -> None:
         self.module, self.optimizer = module, optimizer
 
     def tensors(self) -> dict[str, Tensor]:
+        assert self.optimizer is not None
         found = self.targets()
         for name, parameter in self.module.named_parameters():
             for key, value in self.optimizer.state.get(parameter, {}).items():
@@ -52,12 +53,18 @@ class ReplicatedBackbone:
         return {name: parameter.shape for name, parameter in self.module.named_parameters()}
 
     def take(self, tensors: dict[str, Tensor]) -> None:
+        if self.optimizer is None:
+            return
         parameters = dict(self.module.named_parameters())
-        on_device = any(self.optimizer.defaults.get(kind) for kind in ("fused", "capturable"))
         self.optimizer.state.clear()
         for name, value in tensors.items():
             if name.startswith(OPTIMIZER):  # weights and buffers were read into place
                 owner, _, key = name.removeprefix(OPTIMIZER).rpartition(".")
                 parameter = parameters[owner]
-                device = parameter.device if key != "step" or on_device else torch.device("cpu")
-                self.optimizer.state[parameter][key] = value.to(device)
+                self.optimizer.state[parameter][key] = value.to(device_of_state(self.optimizer, parameter, key))
+
+
+def device_of_state(optimizer: Optimizer, parameter: Tensor, key: str) -> torch.device:
+    """Where an optimizer looks for a piece of its state: steps are counted on the host, but by a fused kernel."""
+    on_device = any(optimizer.defaults.get(kind) for kind in ("fused", "capturable"))
+    return parameter.device if key != "step" or on_device else torch.device("cpu")

@@ -38,14 +38,16 @@ _HEAD_OPTIMIZER = "head.optimizer."
 class TrainingState:
     """Everything of a run that is tensors, by the names that checkpoints use.
 
-    Replicated tensors are saved as they are; those with one row a class as DTensors over the ranks.
+    Replicated tensors are saved as they are; those with one row a class as DTensors over the ranks. Without optimizers
+    it only loads what an evaluation needs.
     """
 
-    def __init__(self, backbone: BackboneState, head: PartialFC, head_optimizer: Optimizer) -> None:
+    def __init__(self, backbone: BackboneState, head: PartialFC, head_optimizer: Optimizer | None = None) -> None:
         self.backbone, self.head, self.head_optimizer = backbone, head, head_optimizer
 
     def tensors(self) -> dict[str, Tensor]:
         """All of them, as they lie. A collective."""
+        assert self.head_optimizer is not None
         found = self.backbone.tensors() | self._of_head()
         for name, parameter in self.head.named_parameters():
             for key, value in self.head_optimizer.state.get(parameter, {}).items():
@@ -77,8 +79,9 @@ class TrainingState:
         weight: Any = stored["head.weight"]
         num_classes: int = weight.size[0]
         owners = {OPTIMIZER: self.backbone.shapes(), _HEAD_OPTIMIZER: self._shapes_of_head()}
+        wanted = tuple(owners) if self.head_optimizer is not None else ()
         for name, entry in stored.items():
-            prefix = next((prefix for prefix in owners if name.startswith(prefix)), None)
+            prefix = next((prefix for prefix in wanted if name.startswith(prefix)), None)
             if prefix is None or not isinstance(entry, TensorStorageMetadata):
                 continue
             owner = name.removeprefix(prefix).rpartition(".")[0]
@@ -95,12 +98,15 @@ class TrainingState:
         planner = RowLoadPlanner({name: first for name, value in targets.items() if _has_rows(name, value.dim())})
         read_tensors(reader, targets, planner, self.head.collectives.group)
         self.backbone.take({name: value for name, value in targets.items() if name.startswith((WEIGHTS, OPTIMIZER))})
-        self.head_optimizer.state.clear()
+        optimizer = self.head_optimizer
+        if optimizer is not None:
+            optimizer.state.clear()
         parameters = dict(self.head.named_parameters())
         for name, value in targets.items():
             if name.startswith(_HEAD_OPTIMIZER):
                 owner, _, key = name.removeprefix(_HEAD_OPTIMIZER).rpartition(".")
-                self.head_optimizer.state[parameters[owner]][key] = value
+                assert optimizer is not None
+                optimizer.state[parameters[owner]][key] = value
         self.head.forget_step()
         return num_classes
 

@@ -91,7 +91,7 @@ class DeepSpeedEngine:
             require_compiler(rank.device.type)
             module.compile(options={"fallback_random": True})
         rank.watch(self._engine.seq_data_parallel_group)
-        self._buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
+        self._buffers = list(module.buffers())
         self._before = [torch.empty_like(buffer) for buffer in self._buffers]
         self._norm = torch.zeros((), device=rank.device)
         self._dropped = False  # whether DeepSpeed has skipped this step by itself

@@ -5,13 +5,24 @@ from __future__ import annotations
 from partialfc.config import Config
 from partialfc.head import PartialFC
 from partialfc.head.rate_schedule import SampleRate, largest_rate
-from partialfc.plan import head_memory
+from partialfc.plan import HeadMemory, head_memory
 
 
 def describe_memory(config: Config, head: PartialFC) -> str:
     """What the head takes on this rank."""
     rate = largest_rate(head.sample_rate)
-    memory = head_memory(
+    memory = memory_of_head(config, head)
+    classes = len(head.weight)
+    step = memory.total(classes, rate, head.memory_budget_mb) - classes * memory.per_class
+    return (
+        f"head memory: {memory.per_class:,} bytes a class, {size(classes * memory.per_class)} on rank 0; "
+        f"a step at sample rate {rate:g} takes up to {size(step)} more"
+    )
+
+
+def memory_of_head(config: Config, head: PartialFC) -> HeadMemory:
+    """What a class costs in a run of this config."""
+    return head_memory(
         head.embedding_dim,
         config.optim.head_optimizer,
         unsampled_rows=config.optim.unsampled_rows,
@@ -21,13 +32,7 @@ def describe_memory(config: Config, head: PartialFC) -> str:
         sub_centers=head.loss.sub_centers or 1,
         class_bias=head.loss.class_bias,
         center_loss=head.center_loss is not None,
-        sampled=rate < 1,
-    )
-    classes = len(head.weight)
-    step = memory.total(classes, rate, head.memory_budget_mb) - classes * memory.per_class
-    return (
-        f"head memory: {memory.per_class:,} bytes a class, {_size(classes * memory.per_class)} on rank 0; "
-        f"a step at sample rate {rate:g} takes up to {_size(step)} more"
+        sampled=largest_rate(head.sample_rate) < 1,
     )
 
 
@@ -35,7 +40,8 @@ def describe_rate(sample_rate: SampleRate) -> str:
     return repr(sample_rate) if callable(sample_rate) else f"{sample_rate:g}"
 
 
-def _size(num_bytes: float) -> str:
+def size(num_bytes: float) -> str:
+    """A number of bytes for people."""
     for unit in ("bytes", "KiB", "MiB", "GiB"):
         if num_bytes < 1024 or unit == "GiB":
             break

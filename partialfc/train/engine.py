@@ -95,7 +95,7 @@ class DdpEngine:
         self.optimizer = build_backbone_optimizer(config, module, rank.device)
         self.state: BackboneState = ReplicatedBackbone(module, self.optimizer)
         self._norm = torch.zeros((), device=rank.device)
-        self._buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
+        self._buffers = list(module.buffers())
         self._before = [torch.empty_like(buffer) for buffer in self._buffers]
 
     def begin_step(self, lr: float) -> None:
@@ -181,6 +181,7 @@ def take_from_first(buffers: list[Tensor]) -> None:
     """Make statistics of the batch, which each rank has its own of, those of the first rank: a checkpoint has these,
     and DistributedDataParallel begins each step with them. A collective.
     """
+    buffers = [buffer for buffer in buffers if buffer.is_floating_point()]  # batches are counted alike anyway
     if not buffers or not dist.is_initialized() or dist.get_world_size() == 1:
         return
     flat = torch.cat([buffer.flatten().float() for buffer in buffers])

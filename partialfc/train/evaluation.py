@@ -20,9 +20,9 @@ from partialfc.evaluate.figures import draw_roc
 from partialfc.evaluate.identification import nearest_classes
 from partialfc.evaluate.verification import Scores, read_protocols, score_pairs
 from partialfc.head import PartialFC
+from partialfc.tracking.atomic import write_atomically
 from partialfc.tracking.progress import console_progress, no_progress
 from partialfc.train.ranks import Rank
-from partialfc.train.run_folder import write_atomically
 
 FARS = (1e-2, 1e-3, 1e-4, 1e-5)
 
@@ -54,14 +54,15 @@ class Evaluation:
         if twice:
             raise ConfigError(f"evaluation.sets: two sets give results called {', '.join(twice)}; rename one of them")
 
-    def run(self, backbone: nn.Module, head: PartialFC, rank: Rank, step: int) -> dict[str, Any] | None:
+    def run(self, backbone: nn.Module, head: PartialFC, rank: Rank, name: str) -> dict[str, Any] | None:
         """All results, e.g. ``{"unseen_font": {"tar_at_far": {"0.001": 0.9}, …}}``; None if the ranks were asked to
         stop meanwhile. A collective.
 
-        The first rank also writes them, with a ROC figure, into the run folder's ``evaluation/``.
+        The first rank also writes them, with a ROC figure, into the run folder's ``evaluation/`` under ``name``.
         """
 
         def asked() -> bool:  # this rank; the others learn of it within a second or two
+            rank.goes_on()
             return rank.stop.requested
 
         results: dict[str, Any] = {}
@@ -92,7 +93,7 @@ class Evaluation:
                     **{name: value for name, value in scores.spread().items() if not math.isnan(value)},
                 }
         if rank.is_first and results:
-            self._write(results, curves, step)
+            self._write(results, curves, name)
         return results
 
     def _embed(self, backbone: nn.Module, dataset: TarDataset, rank: Rank, asked: Callable[[], bool]) -> torch.Tensor:
@@ -116,10 +117,20 @@ class Evaluation:
             dim = self.config.model.embedding_dim
             return embed(backbone, counted(), dataset.num_samples, dim, rank.device, asked)
 
-    def _write(self, results: dict[str, Any], curves: dict[str, Scores], step: int) -> None:
+    def _write(self, results: dict[str, Any], curves: dict[str, Scores], name: str) -> None:
         folder: Path = self.config.run.dir / "evaluation"
         folder.mkdir(exist_ok=True)
-        write_atomically(folder / f"step-{step:08d}.json", json.dumps(results, indent=1) + "\n")
+        write_atomically(folder / f"{name}.json", json.dumps(results, indent=1) + "\n")
         if curves:
-            title = f"{self.config.run.dir.name}, step {step}"
-            draw_roc(curves, folder / f"roc-step-{step:08d}.png", title)
+            points = {protocol: scores.roc_points() for protocol, scores in curves.items()}
+            write_atomically(folder / f"roc-{name}.json", json.dumps(points) + "\n")
+            draw_roc(curves, folder / f"roc-{name}.png", f"{self.config.run.dir.name}, {name}")
+
+
+def describe_results(results: dict[str, Any]) -> list[str]:
+    """A line for people on each set."""
+    lines = []
+    for name, found in results.items():
+        tar = "  ".join(f"TAR {value:.4f} at FAR {far}" for far, value in found.get("tar_at_far", {}).items())
+        lines.append(f"{name}: " + (tar or f"accuracy {found['accuracy']:.4f}"))
+    return lines

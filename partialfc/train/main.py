@@ -6,6 +6,7 @@ import torch.distributed as dist
 
 from partialfc.config import Config
 from partialfc.tracking.progress import log
+from partialfc.tracking.wandb_run import require_wandb
 from partialfc.train.ranks import joined
 from partialfc.train.run_folder import finished_before
 from partialfc.train.summary import summarize
@@ -26,6 +27,7 @@ def train(config: Config, force: bool = False) -> Outcome:
     if finished_before(config, force):
         _say_finished(config, "this run has finished before; nothing to do")
         return "finished"
+    require_wandb(config.tracking.wandb)
     with joined(config.run.dir, config.run.timeout, group_of_one=config.engine.name == "deepspeed") as rank:
         outcome = Trainer(config, rank, force).train()
         if rank.is_first and outcome == "finished":

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from partialfc.errors import PartialFCError, RankLost
+from partialfc.errors import CheckpointFailed, PartialFCError, RankLost
 from partialfc.train.agreement import gathered
 from partialfc.train.liveness import Liveness
 from partialfc.train.rendezvous import fresh_store
@@ -34,9 +34,12 @@ class Rank:
     stop: StopRequest
     liveness: Liveness | None = None
     timeout: timedelta = PATIENCE
+    #: Called now and then, by the main thread, as it goes on.
+    on_progress: list[Callable[[], None]] = field(default_factory=list)
     #: Called by a thread, with the reason, when another rank is lost; the process ends right after.
     on_lost: list[Callable[[str], None]] = field(default_factory=list)
     _groups: list[dist.ProcessGroup] = field(default_factory=list)  # besides that of all ranks
+    _explained: Exception | None = None
 
     @property
     def is_first(self) -> bool:
@@ -70,6 +73,11 @@ class Rank:
         if self.liveness:
             self.liveness.enter(step, phase)
 
+    def goes_on(self) -> None:
+        """Say that this rank is at work, where no step tells so."""
+        for tell in self.on_progress:
+            tell()
+
     def agree_to_stop(self) -> bool:
         """Whether any rank has been asked to stop. A collective."""
         asked = self.stop.requested
@@ -85,12 +93,18 @@ class Rank:
 
     def explain(self, error: Exception) -> Exception:
         """A failure in words that name the rank at fault, here or elsewhere; tells the other ranks of one here."""
-        if self.liveness is None:
+        if self.liveness is None or error is self._explained:
             return error
-        if isinstance(error, RankLost) or (isinstance(error, RuntimeError) and not isinstance(error, PartialFCError)):
-            reason = self.liveness.explain()
-            return RankLost(f"{reason} (seen by rank {self.rank}: {error})") if reason else error
-        self.liveness.report_failure(f"{error}" if isinstance(error, PartialFCError) else repr(error))
+        self._explained = self._explain(error, self.liveness)
+        return self._explained
+
+    def _explain(self, error: Exception, liveness: Liveness) -> Exception:
+        cause = error.__cause__ if isinstance(error, CheckpointFailed) else error
+        if isinstance(cause, RankLost) or (isinstance(cause, RuntimeError) and not isinstance(cause, PartialFCError)):
+            reason = liveness.explain()
+            if reason:
+                return RankLost(f"{reason} (seen by rank {self.rank}: {error})")
+        liveness.report_failure(f"{error}" if isinstance(error, PartialFCError) else repr(error))
         return error
 
     def lost(self, reason: str) -> None:
@@ -132,7 +146,11 @@ def joined(run_folder: Path, timeout: float, group_of_one: bool = False) -> Iter
     with stop.listening():  # not before: until all are there, a launcher's SIGTERM had better end the process
         try:
             rank.liveness = Liveness(rank.rank, rank.world_size, timeout, stop, rank.lost)
-            yield rank
+            try:
+                yield rank
+            except Exception as error:  # before training begins; later it has been explained
+                explained = rank.explain(error)
+                raise explained from (None if explained is error else error)
             dist.barrier()  # rank 0 may still be writing: nobody tears the group down before it is done
         finally:
             if rank.liveness:

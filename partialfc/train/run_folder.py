@@ -13,10 +13,14 @@ from typing import Any
 
 from partialfc.config import Config, to_yaml
 from partialfc.errors import ConfigError, PartialFCError
+from partialfc.tracking.atomic import write_atomically
 from partialfc.tracking.metrics import MetricsFile, read_metrics
 from partialfc.tracking.progress import log
+from partialfc.tracking.wandb_run import start_wandb
+from partialfc.train.folder_lock import FolderLock
 
 STATE = "state.json"
+_GIVING_UP = "giving up. Start the run by hand to try again"
 _HEARTBEAT = 5.0  # seconds between updates of state.json
 
 
@@ -24,26 +28,11 @@ class GivenUp(PartialFCError):
     """The run was restarted again and again without getting any further."""
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write ``text`` so that ``path`` is either as before or complete, also after a crash."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError:
-        with suppress(OSError):
-            temporary.unlink()
-        raise
-
-
 def read_state(folder: Path) -> dict[str, Any] | None:
     """The run's ``state.json``; None if there is none, or it is not one."""
     try:
         state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return state if isinstance(state, dict) else None
 
@@ -63,6 +52,7 @@ class RunFolder:
         self.attempt = previous["attempt"] + 1 if previous and isinstance(previous.get("attempt"), int) else 1
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            self._folder_lock = FolderLock(self.path, config.run.timeout)
             write_atomically(self.path / "config.yaml", to_yaml(config))
             forget_after(self.path / "metrics.jsonl", step)
             self.metrics = MetricsFile(self.path / "metrics.jsonl")
@@ -78,11 +68,16 @@ class RunFolder:
         self._endpoint = self._open_endpoint(config)
         self._thread = threading.Thread(target=self._keep_fresh, name="state", daemon=True)
         self._thread.start()
+        self.wandb = start_wandb(self.path, config.tracking.wandb, anew=config.checkpoint.resume == "never")
 
     def progress(self, step: int, seconds_left: float | None = None) -> None:
         """Say how far the run is; written with the next heartbeat."""
         self._step, self._progressed = step, time.monotonic()
         self._seconds_left = seconds_left if seconds_left is not None else self._seconds_left
+
+    def touch(self) -> None:
+        """Say that work goes on, though no step is done: in an evaluation, for instance."""
+        self._progressed = time.monotonic()
 
     def set_state(self, state: str, step: int, reason: str = "") -> None:
         """Write state.json: ``running``, ``preempted``, ``finished`` or ``failed``. Where the disk is full, a run that
@@ -110,6 +105,9 @@ class RunFolder:
         if self._endpoint:
             self._endpoint.close()
         self.metrics.close()
+        self._folder_lock.release()
+        if self.wandb:
+            self.wandb.close()
 
     def _open_endpoint(self, config: Config) -> Any:
         port = config.tracking.metrics_port
@@ -165,16 +163,23 @@ def count_restarts(config: Config, step: int, automatic: int) -> int:
         GivenUp: more than the config allows.
     """
     previous = read_state(config.run.dir)
-    if not automatic or previous is None or previous.get("start_step", -1) < step:
+    if not automatic or previous is None or _number(previous, "start_step", -1) < step:
         return 0
-    restarts = int(previous.get("restarts", 0)) + 1
+    restarts = _number(previous, "restarts", 0) + 1
     if restarts > config.run.restarts_without_progress:
+        reason = previous.get("reason") or "no reason is known: the process was killed"
+        if str(reason).endswith(_GIVING_UP):  # and the launcher has started it again all the same
+            raise GivenUp(reason)
         raise GivenUp(
-            f"{restarts} restarts in a row have begun at step {step:,} and got no further (last time: "
-            f"{previous.get('reason') or 'no reason is known: the process was killed'}); giving up. Start the run by "
-            "hand to try again"
+            f"{restarts} restarts in a row have begun at step {step:,} and got no further (last time: {reason}); "
+            f"{_GIVING_UP}"
         )
     return restarts
+
+
+def _number(state: dict[str, Any], name: str, default: int) -> int:
+    value = state.get(name)
+    return value if isinstance(value, int) else default
 
 
 def record_failure(folder: Path, reason: str, states: tuple[str, ...] = ("running",)) -> None:
@@ -195,7 +200,7 @@ def forget_after(metrics: Path, step: int) -> None:
         text = metrics.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
         return
-    kept = "".join(f"{line}\n" for line in text.splitlines() if _is_kept(line, step))
+    kept = "".join(f"{line}\n" for line in text.split("\n") if _is_kept(line, step))
     if kept != text:
         write_atomically(metrics, kept)
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +45,7 @@ def _look(folder: Path, now: float) -> Run | None:
     state = read_state(folder)
     if state is None:
         return None
-    silent = max(0.0, now - float(state.get("updated", 0.0)))
+    silent = max(0.0, now - (_number_of(state, "updated") or 0.0))
     word = str(state.get("state", "?"))
     if word == "running" and silent > STALLED_AFTER:
         word = "stalled"
@@ -50,15 +53,24 @@ def _look(folder: Path, now: float) -> Run | None:
     return Run(
         folder,
         word,
-        int(state.get("step", 0)),
-        int(state.get("total_steps", 0)),
-        int(state.get("attempt", 1)),
-        state.get("seconds_left") if word == "running" else None,
+        int(_number_of(state, "step") or 0),
+        int(_number_of(state, "total_steps") or 0),
+        int(_number_of(state, "attempt") or 1),
+        _number_of(state, "seconds_left") if word == "running" else None,
         silent,
-        str(state.get("reason", "")),
+        str(state.get("reason") or ""),
         lines.get("train", {}),
         lines.get("evaluation", {}),
     )
+
+
+def _number_of(state: dict[str, Any], name: str) -> float | None:
+    """What ``state`` says, if it is a number: a file that somebody else has spoilt must not hide all other runs."""
+    value = state.get(name)
+    with suppress(OverflowError):
+        if isinstance(value, int | float) and math.isfinite(value):
+            return float(value)
+    return None
 
 
 def describe_runs(folder: Path) -> str:
@@ -84,6 +96,15 @@ def describe_runs(folder: Path) -> str:
         if run.state == "stalled"
     ]
     return "\n".join(lines + (["", *notes] if notes else []))
+
+
+def watch_runs(folder: Path, every: float) -> None:
+    """Print the table again and again, in place on a terminal, until the user has seen enough (Ctrl-C)."""
+    start = "\x1b[2J\x1b[H" if sys.stdout.isatty() else ""
+    with suppress(KeyboardInterrupt):
+        while True:
+            print(f"{start}{time.strftime('%Y-%m-%d %H:%M:%S')}\n{describe_runs(folder)}\n", flush=True)
+            time.sleep(every)
 
 
 def _row(run: Run, folder: Path) -> tuple[str, ...]:
@@ -112,11 +133,12 @@ def _number(value: Any, form: str) -> str:
 
 def _result(evaluation: dict[str, Any]) -> str:
     """The first result of the last evaluation."""
-    for name, found in evaluation.get("results", {}).items():
-        tar = found.get("tar_at_far", {})
-        if tar:
-            far = min(tar, key=float)
-            return f"{name} TAR {tar[far]:.4f} @ FAR {far}"
-        if "accuracy" in found:
-            return f"{name} accuracy {found['accuracy']:.4f}"
+    with suppress(AttributeError, TypeError, ValueError):  # not as an evaluation has written it
+        for name, found in evaluation.get("results", {}).items():
+            tar = found.get("tar_at_far", {})
+            if tar:
+                far = min(tar, key=float)
+                return f"{name} TAR {tar[far]:.4f} @ FAR {far}"
+            if "accuracy" in found:
+                return f"{name} accuracy {found['accuracy']:.4f}"
     return ""

@@ -195,6 +195,7 @@ class Saver:
                 raise
             # Most likely another rank is gone: training will notice, and say which.
             error = CheckpointFailed(f"the checkpoint could not be written ({type(failed).__name__}: {failed})")
+            error.__cause__ = failed
         self._ended.append(Saved(folder, error))
 
     def _copied(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

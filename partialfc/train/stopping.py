@@ -1,4 +1,4 @@
-"""Requests to stop: the file ``stop`` in the run folder, SIGTERM, SIGUSR1 and Ctrl-C.
+"""Requests to stop: the file ``stop`` in the run folder, SIGTERM, SIGUSR1 and Ctrl-C. The file may say who asks.
 
 A request only leaves word. The training loop reads it between steps and tells the other ranks with the verdict on the
 step, so that all of them stop after the same one; nothing is done inside a signal handler.
@@ -10,9 +10,11 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
+
+from partialfc.tracking.progress import log
 
 STOP_FILE = "stop"
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -35,8 +37,9 @@ class StopRequest:
     def requested(self) -> bool:
         """Whether somebody has asked."""
         if self.reason is None and self._file is not None and time.monotonic() - self._looked >= _LOOK_EVERY:
-            if self._file.exists():
-                self.reason = f"the file {self._file}"
+            with suppress(OSError):  # a network that does not answer now; the next look will tell
+                if self._file.exists():
+                    self.reason = _who_asks(self._file)
             self._looked = time.monotonic()
         return self.reason is not None
 
@@ -45,9 +48,16 @@ class StopRequest:
         self.reason = self.reason or reason
 
     def done(self) -> None:
-        """The run has stopped: the file has served."""
-        if self._file is not None:
+        """The run has ended: the file has served. It may be a folder, or one that may not be removed."""
+        if self._file is None:
+            return
+        try:
             self._file.unlink(missing_ok=True)
+        except OSError as error:
+            log(
+                f"WARNING: {self._file} cannot be removed ({error.strerror}); remove it yourself, or the next start "
+                "stops after one step"
+            )
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -66,3 +76,11 @@ class StopRequest:
         if number == signal.SIGINT and self.reason is not None:
             raise KeyboardInterrupt
         self.request(signal.Signals(number).name)
+
+
+def _who_asks(file: Path) -> str:
+    """The words in the file, if there are any: a launcher leaves its own."""
+    words = ""
+    with suppress(OSError), file.open(encoding="utf-8", errors="replace") as text:
+        words = text.readline(200).strip()
+    return f"{words} (the file {file})" if words else f"the file {file}"

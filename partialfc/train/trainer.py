@@ -15,7 +15,7 @@ from partialfc.config import Config, build_head, build_head_optimizer
 from partialfc.data.dataset import TarDataset
 from partialfc.data.loader import Batch, build_loader
 from partialfc.data.order import steps_per_epoch
-from partialfc.errors import ConfigError, PartialFCError, RankLost
+from partialfc.errors import ConfigError, Interrupted, PartialFCError, RankLost
 from partialfc.head import HeadOutput
 from partialfc.head.hashing import stream_key
 from partialfc.tracking.progress import console_progress, log, no_progress
@@ -25,8 +25,9 @@ from partialfc.train.checkpoint import TrainingState
 from partialfc.train.checkpoints import Checkpoints
 from partialfc.train.describe import describe_memory, describe_rate
 from partialfc.train.engine import Engine, build_engine
-from partialfc.train.evaluation import Evaluation
+from partialfc.train.evaluation import Evaluation, describe_results
 from partialfc.train.means import Means
+from partialfc.train.micro_batches import micro_batches, together
 from partialfc.train.phase_clock import PhaseClock
 from partialfc.train.ranks import Rank, automatic_restarts
 from partialfc.train.run_folder import GivenUp, RunFolder, count_restarts, record_failure
@@ -36,6 +37,7 @@ from partialfc.train.verdict import Diverged, StepCheck, Verdict, Word, find_fau
 
 _DRAWS = 6  # the purpose that tells this stream of random numbers from the others
 _MOST_ROLL_BACKS = 3  # to one checkpoint
+_INTERRUPTED = "a second Ctrl-C has ended the run at once; start again to go on from its newest checkpoint"
 
 Outcome = Literal["finished", "preempted"]
 
@@ -62,6 +64,11 @@ class Trainer:
     def __init__(self, config: Config, rank: Rank, force: bool = False) -> None:
         self.config, self.rank = config, rank
         self.dataset = TarDataset(config.data.train, console_progress if rank.is_first else no_progress)
+        if config.data.num_classes not in (None, self.dataset.num_classes):
+            raise ConfigError(
+                f"data.num_classes: {config.data.num_classes:,} expected, and {config.data.train} has "
+                f"{self.dataset.num_classes:,}"
+            )
         self.evaluation = Evaluation(config, self.dataset.num_classes)
         self.steps_per_epoch = steps_per_epoch(self.dataset.num_samples, config.data.global_batch_size)
         self.total_steps = max(1, round(config.optim.epochs * self.steps_per_epoch))
@@ -96,28 +103,44 @@ class Trainer:
                 f"the checkpoint is of step {self.step:,}, and optim.epochs={self.config.optim.epochs:g} ends the run "
                 f"at step {self.total_steps:,}; raise it to train on"
             )
-        try:
-            restarts = on_first(lambda: count_restarts(self.config, self.step, automatic_restarts()))
-        except GivenUp as error:
-            if self.rank.is_first:
-                record_failure(self.config.run.dir, str(error), states=("running", "failed", "preempted"))
-            raise
-        folder = RunFolder(self.config, self.total_steps, self.step, restarts) if self.rank.is_first else None
+        folder = self._open_folder()
+        if folder:
+            self.rank.on_progress.append(folder.touch)
         self.rank.on_lost.append(lambda reason: self._record_failure(folder, reason))
         try:
             if folder:
                 self._describe()
             outcome = self._run(folder)
         except BaseException as error:
-            explained = self.rank.explain(error) if isinstance(error, Exception) else error
+            explained = error
+            if isinstance(error, Exception):
+                explained = self.rank.explain(error)
+            elif isinstance(error, KeyboardInterrupt):
+                explained = Interrupted(_INTERRUPTED)
             if isinstance(error, Exception) and not isinstance(explained, RankLost):
                 self.checkpoints.let_end(self.config.run.timeout / 2)
-            if folder or (isinstance(explained, PartialFCError) and not isinstance(explained, RankLost)):
+            # Of a rank that is lost every other one tells: it may be the first.
+            if folder or isinstance(explained, PartialFCError):
                 self._record_failure(folder, str(explained) or type(explained).__name__)
             raise explained from (None if explained is error else error)
         if folder:
             folder.close()
         return outcome
+
+    def _open_folder(self) -> RunFolder | None:
+        """The first rank's; where it cannot be had, or the run has been given up, all ranks fail. A collective."""
+        opened: list[RunFolder] = []
+
+        def open_it() -> None:
+            try:
+                restarts = count_restarts(self.config, self.step, automatic_restarts())
+            except GivenUp as error:
+                record_failure(self.config.run.dir, str(error), states=("running", "failed", "preempted"))
+                raise
+            opened.append(RunFolder(self.config, self.total_steps, self.step, restarts))
+
+        on_first(open_it)
+        return opened[0] if opened else None
 
     def _record_failure(self, folder: RunFolder | None, reason: str) -> None:
         if folder:
@@ -136,8 +159,8 @@ class Trainer:
             self.checkpoints.report(folder, wait=True)
             if stopped:
                 reason = self.rank.why_stop()
+        self.rank.stop.done()
         if folder and stopped:
-            self.rank.stop.done()
             log(f"stopped after step {self.step:,} as asked by {reason}, with a checkpoint; start again to go on")
             folder.metrics.write("event", event="preempted", step=self.step, reason=reason)
             folder.set_state("preempted", self.step, f"asked to stop by {reason}")
@@ -224,7 +247,7 @@ class Trainer:
         images = batch.images.to(self.rank.device, non_blocking=True)
         labels = batch.labels.to(self.rank.device, non_blocking=True)
         check, outputs = StepCheck(self.rank.device), []
-        for part, (some_images, some_labels) in enumerate(_micro_batches(images, labels, parts)):
+        for part, (some_images, some_labels) in enumerate(micro_batches(images, labels, parts)):
             embeddings = self.engine.forward(some_images)
             self.clock.mark("forward")
             head_input = embeddings.detach().requires_grad_()
@@ -240,7 +263,7 @@ class Trainer:
             check.embeddings(head_input)
             check.loss(out.loss)
             outputs.append((out, share))
-        out = _together(outputs)
+        out = together(outputs)
         check.gradients(*self.engine.finish_backward(), self.head.gradient_is_finite())
         verdict = check.agree(self.rank, self._words(out))
         self.clock.mark("backward")
@@ -277,7 +300,7 @@ class Trainer:
             return
         self.skipped_steps += 1
         if result.verdict.spike and not result.verdict.broken:
-            self._roll_back(folder, result)
+            self._follow_spike(folder, result)
             return
         self.skipped_in_a_row += not result.scale_fell  # while it falls, skipping is how a loss scale is found
         faults = find_faults(result.verdict, result.check, batch.indices, self.dataset, self.head, self.rank)
@@ -294,8 +317,11 @@ class Trainer:
                 f"(now {self.config.optim.lr:g} and {self.config.optim.warmup:g} epochs)"
             )
 
-    def _roll_back(self, folder: RunFolder | None, result: StepResult) -> None:
-        """After a spike: the state of the last checkpoint, with the samples that come next. A collective."""
+    def _follow_spike(self, folder: RunFolder | None, result: StepResult) -> None:
+        """The state of the last checkpoint, with the samples that come next; no longer if that has not helped so far.
+        A collective.
+        """
+        self.skipped_in_a_row += 1
         loss = float(result.out.loss.detach())
         with self.rank.patience():
             checkpoint = self.checkpoints.roll_back(self.step, _MOST_ROLL_BACKS)
@@ -303,6 +329,11 @@ class Trainer:
             where = f"back to {checkpoint}" if checkpoint else "skipped; there is no checkpoint to go back to"
             log(f"WARNING: the loss has jumped to {loss:.4g} at step {self.step:,}: {where}")
             folder.metrics.write("event", event="spike", step=self.step, loss=loss, rolled_back_to=checkpoint)
+        if self.skipped_in_a_row >= self.config.run.skipped_in_a_row:
+            raise Diverged(
+                f"{self.skipped_in_a_row} steps in a row were skipped, the last for a jump of the loss to {loss:.4g}; "
+                f"{self.checkpoints.newest_in_words()}. Lower optim.lr, or raise optim.spike.factor"
+            )
 
     # --- what is written ----------------------------------------------------------------------------------------------
 
@@ -340,12 +371,11 @@ class Trainer:
         """The results, or None if a request to stop came in between. A collective."""
         self.rank.enter(self.step, "evaluate")
         with self.rank.patience(), self.engine.evaluating() as backbone:
-            results = self.evaluation.run(backbone, self.head, self.rank, self.step)
+            results = self.evaluation.run(backbone, self.head, self.rank, f"step-{self.step:08d}")
         if folder and results:
             folder.metrics.write("evaluation", step=self.step, results=results)
-            for name, found in results.items():
-                tar = "  ".join(f"TAR {value:.4f} at FAR {far}" for far, value in found.get("tar_at_far", {}).items())
-                log(f"{name}: " + (tar or f"accuracy {found['accuracy']:.4f}"))
+            for line in describe_results(results):
+                log(line)
         return results
 
     def _make_up_for_evaluation(self, folder: RunFolder | None) -> bool:
@@ -368,32 +398,6 @@ class Trainer:
             f"run folder {self.config.run.dir}"
         )
         log(describe_memory(self.config, self.head))
-
-
-def _micro_batches(images: Tensor, labels: Tensor, parts: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The ``parts`` slices of a batch, all of one size; the loader has laid them out."""
-    size = len(labels) // parts
-    for part in range(parts):
-        some = slice(part * size, (part + 1) * size)
-        yield images[some], labels[some]
-
-
-def _together(outputs: list[tuple[HeadOutput, Tensor]]) -> HeadOutput:
-    """What the head would have said of all micro-batches as one, each with its share of the samples."""
-    if len(outputs) == 1:
-        return outputs[0][0]
-
-    def mean(name: str) -> Tensor:
-        return torch.stack([getattr(out, name).detach() * share for out, share in outputs]).sum(0)
-
-    return HeadOutput(
-        mean("loss"),
-        mean("softmax_loss"),
-        mean("center_loss"),
-        mean("target_cosine"),
-        torch.stack([out.num_samples for out, _ in outputs]).sum(0),
-        max(out.active_rows for out, _ in outputs),
-    )
 
 
 def _set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

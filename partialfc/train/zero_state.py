@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from partialfc.train.backbone_state import OPTIMIZER, WEIGHTS
+from partialfc.train.backbone_state import OPTIMIZER, WEIGHTS, device_of_state
 
 
 class ZeroBackbone(ABC):
@@ -103,15 +103,12 @@ class ZeroBackbone(ABC):
 
     def _make_room(self, keys: Iterable[str]) -> None:
         """Have all of ``keys`` in the optimizer's state, which before the first step has none."""
-        on_device = any(self._optimizer.defaults.get(kind) for kind in ("fused", "capturable"))
         for piece in self._pieces():
             state = self._optimizer.state[piece]
             for key in keys:
-                if key == "step":
-                    device = piece.device if on_device else "cpu"
-                    state.setdefault(key, torch.zeros((), dtype=torch.float32, device=device))
-                else:
-                    state.setdefault(key, torch.zeros_like(piece))
+                shape = () if key == "step" else piece.shape
+                device = device_of_state(self._optimizer, piece, key)
+                state.setdefault(key, torch.zeros(shape, dtype=torch.float32, device=device))
 
     def _read(self, parameter: nn.Parameter, key: str | None) -> Tensor:
         """The float32 value of a parameter, or of the optimizer's ``key`` for it, whole. A collective."""

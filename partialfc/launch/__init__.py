@@ -1,0 +1,1 @@
+"""Starting runs: torchrun on one host or many, and jobs of Slurm."""

@@ -1,0 +1,64 @@
+"""``partialfc evaluate``: what the newest checkpoint of a run is worth, on its own sets or on others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from partialfc import models
+from partialfc.config import build_head, parse_config
+from partialfc.errors import ConfigError, DataError
+from partialfc.tracking.progress import log
+from partialfc.train.agreement import on_first
+from partialfc.train.backbone import build_backbone
+from partialfc.train.backbone_state import ReplicatedBackbone
+from partialfc.train.checkpoint import TrainingState, newest_whole
+from partialfc.train.checkpoint_files import DamagedCheckpoint, step_folders
+from partialfc.train.evaluation import Evaluation, describe_results
+from partialfc.train.ranks import joined
+
+_TIMEOUT = 120.0  # seconds of silence after which a rank is lost
+
+
+def evaluate(run: Path, sets: Sequence[Path] = (), model: str | None = None) -> dict[str, Any] | None:
+    """Evaluate a run's newest whole checkpoint, on the ranks that torchrun started, or alone.
+
+    The results are printed, and written into the run's ``evaluation/``; those on ``sets``, which take the place of the
+    sets of its config, under a name that tells them.
+
+    Args:
+        model: the run's ``model.name``, repeated, where that is not one of ours.
+
+    Returns:
+        The results; None if asked to stop.
+    Raises:
+        ConfigError: there is nothing to evaluate on, or ``model`` is missing.
+        DataError: the run has no whole checkpoint, or a set is not what it should be.
+    """
+    with joined(run, _TIMEOUT) as rank:
+        if not on_first(lambda: step_folders(run / "checkpoints")):
+            raise DataError(f"{run} is not the folder of a run with checkpoints")
+        found = newest_whole(run / "checkpoints")
+        if found is None:
+            raise DamagedCheckpoint(f"none of the checkpoints in {run / 'checkpoints'} is whole")
+        path, manifest = found
+        config = parse_config(manifest["config"])
+        config.run.dir = run
+        config.evaluation.sets = list(sets) or config.evaluation.sets
+        if not config.evaluation.sets:
+            raise ConfigError(f"the config of {run} names no evaluation.sets; give one: --set FOLDER")
+        evaluation = Evaluation(config, manifest["num_classes"])
+        models.require_trust(config.model.name, model, f"{path}")
+        backbone = build_backbone(config, rank)
+        head = build_head(config, manifest["num_classes"], device=rank.device)
+        TrainingState(ReplicatedBackbone(backbone), head).load(path)
+        where = f"{rank.world_size} ranks on {rank.device.type}"
+        if rank.is_first:
+            log(f"evaluating {path} over {where}")
+        name = f"step-{manifest['step']:08d}" + "".join(f"-{folder.name}" for folder in sets)
+        results = evaluation.run(backbone, head, rank, name)
+        if rank.is_first:
+            for line in describe_results(results) if results is not None else ["stopped as asked"]:
+                log(line)
+        return results

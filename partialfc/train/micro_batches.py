@@ -1,0 +1,36 @@
+"""A step's batch in parts that are taken one after the other, and what they give together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from partialfc.head import HeadOutput
+
+
+def micro_batches(images: Tensor, labels: Tensor, parts: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The ``parts`` slices of a batch, all of one size; the loader has laid them out."""
+    size = len(labels) // parts
+    for part in range(parts):
+        some = slice(part * size, (part + 1) * size)
+        yield images[some], labels[some]
+
+
+def together(outputs: list[tuple[HeadOutput, Tensor]]) -> HeadOutput:
+    """What the head would have said of all micro-batches as one, each with its share of the samples."""
+    if len(outputs) == 1:
+        return outputs[0][0]
+
+    def mean(name: str) -> Tensor:
+        return torch.stack([getattr(out, name).detach() * share for out, share in outputs]).sum(0)
+
+    return HeadOutput(
+        mean("loss"),
+        mean("softmax_loss"),
+        mean("center_loss"),
+        mean("target_cosine"),
+        torch.stack([out.num_samples for out, _ in outputs]).sum(0),
+        max(out.active_rows for out, _ in outputs),
+    )

