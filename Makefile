@@ -1,5 +1,6 @@
 # make quickstart   train a glyph recogniser on two ranks, from nothing
 # make test         lint, types, tests          make test-all   with the slow, full-size ones
+# make test-slurm   jobs on a real Slurm, which it installs where it may
 # Both make their own virtual environment in .venv. TORCH="torch==2.13.0" chooses the torch to install, and PIP_ARGS
 # adds arguments for pip (an index of CPU builds, a folder of wheels). JOBS=4 runs that many test files at once.
 SHELL := /bin/bash
@@ -14,9 +15,9 @@ export OMP_NUM_THREADS ?= 1
 
 FORCE:
 
-.PHONY: help quickstart test test-all lint benchmark clean
+.PHONY: help quickstart test test-all test-slurm lint benchmark clean
 help:
-	@sed -n '1,4s/^# //p' Makefile
+	@sed -n '1,5s/^# //p' Makefile
 
 # One stamp a set of packages: it is renewed when what it was made from changes, the choice of torch included.
 $(VENV)/.choice: FORCE
@@ -41,10 +42,14 @@ lint: $(VENV)/.dev
 	$(VENV)/bin/mypy
 
 test: lint
-	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile -m "not slow"
+	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile -m "not slow and not slurm"
 
 test-all: lint
-	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile
+	$(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile -m "not slurm"
+
+test-slurm: $(VENV)/.dev
+	@tests/install_slurm.sh
+	$(VENV)/bin/python -m pytest -m slurm tests/test_slurm.py
 
 benchmark: $(VENV)/.train
 	$(VENV)/bin/python benchmarks/head_step.py

@@ -45,7 +45,8 @@ case "$*" in
     *wrong*) echo "error: wrong" >&2; exit 2 ;;
     *" --get run.dir" | *" --get data.train") echo "$RUN"; exit ;; # the run folder is its data set, too
 esac
-say() { printf '{\\n "state": "%s",\\n "step": 3,\\n "reason": "%s"\\n}\\n' "$1" "$2" > "$RUN/state.json"; }
+state='{\\n "state": "%s",\\n "attempt": %s,\\n "reason": "%s"\\n}\\n'
+say() { printf "$state" "$1" 1 "$2" > "$RUN/state.json"; }
 case $OUTCOME in
     finished) say finished "" ;;
     failed) say failed "rank 1: it broke"; exit 1 ;;
@@ -53,7 +54,7 @@ case $OUTCOME in
     preempted) say preempted "asked to stop by TERM to launch/torchrun.sh on n2 (the file $RUN/stop)" ;;
     warned | refused) kill -USR1 "$JOB"; until [ -e "$RUN/stop" ]; do sleep 0.05; done
         say preempted "asked to stop by $(cat "$RUN/stop") (the file $RUN/stop)"; rm "$RUN/stop" ;;
-    late) kill -USR1 "$JOB"; exec sleep 8 >/dev/null 2>&1 ;;
+    late | never) [ "$OUTCOME" = never ] || say running ""; kill -USR1 "$JOB"; exec sleep 8 >/dev/null 2>&1 ;;
 esac
 """
 # The job script is a process whose number the stand-ins know.
@@ -115,6 +116,13 @@ def test_a_checkpoint_that_comes_too_late_is_not_waited_for(tmp_path: Path) -> N
     assert "no checkpoint in time" in output
     assert "scontrol requeue 77" in notes
     assert code != 0
+
+
+def test_a_training_that_never_begins_within_the_limit_is_not_requeued_for_ever(tmp_path: Path) -> None:
+    code, output, notes = job(tmp_path, "never", left=12)
+    assert code == 1
+    assert "raise --time" in output
+    assert "requeue" not in notes
 
 
 def test_a_mistake_is_said_once_before_the_nodes_start(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ NNODES=${NNODES:-1}              # hosts: a number, or MIN:MAX
 RDZV_ENDPOINT=${RDZV_ENDPOINT:-} # host:port of one of them, which all can reach
 RDZV_ID=${RDZV_ID:-partialfc}    # the same on all hosts, another for each run
 RDZV_CONF=${RDZV_CONF:-}         # key=value,… for the rendezvous, e.g. last_call_timeout=10
+LOCAL_ADDR=${LOCAL_ADDR:-}       # where the others reach this host; default: its name
 MAX_RESTARTS=${MAX_RESTARTS:-3}  # of all ranks, after one has failed
 LOG_DIR=${LOG_DIR:-}             # stdout and stderr of each attempt and rank; default: logs in the run folder
 STOPPED=${STOPPED:-75}           # the code that says: stopped on request
@@ -84,7 +85,9 @@ where=(--standalone)
 if [ "$NNODES" != 1 ] || [ -n "$RDZV_ENDPOINT" ]; then
     [ -n "$RDZV_ENDPOINT" ] || { echo "error: NNODES=$NNODES needs RDZV_ENDPOINT=host:port" >&2; exit 2; }
     where=(--nnodes "$NNODES" --rdzv-backend c10d --rdzv-endpoint "$RDZV_ENDPOINT" --rdzv-id "$RDZV_ID")
-    [ -z "$RDZV_CONF" ] || where+=(--rdzv-conf "$RDZV_CONF")
+    # As long as the others wait for a host (join_timeout) it waits for them: a cut of a minute would end it for good.
+    where+=(--rdzv-conf "read_timeout=600${RDZV_CONF:+,$RDZV_CONF}")
+    [ -z "$LOCAL_ADDR" ] || where+=(--local-addr "$LOCAL_ADDR")
 fi
 
 [ -z "$asked" ] || leave_request # it came while nothing was there to take it
