@@ -206,7 +206,8 @@ def _begun(folder: Path) -> tuple[Path, Path, dict[str, Any], list[dict[str, Any
     temporary = folder / ".step-00000003.incomplete"
     saving._begin(temporary, ())
     saving._write_tensors(temporary, made(start=1).tensors(), None)
-    return temporary, folder / "step-00000003", MANIFEST | {"samples": 2}, [saving._describe_mine(temporary)]
+    files = {path.name: saving._describe(path) for path in temporary.iterdir()}
+    return temporary, folder / "step-00000003", MANIFEST | {"samples": 2}, [files]
 
 
 def test_leftovers_of_a_killed_save_are_cleared_by_the_next(tmp_path: Path) -> None:
@@ -240,7 +241,7 @@ def test_a_full_disk_ends_no_run_and_costs_no_line_of_metrics(small_disk: Path) 
     with pytest.raises(OSError, match="No space left"):
         folder.set_state("finished", 299)
     assert read_state(config.run.dir) is not None, "the one before is still there"
-    assert not list(config.run.dir.glob(".*"))
+    assert [path.name for path in config.run.dir.glob(".*")] == [".lock"]
     ballast.unlink()
     folder.metrics.write("train", step=300)
     folder.set_state("finished", 300)

@@ -38,7 +38,8 @@ def reason_of(error: BaseException) -> str:
         return str(error)
     if isinstance(error, CheckpointException):
         cause = next(iter(error.failures.values()), (error,))[0]
-    hint = "; is the disk full?" if isinstance(cause, OSError) else ""
+    # torch's own writer says RuntimeError where the disk is full.
+    hint = "; is the disk full?" if isinstance(cause, OSError | RuntimeError) else ""
     return f"{type(cause).__name__}: {cause}".splitlines()[0] + hint
 
 
