@@ -43,7 +43,9 @@ class Logged:
     """All that the client wrote of a run, over its attempts, in order."""
 
     def __init__(self, run_folder: Path) -> None:
-        self.files = sorted((run_folder / "wandb").glob("*run-*/run-*.wandb"))
+        files = (run_folder / "wandb").glob("*run-*/run-*.wandb")
+        # By their time, which follows "run-": attempts may be offline or online.
+        self.files = sorted(files, key=lambda path: path.parent.name.removeprefix("offline-"))
         self.ids: list[str] = []
         self.exit_codes: list[int] = []
         self.rows: list[dict[str, Any]] = []
