@@ -112,7 +112,8 @@ def test_a_job_goes_on_over_its_time_limit_as_if_there_were_none(slurm: Cluster,
     assert slurm.wait_for(job, *ENDED, seconds=500)["JobState"] == "COMPLETED", output(tmp_path)
     begun = [line["step"] for line in events(folder, "started")]
     assert len(begun) >= 3
-    assert begun == sorted(set(begun)), "each start got further"
+    assert begun == sorted(begun), "no start went back behind a checkpoint"
+    assert begun[-1] > 0, "and they got further; on a busy machine one may not get to a checkpoint of its own"
     assert state(folder)["attempt"] == len(begun)
     train = lines(folder, "train")
     assert [line["step"] for line in train] == list(range(1, 157))
