@@ -7,7 +7,7 @@ import os
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -75,8 +75,7 @@ def train_command(
         return
     outcome = train(load_config(config, overrides or []), force)
     # torchrun takes any other code for a failure, and starts the run again; state.json says how it has ended.
-    if outcome == "preempted" and not under_torchrun():
-        raise typer.Exit(STOPPED)
+    _end(STOPPED if outcome == "preempted" and not under_torchrun() else 0)
 
 
 @app.command("evaluate")
@@ -89,8 +88,7 @@ def evaluate_command(
     from partialfc.train.evaluate import evaluate
     from partialfc.train.ranks import under_torchrun
 
-    if evaluate(run, sets or [], model) is None and not under_torchrun():
-        raise typer.Exit(STOPPED)
+    _end(STOPPED if evaluate(run, sets or [], model) is None and not under_torchrun() else 0)
 
 
 @app.command("config")
@@ -242,11 +240,19 @@ def main() -> None:
         _fail(error, 1)
 
 
-def _fail(error: Exception, code: int) -> None:
+def _end(code: int) -> NoReturn:
+    """End a process of a run whose work is written. Not by way of the interpreter's own end: native threads of the
+    process group may abort there, and a launcher would start again what is done.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _fail(error: Exception, code: int) -> NoReturn:
     sys.stdout.flush()
     with contextlib.suppress(OSError, KeyError):
         Path(os.environ["PARTIALFC_CODE_FILE"]).write_text(str(code))  # torchrun passes no codes on
     prefix = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
     print(f"{prefix}error: {error}", file=sys.stderr, flush=True)
-    # A thread of a broken process group may never end; what is worth keeping has been written.
-    os._exit(code)
+    _end(code)  # a thread of a broken process group may never end, besides

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,26 @@ def test_a_signal_to_some_rank_stops_all_with_a_checkpoint_and_torchrun_does_not
         assert process.wait(60) == 0, "to torchrun this is success: it must not start the run again"
     assert_stopped_well(folder)
     assert number.name in state(folder)["reason"]
+    assert len(events(folder, "started")) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_that_is_sent_until_the_ranks_have_ended_is_one_request(
+    task: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    folder = tmp_path / "run"
+    words = [*torchrun(2, "--max-restarts", "3"), *TRAIN, str(task), f"run.dir={folder}", *LONG]
+    with started(words, tmp_path / "output") as process:
+        wait_until(lambda: steps_done(folder) >= 3, of=process)
+        ranks = workers(process.pid)
+        deadline = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < deadline:
+            for rank in ranks:
+                with suppress(ProcessLookupError):
+                    os.kill(rank, number)
+            time.sleep(0.005)
+        assert process.poll() == 0, (tmp_path / "output").read_text()
+    assert_stopped_well(folder)
     assert len(events(folder, "started")) == 1
 
 

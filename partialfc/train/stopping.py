@@ -61,7 +61,9 @@ class StopRequest:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Within, signals are requests. A second Ctrl-C ends the process as usual; other signals may repeat."""
+        """Within, signals are requests. A second Ctrl-C ends the process as usual; other signals may repeat, also while
+        a process that has stopped as asked comes to its end.
+        """
         if threading.current_thread() is not threading.main_thread():  # Python hands signals to no other
             yield
             return
@@ -70,7 +72,7 @@ class StopRequest:
             yield
         finally:
             for number, handler in before.items():
-                signal.signal(number, handler)
+                signal.signal(number, handler if self.reason is None else signal.SIG_IGN)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.reason is not None:

@@ -159,6 +159,7 @@ class Trainer:
             self.checkpoints.report(folder, wait=True)
             if stopped:
                 reason = self.rank.why_stop()
+                self.rank.stop.request(reason)  # whoever was asked: what more comes is the same request
         self.rank.stop.done()
         if folder and stopped:
             log(f"stopped after step {self.step:,} as asked by {reason}, with a checkpoint; start again to go on")
