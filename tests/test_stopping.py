@@ -100,6 +100,38 @@ def test_a_signal_that_is_sent_until_the_ranks_have_ended_is_one_request(
     assert len(events(folder, "started")) == 1
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_torchrun_itself_stops_the_run_as_well(task: Path, tmp_path: Path, number: signal.Signals) -> None:
+    """It hands SIGTERM or SIGINT on and returns 1: what the run has come to stands in state.json."""
+    folder = tmp_path / "run"
+    words = [*torchrun(2, "--max-restarts", "3"), *TRAIN, str(task), f"run.dir={folder}", *LONG]
+    with started(words, tmp_path / "output") as process:
+        wait_until(lambda: steps_done(folder) >= 3, of=process)
+        process.send_signal(number)
+        assert process.wait(60) == 1
+    assert_stopped_well(folder)
+    assert number.name in state(folder)["reason"]
+    assert len(events(folder, "started")) == 1
+
+
+def test_ranks_whose_torchrun_is_killed_by_sigusr1_do_not_stay_behind(task: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    words = [*torchrun(2), *TRAIN, str(task), f"run.dir={folder}", *LONG, "run.timeout=5"]
+    with started(words, tmp_path / "output") as process:
+        wait_until(lambda: steps_done(folder) >= 3, of=process)
+        orphans = workers(process.pid)
+        process.send_signal(signal.SIGUSR1)
+        assert process.wait(60) == -signal.SIGUSR1
+        try:
+            wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in orphans), seconds=60)
+        finally:
+            for pid in orphans:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+    assert state(folder)["state"] == "failed"
+    assert "its launcher" in state(folder)["reason"]
+
+
 def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(task: Path, tmp_path: Path) -> None:
     whole, folder = tmp_path / "whole", tmp_path / "run"
     settings = ["evaluation.every=0", "optim.epochs=6"]

@@ -123,21 +123,67 @@ def test_a_rank_that_stops_while_the_others_wait_with_patience_is_noticed_by_its
     assert f"not heard from rank {victim}" in (tmp_path / "output").read_text()
 
 
+def slowed(script: Path, seconds: float, heartbeat: float = 5.0) -> Path:
+    """The command, with ``seconds`` more for each part of a checkpoint and for each protocol of an evaluation."""
+    script.write_text(
+        "import time\n"
+        "from partialfc.train import evaluation, run_folder, saving\n"
+        "write, score = saving._write_tensors, evaluation.score_pairs\n"
+        f"saving._write_tensors = lambda *words: (time.sleep({seconds}), write(*words))\n"
+        f"evaluation.score_pairs = lambda *words: (time.sleep({seconds}), score(*words))[1]\n"
+        f"run_folder._HEARTBEAT = {heartbeat}\n"
+        "from partialfc.__main__ import main\n"
+        "main()\n"
+    )
+    return script
+
+
+def test_the_state_is_fresh_in_a_long_save_and_in_a_long_evaluation(task: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    script = slowed(tmp_path / "slow.py", seconds=4, heartbeat=0.5)
+    settings = ["evaluation.every=0", "optim.epochs=0.25", "checkpoint.asynchronous=false"]
+    words = [sys.executable, str(script), "train", str(task), f"run.dir={folder}", *settings]
+    seen: dict[str, set[float]] = {"save": set(), "evaluation": set()}
+    with started(words, tmp_path / "output") as process:
+        wait_until(lambda: steps_done(folder) == 3, of=process)
+        while process.poll() is None:
+            saved = (folder / "checkpoints" / "step-00000003").exists()
+            found = state(folder)
+            if found["state"] == "running":
+                seen["evaluation" if saved else "save"].add(found["updated"])
+            time.sleep(0.05)
+        assert process.returncode == 0, (tmp_path / "output").read_text()
+    assert len(seen["save"]) >= 4, seen
+    assert len(seen["evaluation"]) >= 4, seen
+
+
+@pytest.mark.parametrize("phase", ["save", "evaluation"])
+def test_a_rank_that_stops_in_a_save_or_an_evaluation_is_noticed_by_its_silence(
+    task: Path, tmp_path: Path, phase: str
+) -> None:
+    folder = tmp_path / "run"
+    script = slowed(tmp_path / "slow.py", seconds=2)
+    settings = ["evaluation.every=0", "optim.epochs=0.25", "checkpoint.asynchronous=false", "run.timeout=10"]
+    words = [*torchrun(2), str(script), "train", str(task), f"run.dir={folder}", *settings]
+    begins = {"save": ".step-00000003.incomplete", "evaluation": "step-00000003"}[phase]
+    with started(words, tmp_path / "output") as process:
+        wait_until(lambda: (folder / "checkpoints" / begins).exists(), of=process)
+        victim = workers(process.pid)[1]
+        os.kill(victim, signal.SIGSTOP)
+        wait_until(lambda: state(folder)["state"] == "failed", seconds=60)
+        os.kill(victim, signal.SIGKILL)  # torchrun asks a stopped process in vain, for half a minute
+        assert process.wait(60) == 1
+    assert "not heard from rank 1" in state(folder)["reason"]
+    assert state(folder)["step"] == 3
+
+
 @pytest.mark.parametrize("asynchronous", ["true", "false"])
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_rank_that_dies_in_the_last_save_is_named_also_if_it_is_the_first(
     task: Path, tmp_path: Path, victim: int, asynchronous: str
 ) -> None:
     folder = tmp_path / "run"
-    slow = tmp_path / "slow.py"  # every part of a checkpoint takes longer
-    slow.write_text(
-        "import time\n"
-        "from partialfc.train import saving\n"
-        "write = saving._write_tensors\n"
-        "saving._write_tensors = lambda *words: (time.sleep(3), write(*words))\n"
-        "from partialfc.__main__ import main\n"
-        "main()\n"
-    )
+    slow = slowed(tmp_path / "slow.py", seconds=3)
     settings = [*SETTINGS, "optim.epochs=0.25", f"checkpoint.asynchronous={asynchronous}"]
     words = [*torchrun(2), str(slow), "train", str(task), f"run.dir={folder}", *settings]
     with started(words, tmp_path / "output") as process:
