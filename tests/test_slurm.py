@@ -14,6 +14,7 @@ import yaml
 from made_up import write_task
 from running import events, lines, run, state, steps_done
 from slurm_cluster import ENDED, Cluster, cluster, why_not
+from wandb_log import Logged, assert_whole
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "launch" / "slurm"
@@ -100,6 +101,7 @@ def test_a_job_goes_on_over_its_time_limit_as_if_there_were_none(slurm: Cluster,
     settings = ["optim.epochs=13", "optim.lr=0.02", "evaluation.sets=[]"]
     slow = ["evaluation.every=1", "checkpoint.every=1", "checkpoint.asynchronous=false", f"run.dir={folder}"]
     sets = f"evaluation.sets=[{task.parent / 'verification'}]"
+    slow.append("tracking.wandb.mode=offline")
     options = ["--nodes=2", "--time=1", "--signal=B:USR1@30"]
     job = submit(slurm, tmp_path, options, "train.sbatch", task, *settings, *slow, sets)
     deadline = time.monotonic() + 500
@@ -119,6 +121,10 @@ def test_a_job_goes_on_over_its_time_limit_as_if_there_were_none(slurm: Cluster,
     assert [line["step"] for line in train] == list(range(1, 157))
     for mine, other in zip(train, lines(whole, "train"), strict=True):
         assert mine["loss"] == pytest.approx(other["loss"], rel=1e-5), mine["step"]
+    logged = Logged(folder)
+    assert set(logged.ids) == {(folder / "wandb" / "id.txt").read_text().strip()}, "one run of W&B, through it all"
+    assert len(logged.files) == len(begun)
+    assert_whole(logged.rows, steps=156, attempts=len(begun))
 
 
 def test_a_cancelled_job_stops_with_a_checkpoint_and_is_not_requeued(

@@ -34,6 +34,7 @@ from running import (
 from partialfc.config import load_config
 from partialfc.train.run_folder import GivenUp, count_restarts
 
+TORCHRUN_SH = Path(__file__).parents[1] / "launch" / "torchrun.sh"
 FAULTY = str(Path(__file__).with_name("faulty_run.py"))
 SETTINGS = ["evaluation.every=0", "evaluation.sets=[]", "optim.epochs=10", "checkpoint.every=4", "optim.lr=0.005"]
 
@@ -313,11 +314,19 @@ def test_a_hundred_rounds_of_start_kill_and_resume_lose_no_sample(tmp_path: Path
     assert end.returncode == 0, end.stdout + end.stderr
 
 
+def hosts(task: Path, folder: Path, nodes: str, number: int) -> list[str]:
+    """What each of several hosts runs; they tell themselves apart by nothing."""
+    settings = {"NPROC": 1, "NNODES": nodes, "RDZV_ENDPOINT": f"127.0.0.1:{20_000 + (os.getpid() + number) % 20_000}"}
+    settings |= {"PYTHON": sys.executable, "RDZV_CONF": "last_call_timeout=3,keep_alive_interval=1"}
+    words = ["env", *(f"{name}={value}" for name, value in settings.items()), str(TORCHRUN_SH)]
+    return [*words, str(task), f"run.dir={folder}", *SETTINGS, "run.timeout=30"]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_a_node_that_joins_shares_the_rest_of_the_run(task: Path, tmp_path: Path) -> None:
+def test_a_host_that_joins_shares_the_rest_of_the_run(task: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    words = agents(task, folder, 20_000 + (os.getpid() + 7919) % 20_000, "1:2")
+    words = hosts(task, folder, "1:2", 7919)
     with started(words, tmp_path / "first") as first:
         wait_until(lambda: steps_done(folder) >= 5, of=first)
         with started(words, tmp_path / "second") as second:
@@ -328,3 +337,22 @@ def test_a_node_that_joins_shares_the_rest_of_the_run(task: Path, tmp_path: Path
     assert "120 steps of 20 images over 1 ranks" in output
     assert "120 steps of 20 images over 2 ranks" in output
     assert_undisturbed(task, folder, 2, 2e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_host_that_has_died_may_be_started_again(task: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    words = hosts(task, folder, "2", 1_237)
+    with started(words, tmp_path / "first") as first:
+        time.sleep(2.0)  # it keeps the launchers' store, and so must be the one that stays
+        with started(words, tmp_path / "second") as second:
+            wait_until(lambda: (folder / "checkpoints" / "step-00000008").exists(), of=first)
+            for pid in (second.pid, *children(second.pid)):
+                os.kill(pid, signal.SIGKILL)
+        with started(words, tmp_path / "third") as third:
+            assert first.wait(240) == 0, (tmp_path / "first").read_text()
+            assert third.wait(60) == 0, (tmp_path / "third").read_text()
+    assert state(folder)["state"] == "finished"
+    assert [line["step"] for line in events(folder, "started")][-1] >= 8
+    assert_undisturbed(task, folder, 2, 1e-5)

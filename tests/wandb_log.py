@@ -86,3 +86,13 @@ class Logged:
         for item in items:
             key = "/".join(item.nested_key) if getattr(item, "nested_key", None) else item.key
             target[key] = json.loads(item.value_json)
+
+
+def assert_whole(rows: list[dict[str, Any]], steps: int, attempts: int) -> None:
+    """Every train step once, and neither W&B's own step nor ours goes back."""
+    assert [row["step"] for row in rows if "train/loss" in row] == list(range(1, steps + 1))
+    own = [row["_step"] for row in rows]
+    assert own == sorted(set(own))
+    ours = [row["step"] for row in rows if "step" in row]
+    assert ours == sorted(ours)
+    assert sum("event/started/attempt" in row for row in rows) == attempts

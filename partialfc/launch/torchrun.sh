@@ -88,6 +88,9 @@ if [ "$NNODES" != 1 ] || [ -n "$RDZV_ENDPOINT" ]; then
     # As long as the others wait for a host (join_timeout) it waits for them: a cut of a minute would end it for good.
     where+=(--rdzv-conf "read_timeout=600${RDZV_CONF:+,$RDZV_CONF}")
     [ -z "$LOCAL_ADDR" ] || where+=(--local-addr "$LOCAL_ADDR")
+    # Else torchrun tells the address of the ranks' store in its first round only, and a host that comes later waits for
+    # it in vain, until all give up. So the first rank keeps the store, and each round has one of its own.
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}
 fi
 
 [ -z "$asked" ] || leave_request # it came while nothing was there to take it
