@@ -58,7 +58,7 @@ def train_command(
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, e.g. optim.lr=0.2")] = None,
     force: Annotated[bool, typer.Option("--force", help="go on with a run although its config has changed")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="compute nothing; print the memory by part")] = False,
-    ranks: Annotated[int, typer.Option(min=1, help="of --dry-run: over how many ranks")] = 1,
+    ranks: Annotated[int | None, typer.Option(min=1, help="of --dry-run: over how many ranks (default 1)")] = None,
 ) -> None:
     """Train. Under torchrun the classifier is sharded over all ranks:
 
@@ -71,8 +71,12 @@ def train_command(
     if dry_run:
         from partialfc.train.dry_run import dry_run as describe
 
-        print("\n".join(describe(load_config(config, overrides or []), ranks)))
+        print("\n".join(describe(load_config(config, overrides or []), ranks or 1)))
         return
+    if ranks is not None:
+        raise ConfigError(
+            "--ranks belongs to --dry-run; to train on several: torchrun --nproc-per-node N -m partialfc …"
+        )
     outcome = train(load_config(config, overrides or []), force)
     # torchrun takes any other code for a failure, and starts the run again; state.json says how it has ended.
     _end(STOPPED if outcome == "preempted" and not under_torchrun() else 0)

@@ -224,6 +224,17 @@ def parse_config(tree: dict[str, Any]) -> Config:
     return config
 
 
+def require_num_classes(config: Config, found: int) -> None:
+    """Compare the classes of the data set with ``data.num_classes``.
+
+    Raises:
+        ConfigError: they differ.
+    """
+    expected = config.data.num_classes
+    if expected not in (None, found):
+        raise ConfigError(f"data.num_classes: {expected:,} expected, and {config.data.train} has {found:,}")
+
+
 def _check_engine(engine: EngineConfig) -> None:
     on_deepspeed = engine.name == "deepspeed"
     if engine.deepspeed_config is not None and not on_deepspeed:

@@ -84,13 +84,11 @@ def backbone_memory(
     Args:
         parameters: how many numbers.
         zero_stage: 0 to 3 under DeepSpeed; None for DistributedDataParallel, whose weights and gradients are float32
-            and which computes in bf16 and fp16 under autocast, with copies of the weights for as long as a step lasts.
+            in any precision.
     """
     vectors = {"sgd": int(momentum), "adamw": 2}[optimizer]
     if zero_stage is None:
-        copies = 0 if precision == "fp32" else 2 * parameters
-        parts = {"weights": 4 * parameters, "gradients": 4 * parameters, "optimizer": 4 * vectors * parameters}
-        return {**parts, "copies for autocast": copies} if copies else parts
+        return {"weights": 4 * parameters, "gradients": 4 * parameters, "optimizer": 4 * vectors * parameters}
     width = 4 if precision == "fp32" else 2
     master = 4 if precision != "fp32" or zero_stage > 0 else 0  # ZeRO updates a float32 copy of its part
 

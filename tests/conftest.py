@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: tests run beside their own ranks
 
@@ -8,6 +9,9 @@ from collections.abc import Iterator
 
 import pytest
 from ranks import Ranks
+
+# A shell starts what it puts into the background with SIGINT ignored, and the commands under test would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -21,6 +21,7 @@ from partialfc.config import load_config
 from partialfc.errors import ConfigError
 from partialfc.exchange.export import export
 from partialfc.exchange.import_weights import import_weights
+from partialfc.exchange.merge import merge
 from partialfc.train.checkpoint_files import read_manifest, step_folders
 from partialfc.train.config_changes import config_changes
 from partialfc.train.deepspeed_config import deepspeed_options, loss_scale
@@ -158,7 +159,7 @@ def test_all_ranks_end_with_the_same_weights(compared: Path) -> None:
 
 
 def test_a_run_begins_with_the_same_weights_and_an_optimizer_that_has_not_stepped(compared: Path) -> None:
-    names = [path.parent.name for path in compared.parent.glob("*-*-*/rank0.json")]
+    names = [path.parent.name for path in compared.parent.glob("[fb][pf]*-*-*/rank0.json")]  # fp32-…, bf16-…
     for kind in ("1", "3", "normalized", "adamw"):
         found = [of_ranks(compared, name)[0] for name in names if name.endswith(f"-{kind}")]
         assert len(found) >= 3
@@ -183,6 +184,9 @@ def test_the_exported_backbone_is_the_trained_one(compared: Path, tmp_path: Path
             if precision == "fp32":
                 torch.testing.assert_close(found[name], by_ddp[name], rtol=1e-3, atol=1e-4)
         assert digest.hexdigest() == of_ranks(compared, run)[0]["whole"], "bit by bit"
+        merge(step_folders(compared.parent / run / "checkpoints")[-1], tmp_path / f"{precision}.st", only="backbone.")
+        for name, value in load_file(tmp_path / f"{precision}.st").items():
+            assert torch.equal(value, found[name.removeprefix("backbone.")]), name
 
 
 def in_order(tensors: dict[str, torch.Tensor]) -> list[str]:
@@ -208,6 +212,36 @@ def skips_in_half() -> str | None:
     except RuntimeError as error:
         return f"this CPU cannot do fp16: {error}"
     return None
+
+
+UNEVEN = {  # parameters that two ranks cannot share evenly, one that only one of them has, one that gets no gradient
+    "odd": ["data.image_size=15"],
+    "tiny": ["model.name=tests.small_backbones:tiny_first"],
+    "unused": ["model.name=tests.small_backbones:unused_first"],
+}
+
+
+@pytest.fixture(scope="module")
+def uneven(task: Path) -> Path:
+    """Runs in which a shard of the head breaks step 4, named KIND-ENGINE."""
+    engines = {"ddp": [], **{f"zero{stage}": zero(stage) for stage in SPLIT}, "offload": zero(3, "engine.offload=cpu")}
+    runs = {
+        f"{kind}-{name}": [*TWELVE, *engine, *settings]
+        for kind, settings in UNEVEN.items()
+        for name, engine in engines.items()
+        if (kind, name) != ("unused", "ddp")  # which DDP refuses
+    }
+    train_all(task, 2, runs, ["row_gradient", 1, "4"])
+    return task
+
+
+@pytest.mark.parametrize("kind", UNEVEN)
+@pytest.mark.parametrize("engine", ["zero1", "zero2", "zero3", "offload"])
+def test_a_skipped_step_leaves_nothing_in_any_corner_of_a_gradient(uneven: Path, kind: str, engine: str) -> None:
+    found, expected = (curve(uneven, f"{kind}-{name}") for name in (engine, "zero1" if kind == "unused" else "ddp"))
+    assert [step for step, loss in enumerate(found, 1) if loss is None] == [4]
+    assert applied(found) == pytest.approx(applied(expected), rel=1e-4)
+    assert found[-1] < found[0]
 
 
 @pytest.fixture(scope="module")
@@ -364,6 +398,21 @@ def test_another_engine_is_harmless_and_another_precision_is_not() -> None:
     assert set(verdicts.values()) == {"harmless"}
 
 
+def test_what_is_frozen_stays_as_it_was_also_where_it_is_used_rounded(task: Path, tmp_path: Path) -> None:
+    from small_backbones import frozen_first
+
+    name = "tests.small_backbones:frozen_first"
+    first = frozen_first(32, 1, 16).state_dict()
+    torch.save(first, tmp_path / "first.pth")
+    settings = [*TWELVE, f"model.name={name}", f"model.pretrained={tmp_path / 'first.pth'}", "engine.precision=bf16"]
+    train_all(task, 2, {f"frozen-zero{stage}": [*settings, *zero(stage)] for stage in STAGES})
+    for stage in STAGES:
+        folder = export(task.parent / f"frozen-zero{stage}", tmp_path / f"{stage}", onnx=False, model=name).folder
+        found = load_file(folder / "backbone.safetensors")
+        assert torch.equal(found["1.weight"], first["1.weight"]), stage
+        assert not torch.equal(found["4.weight"], first["4.weight"]), stage
+
+
 def test_imported_weights_start_a_run_of_any_engine(task: Path, tmp_path: Path) -> None:
     from small_backbones import linear
 
@@ -409,6 +458,11 @@ CONTRADICTIONS = [
     ({"optimizer": {"type": "SGD", "params": {"lr": 0.1}}}, "optimizer.params.lr is 0.1, but optim.lr"),
     ({"scheduler": {"type": "WarmupLR"}}, 'scheduler.type is "WarmupLR", but optim.schedule'),
     ({"zero_optimization": {"reduce_buckets": 5}}, "did you mean 'reduce_bucket_size'"),
+    ({"zero_optimization": {"round_robin_gradients": True}}, "unknown name 'round_robin_gradients'"),
+    ({"zero_optimization": {"stage": "1"}}, 'is "1", but engine.zero_stage is 1; write "auto" there or remove it$'),
+    ({"gradient_clipping": None}, "is null, but optim.clip is 1.0; .* or set optim.clip=null"),
+    ({"steps_per_print": 0}, "steps_per_print: expected a number from 1, got 0"),
+    ({"steps_per_print": "inf"}, 'expected a number from 1, got "inf"'),
     ({"tensor_parallel": {}}, "unknown name 'tensor_parallel'"),
     ({"fp16": {"enabled": "auto", "fp16_master_weights_and_grads": True}}, "unknown name"),
     ({"zero_optimization": 2}, "expected a section, got 2"),
@@ -457,6 +511,24 @@ def test_a_file_says_what_the_config_leaves_open(task: Path, tmp_path: Path) -> 
             (tmp_path / "ds.json").write_text(text)
         with pytest.raises(ConfigError, match=words):
             deepspeed_options(config, 2, 10**9)
+
+
+@pytest.mark.parametrize(
+    ("scale", "words"),
+    [
+        ({"initial_scale_power": 5000}, "fp16.initial_scale_power: expected a number from 0 to 24, got 5000"),
+        ({"initial_scale_power": None}, "got null"),
+        ({"min_loss_scale": 0}, "fp16.min_loss_scale: expected a number from 5.96046e-08 to 65536, got 0"),
+        ({"initial_scale_power": 4, "min_loss_scale": 64}, "to 16, got 64"),
+        ({"loss_scale_window": 0}, "fp16.loss_scale_window: expected a whole number from 1, got 0"),
+        ({"loss_scale_window": 1.5}, "expected a whole number from 1, got 1.5"),
+        ({"loss_scale_window": float("inf")}, "expected a whole number from 1, got Infinity"),
+    ],
+)
+def test_a_loss_scale_that_cannot_work_is_refused(task: Path, tmp_path: Path, scale: dict, words: str) -> None:
+    (tmp_path / "ds.json").write_text(json.dumps({"fp16": scale}))
+    with pytest.raises(ConfigError, match=words):
+        loss_scale(load_config(task, zero(1, f"engine.deepspeed_config={tmp_path / 'ds.json'}")))
 
 
 @pytest.mark.parametrize(

@@ -230,6 +230,24 @@ def test_a_run_begins_with_pretrained_weights_and_goes_on_with_its_own(task: Pat
     assert not (task.parent / "other").exists(), "nothing is written"
 
 
+def test_parameters_that_nothing_uses_or_trains_are_named(task: Path, tmp_path: Path) -> None:
+    folder = f"run.dir={tmp_path / 'run'}"
+    unused = run(task, 2, "model.name=tests.small_backbones:unused_first", folder)
+    assert unused.returncode == 1
+    assert "the forward pass does not use 1 trainable parameters" in unused.stderr
+    assert "to average over ranks: first. Remove them, or freeze them" in unused.stderr
+    assert run(task, 0, "model.name=tests.small_backbones:unused_first", folder, "--force").returncode == 0
+    frozen = run(task, 0, "model.name=tests.small_backbones:frozen", f"run.dir={tmp_path / 'frozen'}")
+    assert frozen.returncode == 2
+    assert "small_backbones:frozen has no parameter to train" in frozen.stderr
+
+
+def test_ranks_are_of_a_dry_run(task: Path) -> None:
+    done = run(task, 0, "--ranks", "2")
+    assert done.returncode == 2
+    assert "--ranks belongs to --dry-run" in done.stderr
+
+
 def test_own_code_trains_and_is_exported_only_when_it_is_named(task: Path) -> None:
     module = """
 from torch import nn

@@ -14,7 +14,11 @@ from torch.utils._pytree import tree_iter
 
 
 def peak_of_a_step(
-    module: nn.Module, shape: tuple[int, ...], dtype: torch.dtype = torch.float32, fake: bool = True
+    module: nn.Module,
+    shape: tuple[int, ...],
+    dtype: torch.dtype = torch.float32,
+    autocast: torch.dtype | None = None,
+    fake: bool = True,
 ) -> int:
     """The most bytes that forward and backward of a batch hold at once, besides parameters, gradients, buffers, images.
 
@@ -24,19 +28,26 @@ def peak_of_a_step(
     Args:
         module: on any device, "meta" for instance. Its tensors are replaced.
         shape: of the batch.
-        dtype: of everything.
+        dtype: of the parameters.
+        autocast: what to compute in besides. Its copies of the parameters count, too.
         fake: false really computes.
+
+    Raises:
+        RuntimeError, ValueError: the module cannot compute that; with fake tensors a forward pass that looks at values
+            cannot be followed.
     """
     module.to(dtype)
     with FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext():
         module.to_empty(device="cpu")
-        images = torch.zeros(shape, dtype=dtype)
+        images = torch.zeros(shape, dtype=dtype if autocast is None else torch.float32)
         for parameter in module.parameters():
             if parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)
         gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
         with LiveBytes([*module.parameters(), *module.buffers(), *gradients, images]) as live:
-            module(images).sum().backward()
+            with nullcontext() if autocast is None else torch.autocast("cpu", autocast):
+                embeddings = module(images)
+            embeddings.sum().backward()
     return live.peak
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,6 @@ _OPEN = [
     "communication_data_type",
     "prescale_gradients",
     "gradient_predivide_factor",
-    "zero_allow_untested_optimizer",
-    "zero_force_ds_cpu_optimizer",
     "steps_per_print",
     "wall_clock_breakdown",
     "memory_breakdown",
@@ -35,7 +34,6 @@ _OPEN_OF_ZERO = [
     "reduce_bucket_size",
     "overlap_comm",
     "contiguous_gradients",
-    "round_robin_gradients",
     "sub_group_size",
     "ignore_unused_parameters",
     "stage3_prefetch_bucket_size",
@@ -50,7 +48,9 @@ _OPEN_OF_ZERO = [
     "max_reuse_distance",
 ]
 _BUCKET = 50_000_000  # elements of the gradient that are averaged at once, at most; an eighth of small backbones
-_OPEN_OF_SCALE = {"initial_scale_power": "initial", "loss_scale_window": "window", "min_loss_scale": "least"}
+_WITHOUT_EFFECT = ["stage3_gather_16bit_weights_on_model_save", "gather_16bit_weights_on_model_save"]  # we gather all
+_OPEN_OF_SCALE = ["initial_scale_power", "loss_scale_window", "min_loss_scale"]
+_NOTHING = object()
 _REPEATED = [
     "train_batch_size",
     "train_micro_batch_size_per_gpu",
@@ -101,11 +101,15 @@ def loss_scale(config: Config) -> LossScale:
     if config.engine.deepspeed_config is None:
         return LossScale()
     given = _Given(config.engine.deepspeed_config)
-    found = {ours: given.number(f"fp16.{theirs}") for theirs, ours in _OPEN_OF_SCALE.items()}
-    arguments: dict[str, Any] = {name: value for name, value in found.items() if value is not None}
-    if "initial" in arguments:
-        arguments["initial"] = 2.0 ** arguments["initial"]
-    return LossScale(**arguments)
+    scale = LossScale()
+    power = given.number("fp16.initial_scale_power", least=0, most=math.log2(scale.most))
+    if power is not None:
+        scale.value = 2.0**power
+    least = given.number("fp16.min_loss_scale", least=2.0**-24, most=scale.value)
+    scale.least = scale.least if least is None else least
+    window = given.number("fp16.loss_scale_window", least=1, whole=True)
+    scale.window = scale.window if window is None else int(window)
+    return scale
 
 
 def _add(options: dict[str, Any], given: _Given, config: Config, world_size: int) -> None:
@@ -113,7 +117,8 @@ def _add(options: dict[str, Any], given: _Given, config: Config, world_size: int
     given.only((), [*_REPEATED, *_OPEN])
     given.only(("fp16",), ["enabled", "loss_scale", "hysteresis", "consecutive_hysteresis", *_OPEN_OF_SCALE])
     given.only(("bf16",), ["enabled", "check_grad_overflow", "immediate_grad_update"])
-    given.only(("zero_optimization",), ["stage", "offload_optimizer", "offload_param", *_OPEN_OF_ZERO])
+    offload = ["offload_optimizer", "offload_param"]
+    given.only(("zero_optimization",), ["stage", *offload, *_OPEN_OF_ZERO, *_WITHOUT_EFFECT])
     engine, optim, batch = config.engine, config.optim, config.data.global_batch_size
     given.same("train_batch_size", batch, "data.global_batch_size")
     micro = _micro_batch(config, world_size)
@@ -138,6 +143,7 @@ def _add(options: dict[str, Any], given: _Given, config: Config, world_size: int
     ):
         for key in given.leaves(section):
             given.refuse(key, f'{keys}; write "auto" there or remove it', given.value(key))
+    given.number("steps_per_print", least=1)
     for name in _OPEN:
         if given.holds(name):
             options[name] = given.value(name)
@@ -145,7 +151,7 @@ def _add(options: dict[str, Any], given: _Given, config: Config, world_size: int
     for name in _OPEN_OF_ZERO:
         if given.holds(f"zero_optimization.{name}"):
             zero[name] = given.value(f"zero_optimization.{name}")
-    for section in ("offload_optimizer", "offload_param"):
+    for section in offload:
         found = {key.rpartition(".")[2]: given.value(key) for key in given.leaves(f"zero_optimization.{section}")}
         if found.get("device") == "nvme":
             given.refuse(f"zero_optimization.{section}.device", "offloading goes to host memory only", "nvme")
@@ -187,13 +193,16 @@ class _Given:
     def holds(self, key: str) -> bool:
         return self.value(key) != "auto"
 
-    def number(self, key: str) -> float | None:
-        """A number at a dotted key, or none."""
+    def number(self, key: str, least: float, most: float = math.inf, whole: bool = False) -> float | None:
+        """A number at a dotted key, in that range, or none."""
         value = self.value(key)
         if value == "auto":
             return None
-        if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
-            self.refuse(key, f"expected a number of 0 or more, got {value!r}")
+        fits = isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most
+        if not fits or (whole and value % 1):
+            kind = "a whole number" if whole else "a number"
+            range_ = f"from {least:g}" + ("" if most == math.inf else f" to {most:g}")
+            self.refuse(key, f"expected {kind} {range_}, got {json.dumps(value)}")
         return value
 
     def leaves(self, key: str) -> Iterator[str]:
@@ -221,9 +230,13 @@ class _Given:
         if theirs == "auto" or theirs == ours or (fold and str(theirs).lower() == ours):
             return
         why = f"{setting} is {ours}" if setting else why
-        other = f", or set {setting}={'null' if theirs == 0 and setting == 'optim.clip' else theirs}" if setting else ""
+        other, of_ours = "", str if isinstance(ours, str) else int | float
+        if setting == "optim.clip" and not theirs:
+            other = ", or set optim.clip=null"
+        elif setting and isinstance(theirs, of_ours) and not isinstance(theirs, bool):
+            other = f", or set {setting}={theirs}"
         self.refuse(key, f'{why}; write "auto" there or remove it{other}', theirs)
 
-    def refuse(self, key: str, why: str, value: Any = None) -> None:
-        said = "" if value is None else f" is {json.dumps(value)}, but"
-        raise ConfigError(f"engine.deepspeed_config: {self.path}: {key}{said or ':'} {why}")
+    def refuse(self, key: str, why: str, value: Any = _NOTHING) -> None:
+        said = ":" if value is _NOTHING else f" is {json.dumps(value)}, but"
+        raise ConfigError(f"engine.deepspeed_config: {self.path}: {key}{said} {why}")

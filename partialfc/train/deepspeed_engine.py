@@ -55,17 +55,18 @@ class DeepSpeedEngine:
         assert dist.is_initialized(), "DeepSpeed needs a process group, be it of one rank"
         parameters = sum(parameter.numel() for parameter in module.parameters())
         options = deepspeed_options(config, rank.world_size, parameters)
-        deepspeed = _import_deepspeed(rank)
+        deepspeed = _import_deepspeed(rank, options)
         self.module, self.device, self.stage = module, rank.device, config.engine.zero_stage
         self.dtype = DTYPES[config.engine.precision]
         self.loss_scale = loss_scale(config) if config.engine.precision == "fp16" else None
         self._alone, self._offloads = rank.world_size == 1, config.engine.offload == "cpu"
         self._skeleton = _without_weights(module)
         self._local_gradient = GradientWatch()
+        self._reached: nn.Parameter | None = None  # one that has a gradient in this step
         for parameter in module.parameters():
             parameter.data = parameter.data.contiguous()  # DeepSpeed knows no other layout
             if parameter.requires_grad:  # before DeepSpeed's own hook, which averages
-                parameter.register_post_accumulate_grad_hook(lambda p: self._local_gradient.see(p.grad))
+                parameter.register_post_accumulate_grad_hook(self._see)
         if self.dtype is not None:
             module.forward = torch.autocast(self.device.type, self.dtype)(module.forward)
             for part in module.modules():
@@ -79,7 +80,7 @@ class DeepSpeedEngine:
             self._engine, *_ = deepspeed.initialize(
                 model=module, optimizer=optimizer, config=options, dist_init_required=False
             )
-        except (ValueError, AssertionError) as error:  # pydantic's are of the former
+        except (ValueError, TypeError, AssertionError) as error:  # pydantic's are of the first
             raise ConfigError(f"DeepSpeed refuses its configuration: {error}") from error
         self.state: BackboneState
         if self.stage == 0 and self.dtype is None:
@@ -186,13 +187,24 @@ class DeepSpeedEngine:
             self._norm = torch.as_tensor(self._engine.get_global_grad_norm(), device=self.device)
         return bool(self._engine.was_step_applied())
 
+    def _see(self, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        self._local_gradient.see(parameter.grad)
+        self._reached = parameter if isinstance(parameter, nn.Parameter) else None
+
     def _spoil_gradient(self) -> None:
         """Put Inf into the averaged gradient: DeepSpeed skips a step for that, on all ranks, and for nothing else."""
         from deepspeed.utils import safe_set_full_grad, safe_set_local_grad
 
-        parameter: Any = next(parameter for parameter in self.module.parameters() if parameter.requires_grad)
+        # The next step must write over it. DeepSpeed leaves what it has of a parameter without gradient as it is, and
+        # of the others the padding, which only ranks after the first have.
+        parameter: Any = self._reached
+        assert parameter is not None, "a step without any gradient"
         if self.stage == 3:
-            safe_set_local_grad(parameter, torch.full_like(parameter.ds_tensor, math.inf))
+            spoilt = torch.zeros_like(parameter.ds_tensor)
+            if dist.get_rank() == 0:
+                spoilt.view(-1)[0] = math.inf
+            safe_set_local_grad(parameter, spoilt)
         else:
             safe_set_full_grad(parameter, torch.full_like(parameter, math.inf))
         if self._offloads:  # then norms are taken when gradients arrive in host memory
@@ -201,7 +213,7 @@ class DeepSpeedEngine:
                 norms[key] = torch.tensor(math.inf)
 
 
-def _import_deepspeed(rank: Rank) -> ModuleType:
+def _import_deepspeed(rank: Rank, options: dict[str, Any]) -> ModuleType:
     os.environ.setdefault("DS_ACCELERATOR", rank.device.type)
     os.environ.setdefault("LOCAL_RANK", "0")  # it insists, and without a launcher there is none
     try:
@@ -216,15 +228,16 @@ def _import_deepspeed(rank: Rank) -> ModuleType:
     # Of the names by which DeepSpeed calls torch.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     logger = logging.getLogger("DeepSpeed")
-    logger.handlers = [_ToLog(rank.is_first)]
+    asked = options.get("wall_clock_breakdown") or options.get("comms_logger")
+    logger.handlers = [_ToLog(rank.is_first, logging.INFO if asked else logging.WARNING)]
     return deepspeed
 
 
 class _ToLog(logging.Handler):
-    """Warnings of DeepSpeed, on the first rank, in the log format of the package."""
+    """What DeepSpeed says, on the first rank, in the log format of the package."""
 
-    def __init__(self, shown: bool) -> None:
-        super().__init__(logging.WARNING)
+    def __init__(self, shown: bool, level: int) -> None:
+        super().__init__(level)
         self._shown = shown
 
     def emit(self, record: logging.LogRecord) -> None:

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 
 from partialfc import models
-from partialfc.config import Config, build_head, build_head_optimizer
+from partialfc.config import Config, build_head, build_head_optimizer, require_num_classes
 from partialfc.data.dataset import read_index
 from partialfc.errors import ConfigError
 from partialfc.head.partition import ClassPartition
 from partialfc.head.rate_schedule import largest_rate
 from partialfc.models.live_bytes import peak_of_a_step
 from partialfc.plan import backbone_memory
+from partialfc.train.deepspeed_config import deepspeed_options, loss_scale
 from partialfc.train.describe import memory_of_head, size
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from partialfc.train.engine import DTYPES
 
 
 @dataclass(frozen=True)
@@ -27,17 +28,19 @@ class Part:
     what: str
     num_bytes: float
     note: str = ""
+    on_host: bool = False
 
 
 def dry_run(config: Config, ranks: int) -> list[str]:
     """Build backbone, head and optimizers without memory, as rank 0 of ``ranks``; a table of what they would take.
 
     Raises:
-        ConfigError: there is neither a data set to count the classes of, nor ``data.num_classes``.
+        ConfigError: a run would not start with it, as far as can be told without ranks and devices; or there is neither
+            a data set to count the classes of, nor ``data.num_classes``.
     """
     num_classes = count_classes(config)
     parts = [*_of_backbone(config, ranks), *_of_head(config, num_classes, ranks)]
-    total = sum(part.num_bytes for part in parts)
+    total = sum(part.num_bytes for part in parts if not part.on_host)
     width = max(len(part.what) for part in parts)
     lines = [
         f"{config.model.name}, {num_classes:,} classes over {ranks} ranks, {config.engine.precision}, "
@@ -49,13 +52,17 @@ def dry_run(config: Config, ranks: int) -> list[str]:
         before = part.where
         lines.append(f"  {where:<10}{part.what:<{width}}  {size(part.num_bytes):>11}  {part.note}".rstrip())
     rest = "workspaces of libraries, fragments and NCCL come on top"
-    return [*lines, f"  {'total':<10}{'':<{width}}  {size(total):>11}  {rest}"]
+    lines.append(f"  {'total':<10}{'':<{width}}  {size(total):>11}  {rest}")
+    named = {"data.train": config.data.train, "model.pretrained": config.model.pretrained}
+    missing = [f"{key}={path}" for key, path in named.items() if path is not None and not path.exists()]
+    return [*lines, f"not there yet: {', '.join(missing)}"] if missing else lines
 
 
 def count_classes(config: Config) -> int:
     """Of the data set, if it is there, else as the config says."""
     if (config.data.train / "index.json").exists():
         found: int = read_index(config.data.train)["num_classes"]
+        require_num_classes(config, found)
         return found
     if config.data.num_classes is None:
         raise ConfigError(
@@ -65,8 +72,37 @@ def count_classes(config: Config) -> int:
 
 
 def _of_backbone(config: Config, ranks: int) -> list[Part]:
-    with torch.device("meta"):
-        backbone = models.build(
+    engine, dtype = config.engine, DTYPES[config.engine.precision]
+    backbone = _build_without_memory(config)
+    parameters = sum(parameter.numel() for parameter in backbone.parameters())
+    zero_stage, bucket, weight_dtype = None, 0, torch.float32
+    if engine.name == "deepspeed":
+        loss_scale(config)
+        options = deepspeed_options(config, ranks, parameters)["zero_optimization"]
+        zero_stage, weight_dtype = engine.zero_stage, dtype or torch.float32
+        bucket = int(options["reduce_bucket_size"]) * weight_dtype.itemsize if zero_stage else 0
+    lasting = backbone_memory(
+        parameters,
+        config.optim.name,
+        momentum=config.optim.momentum > 0,
+        precision=engine.precision,
+        zero_stage=zero_stage,
+        world_size=ranks,
+    )
+    batch = -(-config.data.global_batch_size // (ranks * config.optim.accumulation))
+    peak = _peak_of_a_step(config, backbone, batch, weight_dtype)
+    parts = [Part("backbone", what, num_bytes) for what, num_bytes in lasting.items()]
+    parts[0] = replace(parts[0], note=f"{parameters / 1e6:,.1f} M parameters")
+    if engine.offload == "cpu":
+        parts[-1] = replace(parts[-1], note="in host memory (engine.offload), not in the total", on_host=True)
+    if bucket:
+        parts.append(Part("backbone", "averaging", bucket, "what is averaged over ranks at once"))
+    return [*parts, Part("backbone", "activations", peak, f"{batch} images, peak of forward and backward")]
+
+
+def _build_without_memory(config: Config) -> nn.Module:
+    def build() -> nn.Module:
+        return models.build(
             config.model.name,
             config.model.embedding_dim,
             config.data.channels,
@@ -74,23 +110,29 @@ def _of_backbone(config: Config, ranks: int) -> list[Part]:
             config.model.options,
             config.model.activation_checkpointing,
         )
-    parameters = sum(parameter.numel() for parameter in backbone.parameters())
-    lasting = backbone_memory(
-        parameters,
-        config.optim.name,
-        momentum=config.optim.momentum > 0,
-        precision=config.engine.precision,
-        zero_stage=config.engine.zero_stage if config.engine.name == "deepspeed" else None,
-        world_size=ranks,
-    )
-    batch = -(-config.data.global_batch_size // (ranks * config.optim.accumulation))
+
+    if not models.is_foreign(config.model.name):
+        with torch.device("meta"):
+            return build()
+    return build().to("meta")  # its constructor may look at values, which tensors without memory do not have
+
+
+def _peak_of_a_step(config: Config, backbone: nn.Module, batch: int, weight_dtype: torch.dtype) -> int:
     shape = (batch, config.data.channels, config.data.image_size, config.data.image_size)
-    peak = peak_of_a_step(backbone, shape, _DTYPES[config.engine.precision])
-    notes = {"weights": f"{parameters / 1e6:,.1f} M parameters"}
-    return [
-        *(Part("backbone", what, num_bytes, notes.get(what, "")) for what, num_bytes in lasting.items()),
-        Part("backbone", "activations", peak, f"{batch} images, peak of forward and backward"),
-    ]
+    try:
+        return peak_of_a_step(backbone, shape, weight_dtype, DTYPES[config.engine.precision])
+    except ValueError as error:
+        if batch > 1 or "more than 1 value per channel" not in str(error):
+            raise
+        raise ConfigError(
+            "data.global_batch_size: batch normalisation needs two images or more, and here a rank has 1 at a time; "
+            "take a larger batch, fewer ranks or a smaller optim.accumulation"
+        ) from error
+    except RuntimeError as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ConfigError(
+            f"model.name: a step of {config.model.name} cannot be followed without computing it ({reason})"
+        ) from error
 
 
 def _of_head(config: Config, num_classes: int, ranks: int) -> list[Part]:

@@ -14,6 +14,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 from partialfc.config import Config
+from partialfc.errors import ConfigError
 from partialfc.train.backbone import build_backbone_optimizer, require_compiler
 from partialfc.train.backbone_state import BackboneState, ReplicatedBackbone
 from partialfc.train.loss_scale import LossScale
@@ -95,6 +96,7 @@ class DdpEngine:
         self.optimizer = build_backbone_optimizer(config, module, rank.device)
         self.state: BackboneState = ReplicatedBackbone(module, self.optimizer)
         self._norm = torch.zeros((), device=rank.device)
+        self._all_reached = rank.world_size == 1  # whether each parameter gets a gradient; alone it does not matter
         self._buffers = list(module.buffers())
         self._before = [torch.empty_like(buffer) for buffer in self._buffers]
 
@@ -120,6 +122,8 @@ class DdpEngine:
         gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
         if self.loss_scale and gradients:
             torch._foreach_mul_(gradients, 1.0 / self.loss_scale.value)
+        if not self._all_reached:
+            self._require_gradients()
         largest = math.inf if self.optim.clip is None else self.optim.clip
         self._norm = nn.utils.clip_grad_norm_(self.module.parameters(), largest)
         mean = self._norm.isfinite()
@@ -161,6 +165,18 @@ class DdpEngine:
     def _autocast(self) -> AbstractContextManager[None]:
         return nullcontext() if self.dtype is None else torch.autocast(self.device.type, self.dtype)
 
+    def _require_gradients(self) -> None:
+        """DDP waits for the gradients of all parameters before it averages any."""
+        named = self.module.named_parameters()
+        idle = [name for name, parameter in named if parameter.requires_grad and parameter.grad is None]
+        if idle:
+            some = ", ".join(idle[:8]) + (", …" if len(idle) > 8 else "")
+            raise ConfigError(
+                f"model.name: the forward pass does not use {len(idle)} trainable parameters, so that they have no "
+                f"gradient to average over ranks: {some}. Remove them, or freeze them (requires_grad_(False))"
+            )
+        self._all_reached = True
+
     def _gradients_stay_local(self, local: bool) -> AbstractContextManager[None]:
         if local and isinstance(self._wrapped, DistributedDataParallel):
             return self._wrapped.no_sync()
@@ -168,7 +184,13 @@ class DdpEngine:
 
 
 def build_engine(module: nn.Module, config: Config, rank: Rank) -> Engine:
-    """The engine that ``engine.name`` names, around a backbone that has its first weights. A collective."""
+    """The engine that ``engine.name`` names, around a backbone that has its first weights. A collective.
+
+    Raises:
+        ConfigError: nothing of the backbone can be trained, or the engine does not take its settings.
+    """
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        raise ConfigError(f"model.name: {config.model.name} has no parameter to train: all are frozen")
     if config.engine.name == "deepspeed":
         from partialfc.train.deepspeed_engine import DeepSpeedEngine  # takes long to import
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from partialfc.config import Config, build_head, build_head_optimizer
+from partialfc.config import Config, build_head, build_head_optimizer, require_num_classes
 from partialfc.data.dataset import TarDataset
 from partialfc.data.loader import Batch, build_loader
 from partialfc.data.order import steps_per_epoch
@@ -64,11 +64,7 @@ class Trainer:
     def __init__(self, config: Config, rank: Rank, force: bool = False) -> None:
         self.config, self.rank = config, rank
         self.dataset = TarDataset(config.data.train, console_progress if rank.is_first else no_progress)
-        if config.data.num_classes not in (None, self.dataset.num_classes):
-            raise ConfigError(
-                f"data.num_classes: {config.data.num_classes:,} expected, and {config.data.train} has "
-                f"{self.dataset.num_classes:,}"
-            )
+        require_num_classes(config, self.dataset.num_classes)
         self.evaluation = Evaluation(config, self.dataset.num_classes)
         self.steps_per_epoch = steps_per_epoch(self.dataset.num_samples, config.data.global_batch_size)
         self.total_steps = max(1, round(config.optim.epochs * self.steps_per_epoch))

@@ -31,6 +31,7 @@ class ZeroBackbone(ABC):
         self._first = {  # if another device has them, memory there is what is short
             f"{WEIGHTS}{name}": parameter.detach().to("cpu", copy=True) for name, parameter in module.named_parameters()
         }
+        self._frozen: dict[nn.Parameter, Tensor] = {}  # float32: the forward pass may have them in less
         self._engine: Any = None
 
     def attach(self, engine: Any) -> None:
@@ -83,7 +84,10 @@ class ZeroBackbone(ABC):
         keys = {name.rpartition(".")[2] for name in tensors if name.startswith(OPTIMIZER)}
         self._make_room(keys)
         for name, parameter in self.module.named_parameters():
-            self._write(parameter, None, tensors[f"{WEIGHTS}{name}"])
+            value = tensors[f"{WEIGHTS}{name}"]
+            if not parameter.requires_grad:
+                self._frozen[parameter] = value.detach().to("cpu", torch.float32, copy=True)
+            self._write(parameter, None, value)
             for key in self._keys() if parameter.requires_grad else ():
                 nothing = torch.zeros(() if key == "step" else self._shapes[name])
                 self._write(parameter, key, tensors.get(f"{OPTIMIZER}{name}.{key}", nothing))
@@ -112,6 +116,8 @@ class ZeroBackbone(ABC):
 
     def _read(self, parameter: nn.Parameter, key: str | None) -> Tensor:
         """The float32 value of a parameter, or of the optimizer's ``key`` for it, whole. A collective."""
+        if not parameter.requires_grad:
+            return self._frozen[parameter]
         if key == "step":
             return self._optimizer.state[self._pieces()[0]]["step"]
         return self._read_whole(parameter, key)
@@ -185,8 +191,6 @@ class SplitBackbone(ZeroBackbone):
     def _read_whole(self, parameter: nn.Parameter, key: str | None) -> Tensor:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-        if not parameter.requires_grad:
-            return parameter.detach().float()
         found: Tensor = (
             safe_get_full_fp32_param(parameter) if key is None else safe_get_full_optimizer_state(parameter, key)
         )
@@ -214,12 +218,8 @@ class ScatteredBackbone(ZeroBackbone):
         return pieces
 
     def _read_whole(self, parameter: nn.Parameter, key: str | None) -> Tensor:
-        from deepspeed.runtime.zero import GatheredParameters
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-        if not parameter.requires_grad:
-            with GatheredParameters([parameter]):
-                return parameter.detach().float().clone()
         found: Tensor = (
             safe_get_full_fp32_param(parameter) if key is None else safe_get_full_optimizer_state(parameter, key)
         )
