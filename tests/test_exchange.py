@@ -308,7 +308,7 @@ def test_a_backbone_loads_from_every_form_of_file(tmp_path: Path, form: str) -> 
         load_backbone(BY_NAME["iresnet34"](16, 3, 32), path)
 
 
-@pytest.mark.parametrize("ranks", [0, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_a_run_starts_from_imported_weights(tmp_path: Path, ranks: int) -> None:
     task = write_task(tmp_path)
     write_set(tmp_path / "unused", 3, 1, seed=1)

@@ -150,7 +150,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return config
 
 
-@pytest.mark.parametrize("how", ["random", "embedding"])
+@pytest.mark.parametrize("how", [pytest.param("random", marks=pytest.mark.slow), "embedding"])
 def test_a_finished_run_goes_on_with_more_classes_on_fewer_ranks(trained: Path, tmp_path: Path, how: str) -> None:
     folder = tmp_path / "run"
     shutil.copytree(trained.parent / "run", folder)

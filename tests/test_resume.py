@@ -99,8 +99,17 @@ def killed(task: Path) -> dict[int, Path]:
     return folders
 
 
-@pytest.mark.parametrize("before", [1, 2, 3])
-@pytest.mark.parametrize("after", [1, 2, 3, 4])
+QUICK = {(1, 3), (2, 1), (2, 2), (3, 2), (3, 4)}
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        pytest.param(before, after, marks=() if (before, after) in QUICK else pytest.mark.slow)
+        for before in (1, 2, 3)
+        for after in (1, 2, 3, 4)
+    ],
+)
 def test_a_killed_run_goes_on_at_any_world_size_as_if_nothing_had_happened(
     task: Path, whole: list[dict[str, Any]], killed: dict[int, Path], before: int, after: int
 ) -> None:

@@ -185,7 +185,7 @@ def test_a_request_in_the_last_step_is_honoured_before_the_evaluation(task: Path
     assert [line["step"] for line in lines(folder, "evaluation")] == [1]
 
 
-@pytest.mark.parametrize("when", ["in between", "at the end"])
+@pytest.mark.parametrize("when", ["in between", pytest.param("at the end", marks=pytest.mark.slow)])
 def test_a_request_during_an_evaluation_is_not_kept_waiting_and_the_evaluation_is_made_up_for(
     tmp_path: Path, when: str
 ) -> None:

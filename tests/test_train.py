@@ -319,7 +319,7 @@ def _wait_for_failure(folder: Path) -> dict[str, Any]:
     raise TimeoutError("rank 0 still waits")
 
 
-@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("fault", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])
 def test_a_rank_that_dies_or_hangs_is_named_by_the_others(task: Path, tmp_path: Path, fault: signal.Signals) -> None:
     process, pids = _start_and_wait(task, tmp_path / "run", timeout=8)
     try:
