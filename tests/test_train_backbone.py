@@ -122,6 +122,16 @@ def test_what_may_change_in_a_run_that_goes_on() -> None:
         "engine.compile": "harmless",
         "engine.sync_batchnorm": "needs --force",
     }
+    names = {
+        name: config(model={"name": name}).model_dump(mode="json") for name in ("r50", "iresnet50", "r100", "x.y:net")
+    }
+    for before_name, now_name, verdict in (
+        ("r50", "iresnet50", "harmless"),
+        ("r50", "r100", "impossible"),
+        ("r50", "x.y:net", "impossible"),
+    ):
+        (change,) = config_changes(names[before_name], names[now_name])
+        assert change.verdict == verdict
 
 
 # --- compiled ---------------------------------------------------------------------------------------------------------

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from partialfc.models import BY_NAME
+
 Verdict = Literal["harmless", "needs --force", "impossible"]
 
 # The longest prefix decides. Harmless: no number of the run depends on it but where it looks and how much it takes.
@@ -59,12 +61,19 @@ def config_changes(before: dict[str, Any], now: dict[str, Any]) -> list[Change]:
     old, new = _flat(before), _flat(now)
     keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     changes = [Change(key, old.get(key), new.get(key), _verdict(key)) for key in keys]
-    return [replace(change, verdict="impossible") if _has_no_centers(change) else change for change in changes]
+    changes = [replace(change, verdict="impossible") if _has_no_centers(change) else change for change in changes]
+    return [replace(change, verdict="harmless") if _is_another_name(change) else change for change in changes]
 
 
 def _has_no_centers(change: Change) -> bool:
     """Whether it is a center loss that is new, or gone: there are no centers to go on with, or nowhere to put them."""
     return change.key.startswith("head.center_loss.") and None in (change.before, change.now)
+
+
+def _is_another_name(change: Change) -> bool:
+    """Whether it is but another name of the same backbone: r50 and iresnet50."""
+    names = (change.before, change.now)
+    return change.key == "model.name" and len({id(BY_NAME.get(name, name)) for name in names}) == 1
 
 
 def _verdict(key: str) -> Verdict:
