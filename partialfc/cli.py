@@ -177,8 +177,7 @@ def runs_sync_command(
     """Send to W&B what a run has kept for later, because it was offline or its server did not answer."""
     from partialfc.tracking.wandb_sync import sync
 
-    attempts = sync(folder)
-    log(f"{folder}: " + (f"sent what {attempts} attempts had kept" if attempts else "nothing to send"))
+    log(f"{folder}: " + ("sent what W&B did not have" if sync(folder) else "nothing to send"))
 
 
 @imports.command("weights")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -10,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -24,8 +25,9 @@ from partialfc.config import WandbConfig
 from partialfc.errors import MissingDependency
 from partialfc.evaluate.verification import Scores
 from partialfc.tracking import wandb_rows
-from partialfc.tracking.wandb_rows import Lines, Sent
+from partialfc.tracking.wandb_rows import Lines, Notes, Sent
 from partialfc.tracking.wandb_run import WandbRun, require_wandb, run_id
+from partialfc.train.folder_lock import FolderLock
 from partialfc.train.summary import read_metrics
 
 KEY = "5ec2e7" * 6 + "abcd"  # 40 characters, as a real one
@@ -91,6 +93,37 @@ def followers(folder: Path) -> list[int]:
         if str(folder) in words and "partialfc.tracking.wandb_" in words:
             found.append(int(path.parent.name))
     return found
+
+
+def client_of(folder: Path) -> int:
+    """The process id of the one client; there may be none for a moment."""
+    found: list[int] = []
+
+    def there() -> bool:
+        found[:] = [pid for pid in followers(folder) if b"wandb_client" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        return len(found) == 1
+
+    wait_for(there, "there is no client")
+    return found[0]
+
+
+def processes(folder: Path) -> list[int]:
+    """All processes that have to do with a run folder; W&B's service knows it by its environment only."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            known = (path / "cmdline").read_bytes() + (path / "environ").read_bytes()
+            if str(folder).encode() in known and int(path.name) != os.getpid():
+                found.append(int(path.name))
+    return found
+
+
+def kill(folder: Path, *signals: signal.Signals) -> None:
+    """Send signals to every process of W&B's, one after the other."""
+    for number in signals:
+        for pid in processes(folder):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
 
 
 def warnings_of(output: str) -> list[str]:
@@ -337,7 +370,7 @@ def test_a_server_that_stops_in_mid_run_loses_nothing_and_is_said_once(task: Pat
     done = partialfc(tmp_path, "runs", "sync", str(tmp_path / "run"), **online)
     assert done.returncode == 0, done.stdout + done.stderr
     ((_, rows),) = server.history.items()
-    assert [row["step"] for row in rows if "train/loss" in row] == list(range(1, 73))
+    assert_whole(rows, steps=72, attempts=1)
     server.close()
 
 
@@ -366,7 +399,7 @@ def test_a_server_in_trouble_costs_the_training_nothing_and_is_said_once(
         server.close()
 
 
-def test_a_client_that_dies_is_followed_by_one_that_writes_offline(task: Path, tmp_path: Path, server: Server) -> None:
+def test_a_client_that_dies_is_followed_by_another_one(task: Path, tmp_path: Path, server: Server) -> None:
     process = subprocess.Popen(
         command(task, 0, f"run.dir={tmp_path}/run", *LONGER, "tracking.wandb.mode=online"),
         stdout=subprocess.PIPE,
@@ -374,15 +407,15 @@ def test_a_client_that_dies_is_followed_by_one_that_writes_offline(task: Path, t
         text=True,
         env=environment(tmp_path, WANDB_API_KEY=KEY, WANDB_BASE_URL=server.url),
     )
-    sent = tmp_path / "run" / "wandb" / "sent.json"
-    wait_for(sent.exists, "nothing is sent")
-    for pid in followers(tmp_path / "run"):
-        if b"wandb_client" in Path(f"/proc/{pid}/cmdline").read_bytes():
-            os.kill(pid, signal.SIGKILL)
+    sent = tmp_path / "run" / "wandb" / "sent.txt"
+    wait_for(lambda: sent.exists() and sent.read_text(), "nothing is sent")
+    os.kill(client_of(tmp_path / "run"), signal.SIGKILL)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
-    assert len(warnings_of(output)) == 1, output
-    assert [row["step"] for row in Logged(tmp_path / "run").rows if "train/loss" in row][-1] == 72
+    assert not warnings_of(output), output
+    ((_, rows),) = server.history.items()
+    assert_whole(rows, steps=72, attempts=1)
+    assert server.exits[-1]["code"] == 0
     assert not followers(tmp_path / "run")
 
 
@@ -402,6 +435,159 @@ def test_without_w_and_b_its_client_is_never_loaded(task: Path, tmp_path: Path) 
         )
         assert done.returncode == 0, done.stdout + done.stderr
         assert (tmp_path / mode / "wandb").exists() == (mode == "offline")
+
+
+# --- without a trainer: what an attempt leaves, and the next one or `runs sync` makes of it ---------------------------
+
+
+class Run:
+    """A run folder in which this process plays the trainer. ``followed`` begins to send it, as an attempt does."""
+
+    def __init__(self, folder: Path, server: Server) -> None:
+        self.path, self.server, self._step = folder / "run", server, 0
+        self.path.mkdir()
+        (self.path / "config.yaml").write_text("optim: {lr: 0.5}\n")
+        self.metrics = self.path / "metrics.jsonl"
+        self.metrics.touch()
+        self.ends("running")
+
+    def ends(self, state: str) -> None:
+        (self.path / "state.json").write_text(json.dumps({"state": state}))
+
+    def followed(self, mode: Literal["online", "offline"] = "online") -> WandbRun:
+        return WandbRun(self.path, WandbConfig(mode=mode, timeout=3))
+
+    def train(self, steps: int) -> None:
+        with self.metrics.open("a") as file:
+            for _ in range(steps):
+                self._step += 1
+                file.write(json.dumps({"kind": "train", "time": 1.0, "step": self._step, "loss": 0.5}) + "\n")
+
+    def wait_until_sent(self) -> None:
+        """Until W&B's client has every line; its server need not have it."""
+        notes = self.path / "wandb" / "sent.txt"
+        wait_for(lambda: notes.exists() and f" train {self._step}\n" in notes.read_text(), "not sent")
+
+    def wait_until_taken(self) -> None:
+        wait_for(lambda: self.steps() and self.steps()[-1] == self._step, "the server does not get it")
+
+    def steps(self) -> list[int]:
+        """The steps that the server has, in its order."""
+        for rows in self.server.history.values():
+            assert [row["_step"] for row in rows] == list(range(len(rows)))
+        return [row["step"] for rows in self.server.history.values() for row in rows]
+
+    def sync(self) -> subprocess.CompletedProcess[str]:
+        return partialfc(self.path.parent, "runs", "sync", str(self.path), **online(self.server))
+
+
+def online(server: Server) -> dict[str, str]:
+    return {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": server.url, "WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL": "1"}
+
+
+@pytest.fixture
+def run(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> Run:
+    for key in [key for key in os.environ if key.startswith("WANDB_")]:
+        monkeypatch.delenv(key)
+    for key, value in environment(tmp_path, **online(server)).items():
+        monkeypatch.setenv(key, value)
+    return Run(tmp_path, server)
+
+
+@pytest.mark.parametrize("mode", ["online", "offline"])
+def test_sync_leaves_a_run_alone_that_is_going_on(run: Run, mode: Literal["online", "offline"]) -> None:
+    attempt = run.followed(mode)
+    run.train(3)
+    run.wait_until_sent()
+    done = run.sync()
+    assert done.returncode == 1
+    assert "is being sent by another process" in done.stderr
+    assert not run.server.exits, "W&B takes the run for ended"
+    run.train(4)
+    run.ends("finished")
+    attempt.close()
+    done = run.sync()
+    assert done.returncode == 0, done.stderr
+    assert ("nothing to send" in done.stdout) == (mode == "online")
+    assert run.steps() == list(range(1, 8))
+    assert [end["code"] for end in run.server.exits] == [0]
+
+
+def test_sync_leaves_a_run_alone_whose_follower_was_killed(run: Run) -> None:
+    attempt = run.followed("offline")
+    run.train(3)
+    run.wait_until_sent()
+    kill(run.path, signal.SIGKILL)
+    lock = FolderLock(run.path, 0)  # as the trainer, which goes on
+    done = run.sync()
+    assert done.returncode == 1
+    assert "the run is going on; sync it when it has ended" in done.stderr
+    lock.release()
+    attempt.close()
+    run.train(4)
+    run.ends("finished")
+    done = run.sync()
+    assert done.returncode == 0, done.stderr
+    assert run.steps() == list(range(1, 8))
+    assert "nothing to send" in run.sync().stdout
+
+
+def test_an_online_attempt_sends_first_what_those_before_have_kept(run: Run) -> None:
+    run.server.behaviour = "failing"
+    attempt = run.followed()
+    run.train(5)
+    attempt.close()
+    assert list(run.path.glob("wandb/offline-run-*"))
+    run.server.behaviour = "well"
+    attempt = run.followed()
+    run.train(5)
+    run.ends("finished")
+    attempt.close()
+    assert run.steps() == list(range(1, 11))
+    assert "nothing to send" in run.sync().stdout
+
+
+def test_what_was_lost_with_the_connection_or_a_killed_client_comes_again(run: Run) -> None:
+    attempt = run.followed()
+    run.train(5)
+    run.wait_until_taken()
+    run.server.behaviour = "failing"
+    run.train(5)
+    run.wait_until_sent()
+    kill(run.path, signal.SIGKILL)
+    attempt.close()
+    assert run.steps() == list(range(1, 6))
+    run.server.behaviour = "well"
+    attempt = run.followed()
+    run.train(5)
+    run.wait_until_taken()
+    assert run.steps() == list(range(1, 16))
+    kill(run.path, signal.SIGKILL)
+    attempt.close()
+    run.train(2)
+    run.ends("preempted")
+    assert run.sync().returncode == 0
+    assert run.steps() == list(range(1, 18))
+    assert [end["code"] for end in run.server.exits] == [1]
+    assert "nothing to send" in run.sync().stdout
+
+
+def test_a_client_that_dies_again_and_again_is_followed_by_one_that_writes_offline(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    attempt = run.followed()
+    for _ in range(4):
+        run.train(1)
+        run.wait_until_sent()
+        os.kill(client_of(run.path), signal.SIGKILL)
+    run.train(1)
+    run.ends("finished")
+    attempt.close()
+    (warning,) = warnings_of(capsys.readouterr().out)
+    assert "its client has died; the run goes on, it is written offline and can be sent later" in warning
+    assert [row["step"] for row in Logged(run.path).rows][-1] == 5
+    assert run.sync().returncode == 0
+    assert run.steps() == list(range(1, 6))
 
 
 # --- the pieces -------------------------------------------------------------------------------------------------------
@@ -458,9 +644,9 @@ def test_in_a_sweep_the_agent_names_the_run(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv("WANDB_RUN_ID", "trial7")
     assert run_id(tmp_path) == own, "a leftover variable of some other run"
     monkeypatch.setenv("WANDB_SWEEP_ID", "sweep1")
-    Sent(rows=7).write(tmp_path / "wandb" / "sent.json")
+    (tmp_path / "wandb" / "sent.txt").write_text("0 train 7\n")
     assert run_id(tmp_path) == "trial7"
-    assert not (tmp_path / "wandb" / "sent.json").exists(), "another run has sent nothing yet"
+    assert not (tmp_path / "wandb" / "sent.txt").exists(), "another run has sent nothing yet"
     monkeypatch.delenv("WANDB_SWEEP_ID")
     assert run_id(tmp_path) == "trial7"
     assert run_id(tmp_path, anew=True) != "trial7"
@@ -491,24 +677,46 @@ def test_rows_have_names_that_w_and_b_takes_for_names() -> None:
 def test_lines_are_read_as_they_come_and_none_twice(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"kind": "event", "event": "started"}\n{"kind": "train", "step": 1}\n{"kind": "tra')
-    reader = Lines(path, Sent())
-    assert [line["kind"] for line in reader.new()] == ["event", "train"]
+    notes = Notes(tmp_path / "sent.txt")
+    reader = Lines(path, notes.sent)
+
+    def new() -> list[tuple[str, int | None]]:
+        found = []
+        for line in reader.new():
+            notes.add(line)
+            found.append((line["kind"], line.get("step")))
+        return found
+
+    assert new() == [("event", None), ("train", 1)]
     with path.open("a") as file:
         file.write('in", "step": 2}\nnonsense\n{"kind": "evaluation", "step": 2}\n')
-    assert [(line["kind"], line["step"]) for line in reader.new()] == [("train", 2), ("evaluation", 2)]
-    assert list(reader.new()) == []
+    assert not reader.are_all()
+    assert new() == [("train", 2), ("evaluation", 2)]
+    assert new() == []
+    assert reader.are_all()
     assert reader.sent == Sent(rows=4, train=2, evaluation=2, events=1)
-    reader.sent.write(tmp_path / "sent.json")
+    assert Notes(tmp_path / "sent.txt").sent == reader.sent
     # The next attempt begins at step 1: it does step 2 again, and goes on.
     path.write_text(
         '{"kind": "event", "event": "started"}\n{"kind": "train", "step": 1}\n{"kind": "event", "event": "started"}\n'
         '{"kind": "train", "step": 2}\n{"kind": "evaluation", "step": 2}\n{"kind": "train", "step": 3}\n'
     )
-    again = Lines(path, Sent.read(tmp_path / "sent.json"))
-    assert [(line["kind"], line.get("step")) for line in again.new()] == [("event", None), ("train", 3)]
-    assert again.sent.rows == 6
-    (tmp_path / "sent.json").write_text("[1")
-    assert Sent.read(tmp_path / "sent.json") == Sent()
+    (tmp_path / "another").write_bytes(path.read_bytes())
+    (tmp_path / "another").replace(path)
+    assert not reader.are_all()
+    notes = Notes(tmp_path / "sent.txt")
+    reader = Lines(path, notes.sent)
+    assert new() == [("event", None), ("train", 3)]
+    assert reader.sent.rows == 6
+    # W&B's server turns out to have three rows: the others come again.
+    with (tmp_path / "sent.txt").open("a") as file:
+        file.write("6 tra")
+    notes = Notes(tmp_path / "sent.txt", rows=3)
+    assert notes.sent == Sent(rows=3, train=2, events=1)
+    reader = Lines(path, notes.sent)
+    assert new() == [("event", None), ("evaluation", 2), ("train", 3)]
+    assert Notes(tmp_path / "sent.txt").sent == reader.sent == Sent(rows=6, train=3, evaluation=2, events=2)
+    assert Notes(tmp_path / "lost.txt", rows=4).sent == Sent(rows=4), "rows are not numbered twice"
 
 
 def test_a_run_that_asks_for_w_and_b_needs_its_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -526,9 +734,10 @@ def test_runs_lists_a_folder_whose_name_is_not_a_command(offline: Path) -> None:
         done = partialfc(offline, *arguments)
         assert done.returncode == 0, done.stderr
         assert done.stdout.splitlines()[1].split()[:3] == ["run", "finished", "36/36"]
-    done = partialfc(offline, "runs", "sync", str(offline / "home"))
-    assert done.returncode == 1
-    assert "has no wandb folder" in done.stderr
+    for folder in ("home", "nope"):
+        done = partialfc(offline, "runs", "sync", str(offline / folder))
+        assert done.returncode == 1
+        assert done.stderr.startswith(f"error: there is no run in {offline}/{folder}")
 
 
 def test_a_curve_keeps_its_ends_and_its_values_when_points_are_left_out() -> None:

@@ -1,11 +1,15 @@
 """The process that talks to W&B: it follows metrics.jsonl and hands every line to the client, in order.
 
-Started and, if need be, ended by :mod:`partialfc.tracking.wandb_supervisor`. Its stdin closes when the run has ended.
+Started and, if need be, ended by :mod:`partialfc.tracking.wandb_supervisor`. A line on its stdin says that the run has
+ended. What W&B lacks is found anew at each start: the server says how many rows it has, and the lines of the others are
+sent again. So it does not matter how an earlier attempt ended, whether it was online, or what was lost on the way.
+
 Nothing here waits for anything but W&B itself, and nothing else waits for it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import netrc
@@ -20,8 +24,8 @@ from urllib.parse import urlparse
 
 import yaml
 
-from partialfc.tracking.wandb_rows import Lines, Sent, best, row, table
-from partialfc.tracking.wandb_run import GRACE, SENT, UNFINISHED
+from partialfc.tracking.wandb_rows import Lines, Notes, Sent, best, row, table
+from partialfc.tracking.wandb_run import GRACE, SENT, UNSENT
 
 _POLL = 1.0  # seconds
 _FLUSH = 1.0  # seconds after which a line is in the file of an offline run, whatever happens
@@ -32,28 +36,22 @@ class Follower:
 
     def __init__(self, folder: Path, options: dict[str, Any]) -> None:
         self.folder, self.options = folder, options
+        self._unsent = folder / "wandb" / UNSENT
+        self._unsent.touch()
         self.run = _start(folder, options)
-        self._unfinished = Path(self.run.settings.sync_dir) / UNFINISHED
         if not self.run.offline:
-            self._unfinished.touch()
             # Artifacts need it; the first one would fail if the server were away just then.
             getattr(self.run, "_public_api", lambda: None)()
         # Rows are numbered over all attempts, as offline ones do not know of each other; charts are over `step`.
         self.run.define_metric("*", step_metric="step")
-        self._sent_file = folder / "wandb" / SENT
-        self._lines = Lines(folder / "metrics.jsonl", Sent.read(self._sent_file))
-        self._lines.sent.rows = max(self._lines.sent.rows, self.run.step)
+        self._notes = Notes(folder / "wandb" / SENT, None if self.run.offline else self.run.starting_step)
+        self._lines = Lines(folder / "metrics.jsonl", self._notes.sent)
         self._best: dict[str, float] = _best_before(folder / "metrics.jsonl")
 
     def send_new(self) -> None:
         """Hand over the lines that have come since the last call."""
-        before = self._lines.sent.rows
-        try:
-            for line in self._lines.new():
-                self._send(line)
-        finally:  # of a client that fails, another one goes on from here
-            if self._lines.sent.rows > before:
-                self._lines.sent.write(self._sent_file)
+        for line in self._lines.new():
+            self._send(line)
 
     def _send(self, line: dict[str, Any]) -> None:
         values = row(line)
@@ -66,7 +64,8 @@ class Follower:
             values |= self._tables(line)
         if line["kind"] == "event" and line.get("event") in ("checkpoint", "export"):
             self._refer_to(line["event"], line)
-        self.run.log(values, step=sent.rows, commit=True)  # last: what fails before has sent no row
+        self._notes.add(line)  # last: what fails before has sent no row
+        self.run.log(values, step=sent.rows, commit=True)
 
     def _tables(self, line: dict[str, Any]) -> dict[str, Any]:
         import wandb
@@ -114,7 +113,8 @@ class Follower:
         if state == "preempted":
             self.run.mark_preempting()
         self.run.finish(exit_code=0 if state == "finished" else 1)
-        self._unfinished.unlink(missing_ok=True)
+        if not self.run.offline and self._lines.are_all():  # else the next attempt has begun meanwhile
+            self._unsent.unlink(missing_ok=True)
 
 
 def _start(folder: Path, options: dict[str, Any]) -> Any:
@@ -181,14 +181,16 @@ def main(folder: Path, options: dict[str, Any], supervisor: TextIO) -> None:
     """Follow a run to its end, and say how far it is."""
 
     def say(word: str, text: str = "") -> None:
-        print(word, _without_key(text).replace("\n", " "), file=supervisor, flush=True)
+        with contextlib.suppress(OSError):  # nobody listens any more: the run ends in W&B all the same
+            print(word, _without_key(text).replace("\n", " "), file=supervisor, flush=True)
 
     ended = threading.Event()
 
     def wait_for_end() -> None:
-        sys.stdin.read()
+        sys.stdin.readline()
         ended.set()
-        time.sleep(2 * (options["timeout"] + GRACE))  # the supervisor ends it before, if it is still there
+        sys.stdin.read()  # whoever started this process is gone; nobody else would end it
+        time.sleep(2 * (options["timeout"] + GRACE))
         os._exit(1)
 
     threading.Thread(target=wait_for_end, daemon=True).start()

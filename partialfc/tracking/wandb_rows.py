@@ -1,4 +1,4 @@
-"""What a line of metrics.jsonl is called in W&B, and which lines W&B has already.
+"""What a line of metrics.jsonl is called in W&B, and which line each row of its history is.
 
 Each line becomes one row of the run's history: ``train/loss``, ``evaluation/<set>/tar_at_far/1e-3``,
 ``event/<event>/<field>``. Names hold no dots and no nested values, so that a sweep can ask for any of them.
@@ -7,8 +7,10 @@ Each line becomes one row of the run's history: ``train/loss``, ``evaluation/<se
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +72,7 @@ def _plain(key: str) -> str:
 
 @dataclass
 class Sent:
-    """How far a run's lines have been handed to W&B, over all attempts; kept in the run folder.
+    """How far a run's lines have been handed to W&B, over all attempts.
 
     A run that goes on from a checkpoint does some steps again, with the same results: their lines are not sent twice,
     so a step never goes back. Events are never taken back from metrics.jsonl and are counted.
@@ -81,22 +83,48 @@ class Sent:
     evaluation: int = -1
     events: int = 0
 
-    @classmethod
-    def read(cls, path: Path) -> Sent:
-        try:
-            return cls(**json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
-            return cls()
 
-    def write(self, path: Path) -> None:
-        write_atomically(path, json.dumps(asdict(self)) + "\n")
+class Notes:
+    """Which line of metrics.jsonl each row of the history is, in a file of the run folder: ``17 train 20``.
+
+    A line is noted before W&B's client gets it, so W&B has no row that is not noted, whatever is killed and when.
+
+    Args:
+        rows: how many rows W&B's server has, if that is known. Notes of others are dropped: their lines come again.
+    """
+
+    def __init__(self, path: Path, rows: int | None = None) -> None:
+        self.sent = Sent()
+        kept = ""
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        for note in text.splitlines(keepends=True):
+            found = _NOTE.fullmatch(note)
+            if not found or (rows is not None and int(found[1]) >= rows):  # torn, or not there
+                break
+            kept += note
+            self.sent.rows = int(found[1]) + 1
+            setattr(self.sent, found[2], int(found[3]))
+        self.sent.rows = max(self.sent.rows, rows or 0)
+        if kept != text:
+            write_atomically(path, kept)
+        self._file = path.open("a", encoding="utf-8")
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Note that ``line`` is the next row."""
+        kind = "events" if line["kind"] == "event" else line["kind"]
+        value = self.sent.events + 1 if kind == "events" else line["step"]
+        self._file.write(f"{self.sent.rows} {kind} {value}\n")
+        self._file.flush()
+
+
+_NOTE = re.compile(r"(\d+) (train|evaluation|events) (\d+)\n")
 
 
 class Lines:
     """The lines of a metrics.jsonl that W&B does not have yet, as they appear."""
 
     def __init__(self, path: Path, sent: Sent) -> None:
-        self._file = path.open("rb")
+        self._path, self._file = path, path.open("rb")
         self._begun = b""  # a line whose end is not written yet
         self._events = 0
         self.sent = sent
@@ -115,6 +143,11 @@ class Lines:
             if isinstance(line, dict) and self._is_new(line):
                 yield line
                 self._count(line)
+
+    def are_all(self) -> bool:
+        """Whether the file, which may be another one by now, holds nothing that has not been read."""
+        now = self._path.stat()
+        return now.st_ino == os.fstat(self._file.fileno()).st_ino and now.st_size == self._file.tell()
 
     def _is_new(self, line: dict[str, Any]) -> bool:
         kind, step = line.get("kind"), line.get("step")

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from partialfc.errors import MissingDependency
 from partialfc.tracking.atomic import write_atomically
@@ -26,8 +26,8 @@ from partialfc.tracking.wandb_lock import alone
 if TYPE_CHECKING:
     from partialfc.config import WandbConfig
 
-ID, SENT = "id.txt", "sent.json"  # in the run folder's wandb/
-UNFINISHED = "unfinished"  # in W&B's folder of an online attempt, until its server has everything
+# In the run folder's wandb/. UNSENT is there until W&B's server has everything.
+ID, SENT, UNSENT, LOG = "id.txt", "sent.txt", "unsent", "tracking.log"
 GRACE = 10.0  # seconds for what does not wait for W&B: starting processes, writing files
 
 # The processes of W&B use the modules of this package that need no torch; its own __init__ would load it.
@@ -102,18 +102,24 @@ def catch_up(folder: Path, settings: WandbConfig) -> None:
         run.close()
 
 
+def client_options(folder: Path, settings: WandbConfig, anew: bool = False) -> dict[str, Any]:
+    """What W&B's processes are told of a run."""
+    return settings.model_dump() | {
+        "id": run_id(folder, anew),
+        "name": settings.name or folder.resolve().name,
+        "shown": str(folder),
+        "trainer": os.getpid(),
+    }
+
+
 class WandbRun:
     """The processes that follow one run folder."""
 
     def __init__(self, folder: Path, settings: WandbConfig, anew: bool = False) -> None:
         self._patience = 2 * settings.timeout + 4 * GRACE
-        options = settings.model_dump() | {
-            "id": run_id(folder, anew),
-            "name": settings.name or folder.resolve().name,
-            "shown": str(folder),
-            "trainer": os.getpid(),
-        }
-        with (folder / "wandb" / "tracking.log").open("a") as errors:
+        options = client_options(folder, settings, anew)
+        (folder / "wandb" / UNSENT).touch()
+        with (folder / "wandb" / LOG).open("a") as errors:
             self._process = subprocess.Popen(
                 light_command("partialfc.tracking.wandb_supervisor", str(folder.resolve()), json.dumps(options)),
                 stdin=subprocess.PIPE,

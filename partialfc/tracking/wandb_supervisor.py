@@ -2,8 +2,9 @@
 
 ``python -m partialfc.tracking.wandb_supervisor RUN_FOLDER OPTIONS`` reads nothing of the network itself. It starts the
 client (:mod:`partialfc.tracking.wandb_client`) in a process group of its own, and gives it the configured time to reach
-its server and, at the end of the run, to finish. A client that fails or does not come to an end is killed, and another
-one writes offline what is left. The end of the run is a line on stdin, or the end of the trainer.
+its server and, at the end of the run, to finish. After a client that dies another one goes on; after one that does not
+reach its server, or dies again and again, the rest is written offline. One that does not come to an end is killed. The
+end of the run is a line on stdin, or the end of the trainer.
 """
 
 from __future__ import annotations
@@ -18,13 +19,22 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from partialfc.tracking.wandb_lock import alone
 from partialfc.tracking.wandb_run import GRACE, light_command
 
 _POLL = 0.3  # seconds
+_CLIENTS = 4  # one after the other: who stops a job sends a few signals, not many
 _ALL = "it is written offline and"
+
+
+class ClientFailed(Exception):
+    """A client has not done what it is there for. ``again``: it was at work and died, so another one may do better."""
+
+    def __init__(self, reason: str, again: bool) -> None:
+        super().__init__(reason)
+        self.again = again
 
 
 class Supervisor:
@@ -35,44 +45,65 @@ class Supervisor:
         self.timeout: float = options["timeout"]
         self.shown: str = options["shown"]
         self._ended = False
-        self._warned = False
+        self._told = self._warned = False  # where the run is; what is wrong
 
     def run(self) -> None:
         """Returns when everything is written, sent, or given up."""
-        # An earlier attempt's may still be sending; when its time is over, this one goes on all the same.
-        with alone(self.folder, 2 * self.timeout + GRACE):
-            if not self._follow(self.options["mode"]):
-                self._follow("offline")
+        while True:  # an earlier attempt's may still be sending, or `runs sync`; metrics.jsonl keeps what comes
+            with alone(self.folder, 2 * self.timeout + GRACE) as nobody_else:
+                if nobody_else:
+                    return self._to_the_end()
+            if self._has_ended():
+                return self._warn("another process is still sending this run", "it")
 
-    def _follow(self, mode: str) -> bool:
-        """Let one client work; whether all lines have been written by it."""
-        client = Client(self.folder, self.options | {"mode": mode})
+    def _to_the_end(self) -> None:
+        for _ in range(_CLIENTS):
+            try:
+                return self._follow(self.options["mode"])
+            except ClientFailed as error:
+                reason = str(error)
+                print(f"W&B: {reason}", file=sys.stderr, flush=True)
+                if not error.again:
+                    break
+        self._warn(reason)
         try:
-            where = self._expect(client, "started")
-            if where is None:
-                return False
-            if not self._warned:
+            self._follow("offline")
+        except ClientFailed as error:
+            self._warn(str(error), "it")
+
+    def _follow(self, mode: str) -> None:
+        """Let one client work until the run has ended, and W&B has it or has had its time.
+
+        Raises:
+            ClientFailed: the client cannot begin, or did not write all lines, or died.
+        """
+        client = Client(self.folder, self.options | {"mode": mode})
+        patience = max(self.timeout, GRACE)
+        try:
+            # The client itself keeps to the timeout at the start, and then says what the matter is.
+            where = self._expect(client, "started", self.timeout + GRACE)
+            if not self._told:
                 _say(f"W&B: {where}")
-            while not self._has_ended():
-                if client.has_died():
-                    self._warn(client.says(0)[1] or "its client has died")
-                    return False
+                self._told = True
+            while not self._has_ended() and not client.has_spoken():
+                pass  # unasked, it only says that it has failed
             client.tell_end()
-            if self._expect(client, "logged") is None:
-                return False
-            self._expect(client, "finished", "the rest")
-            return True
+            self._expect(client, "logged", patience)
+            word, text = client.says(patience)
+            if word == "failed":
+                raise ClientFailed(text, again=True)
+            if word != "finished":
+                self._warn(f"no answer within {self.timeout:g} s", "the rest")
         finally:
             client.kill()
 
-    def _expect(self, client: Client, expected: str, what: str = _ALL) -> str | None:
-        """What the client says with the next word, if that is the expected one; else None, and a warning."""
-        # The client itself keeps to the timeout at the start, and then says what the matter is.
-        word, text = client.says(self.timeout + GRACE if expected == "started" else max(self.timeout, GRACE))
+    def _expect(self, client: Client, expected: str, seconds: float) -> str:
+        """What the client says with the next word, which shall be the expected one."""
+        word, text = client.says(seconds)
         if word == expected:
             return text
-        self._warn(text or f"no answer within {self.timeout:g} s", what)
-        return None
+        again = word == "failed" and expected != "started"
+        raise ClientFailed(text or f"no answer within {self.timeout:g} s", again)
 
     def _has_ended(self) -> bool:
         """Whether the run has ended; looks on for a moment."""
@@ -87,7 +118,7 @@ class Supervisor:
         print(text, file=sys.stderr, flush=True)
         if not self._warned:
             _say(text)
-        self._warned = True
+        self._warned = self._told = True
 
 
 def _say(text: str) -> None:
@@ -96,13 +127,18 @@ def _say(text: str) -> None:
 
 
 class Client:
-    """A client process. It says ``started …``, then ``logged`` and ``finished``, or ``failed …``."""
+    """A client process. It says ``started …``, then ``logged`` and ``finished``, or ``failed …``, also by its death.
 
-    def __init__(self, folder: Path, options: dict[str, Any]) -> None:
+    Args:
+        log: where it writes what only a developer wants to know; None: where this process does.
+    """
+
+    def __init__(self, folder: Path, options: dict[str, Any], log: TextIO | None = None) -> None:
         self._process = subprocess.Popen(
             light_command("partialfc.tracking.wandb_client", str(folder), json.dumps(options)),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=log,
             text=True,
             process_group=0,
         )
@@ -114,24 +150,25 @@ class Client:
         for line in self._process.stdout:
             word, _, text = line.rstrip("\n").partition(" ")
             self._words.put((word, text))
-        self._words.put(("", ""))
+        self._words.put(("failed", "its client has died"))
 
-    def says(self, seconds: float) -> tuple[str, str]:
-        """Its next word and what goes with it; empty if none comes."""
+    def says(self, seconds: float | None) -> tuple[str, str]:
+        """Its next word and what goes with it; empty if none comes. None waits for ever."""
         with contextlib.suppress(queue.Empty):
-            return self._words.get(timeout=max(seconds, _POLL))
+            return self._words.get(timeout=None if seconds is None else max(seconds, _POLL))
         return "", ""
 
-    def has_died(self) -> bool:
-        return self._process.poll() is not None
+    def has_spoken(self) -> bool:
+        return not self._words.empty()
 
     def tell_end(self) -> None:
         assert self._process.stdin is not None
         with contextlib.suppress(OSError):
-            self._process.stdin.close()
+            self._process.stdin.write("end\n")
+            self._process.stdin.flush()
 
     def kill(self) -> None:
-        """End it, and the service process that the W&B client has started."""
+        """End it; the service process that W&B's client has started ends by itself when it is gone."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()

@@ -1,74 +1,71 @@
-"""``partialfc runs sync``: send what a run has kept of W&B for later."""
+"""``partialfc runs sync``: send what a run has kept of W&B for later.
+
+The lines are those of metrics.jsonl, and W&B's server says how many it has (:mod:`partialfc.tracking.wandb_client`).
+W&B's own ``wandb sync`` would send each attempt's file in whole, also the rows that the server has, in whatever order.
+"""
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 
-from partialfc.errors import DataError, PartialFCError
-from partialfc.tracking.wandb_run import UNFINISHED, require_client
+import yaml
 
-_SYNCED = ".synced"  # W&B's own mark: beside the file of a run, all of which has been sent
+from partialfc.config import WandbConfig
+from partialfc.errors import ConfigError, DataError, PartialFCError
+from partialfc.tracking.wandb_lock import alone
+from partialfc.tracking.wandb_run import LOG, UNSENT, client_options, require_client
+from partialfc.tracking.wandb_supervisor import Client
+from partialfc.train.folder_lock import FolderLock
 
 
 class SyncFailed(PartialFCError):
     """W&B has not taken a run."""
 
 
-def unsent(folder: Path) -> list[Path]:
-    """The folders of W&B in a run folder that have not been sent in whole, oldest first.
-
-    An online run counts until its server has everything: the last of it may be in the file only.
-    """
-    found = []
-    for path in sorted(folder.glob("wandb/*run-*/run-*.wandb"), key=lambda path: _started(path.parent)):
-        if path.with_name(path.name + _SYNCED).exists():
-            continue
-        if path.parent.name.startswith("offline-") or (path.parent / UNFINISHED).exists():
-            found.append(path.parent)
-    return found
-
-
-def sync(folder: Path) -> int:
-    """Send what W&B does not have yet of the run in ``folder``, attempt by attempt; how many attempts that were.
+def sync(folder: Path) -> bool:
+    """Send what W&B does not have yet of the run in ``folder``; whether there was anything.
 
     Raises:
-        DataError: the folder has nothing of W&B.
+        DataError: there is no run, or it has nothing of W&B.
         MissingDependency: the client is not installed.
-        SyncFailed: W&B has not taken it; what it has not taken can be sent again.
+        SyncFailed: the run is going on, or W&B has not taken it; what it has not taken can be sent again.
     """
     require_client()
+    if not (folder / "config.yaml").exists() or not (folder / "metrics.jsonl").exists():
+        raise DataError(f"there is no run in {folder}: a run folder has a config.yaml and a metrics.jsonl")
     if not (folder / "wandb").is_dir():
         raise DataError(f"{folder} has no wandb folder: it was trained with tracking.wandb.mode=disabled")
-    attempts = unsent(folder)
-    for attempt in attempts:
-        _send(attempt)
-        (attempt / UNFINISHED).unlink(missing_ok=True)
-    return len(attempts)
+    _refuse_a_live_run(folder)
+    with alone(folder, 0) as nobody_else:
+        if not nobody_else:
+            raise SyncFailed(f"{folder} is being sent by another process; sync it when that has ended")
+        if not (folder / "wandb" / UNSENT).exists():
+            return False
+        _send(folder)
+    return True
 
 
-def _send(attempt: Path) -> None:
-    """Let W&B's own command send one folder. The order matters: rows of one run must not go back."""
-    environment = {"WANDB_ERROR_REPORTING": "false", **os.environ, "WANDB_DIR": str(attempt.parent.parent.resolve())}
-    with tempfile.TemporaryFile("w+") as output:
-        code = subprocess.call(
-            [sys.executable, "-P", "-m", "wandb", "sync", "--include-online", str(attempt.resolve())],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=environment,
-        )
-        output.seek(0)
-        said = output.read()
-    if code or not list(attempt.glob(f"*.wandb{_SYNCED}")):
-        reason = re.sub(r"\s+", " ", said).strip()[-500:]
-        raise SyncFailed(f"W&B has not taken {attempt}: {reason or f'exit code {code}'}")
+def _refuse_a_live_run(folder: Path) -> None:
+    """W&B would take it for ended. Whether it is being followed is not the question: its follower may be gone."""
+    try:
+        FolderLock(folder, 0).release()
+    except ConfigError as error:
+        raise SyncFailed(f"{folder}: the run is going on; sync it when it has ended") from error
 
 
-def _started(attempt: Path) -> str:
-    """When an attempt began, as its folder says: ``offline-run-20250131_235959-<id>``."""
-    return attempt.name.removeprefix("offline-").removeprefix("run-")
+def _send(folder: Path) -> None:
+    """Let a client of our own go online and send all; as long as it takes."""
+    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))  # the rest need not be valid here
+    settings = WandbConfig.model_validate(config.get("tracking", {}).get("wandb", {}))
+    options = client_options(folder, settings)
+    with (folder / "wandb" / LOG).open("a") as log:
+        client = Client(folder.resolve(), options | {"mode": "online", "system_metrics": False}, log)
+    try:
+        for expected in ("started", "logged", "finished"):
+            word, text = client.says(None)
+            if word != expected:
+                raise SyncFailed(f"W&B has not taken {folder}: {text}; more may be in {folder / 'wandb' / LOG}")
+            if word == "started":
+                client.tell_end()
+    finally:
+        client.kill()
