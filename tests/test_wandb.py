@@ -572,6 +572,26 @@ def test_what_was_lost_with_the_connection_or_a_killed_client_comes_again(run: R
     assert "nothing to send" in run.sync().stdout
 
 
+def test_the_signals_that_stop_a_job_lose_nothing(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    """As Slurm sends them: to every process of the job, whatever its group and session."""
+    attempt = run.followed()
+    kill(run.path, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # before it has said or done anything
+    run.train(5)
+    run.wait_until_sent()
+    (supervisor,) = [pid for pid in followers(run.path) if pid != client_of(run.path)]
+    kill(run.path, signal.SIGUSR1, signal.SIGTERM)
+    run.train(5)  # the steps that the trainer still does
+    run.wait_until_sent()
+    kill(run.path, signal.SIGTERM, signal.SIGINT)  # when it waits for nothing but the end
+    assert supervisor in followers(run.path)
+    run.ends("preempted")
+    attempt.close()
+    assert run.steps() == list(range(1, 11))
+    assert [end["code"] for end in run.server.exits] == [1]
+    assert not warnings_of(capsys.readouterr().out)
+    wait_for(lambda: not processes(run.path), "something stays behind", 10)
+
+
 def test_a_client_that_dies_again_and_again_is_followed_by_one_that_writes_offline(
     run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -588,6 +608,36 @@ def test_a_client_that_dies_again_and_again_is_followed_by_one_that_writes_offli
     assert [row["step"] for row in Logged(run.path).rows][-1] == 5
     assert run.sync().returncode == 0
     assert run.steps() == list(range(1, 6))
+
+
+def test_nothing_stays_behind_a_trainer_that_is_killed(tmp_path: Path, run: Run) -> None:
+    program = (
+        "import sys, time; from pathlib import Path; from partialfc.config import WandbConfig\n"
+        "from partialfc.tracking.wandb_run import WandbRun\n"
+        "WandbRun(Path(sys.argv[1]), WandbConfig(mode='online', timeout=3)); time.sleep(60)\n"
+    )
+    trainer = subprocess.Popen([sys.executable, "-c", program, str(run.path)])
+    run.train(5)
+    run.wait_until_sent()
+    assert len(processes(run.path)) == 4, "the trainer, supervisor, client and W&B's service"
+    trainer.kill()
+    trainer.wait()
+    wait_for(lambda: not processes(run.path), "something stays behind", 10)
+    assert run.steps() == list(range(1, 6))
+    assert [end["code"] for end in run.server.exits] == [1]
+
+
+def test_a_follower_that_is_killed_is_told(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    attempt = run.followed("offline")
+    run.train(1)
+    run.wait_until_sent()
+    kill(run.path, signal.SIGKILL)
+    said: list[str] = []
+    wait_for(lambda: said.extend(warnings_of(capsys.readouterr().out)) or said, "not a word")
+    assert (
+        f"its processes have ended; the run goes on, and can be sent later: partialfc runs sync {run.path}" in said[0]
+    )
+    attempt.close()
 
 
 # --- the pieces -------------------------------------------------------------------------------------------------------

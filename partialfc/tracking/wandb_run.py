@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 # In the run folder's wandb/. UNSENT is there until W&B's server has everything.
 ID, SENT, UNSENT, LOG = "id.txt", "sent.txt", "unsent", "tracking.log"
+_STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 GRACE = 10.0  # seconds for what does not wait for W&B: starting processes, writing files
 
 # The processes of W&B use the modules of this package that need no torch; its own __init__ would load it.
@@ -112,14 +114,30 @@ def client_options(folder: Path, settings: WandbConfig, anew: bool = False) -> d
     }
 
 
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """Processes started here never get the signals that ask a run to stop: they end after it, not with it.
+
+    A scheduler sends them to every process of a job, so a group or session of their own would not do. A blocked signal
+    stays blocked in what they start, from its first moment on; an ignored one would not be until they have got as far.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class WandbRun:
     """The processes that follow one run folder."""
 
     def __init__(self, folder: Path, settings: WandbConfig, anew: bool = False) -> None:
         self._patience = 2 * settings.timeout + 4 * GRACE
+        self._sync = f"partialfc runs sync {folder}"
+        self._closing = False
         options = client_options(folder, settings, anew)
         (folder / "wandb" / UNSENT).touch()
-        with (folder / "wandb" / LOG).open("a") as errors:
+        with (folder / "wandb" / LOG).open("a") as errors, _signals_held():
             self._process = subprocess.Popen(
                 light_command("partialfc.tracking.wandb_supervisor", str(folder.resolve()), json.dumps(options)),
                 stdin=subprocess.PIPE,
@@ -134,10 +152,13 @@ class WandbRun:
         assert self._process.stdout is not None
         for line in self._process.stdout:
             log(line.rstrip("\n"))
+        if not self._closing:
+            log(f"WARNING: W&B: its processes have ended; the run goes on, and can be sent later: {self._sync}")
 
     def close(self) -> None:
         """Say that nothing more will come, and wait until W&B has taken it or its time is over."""
         assert self._process.stdin is not None
+        self._closing = True
         with contextlib.suppress(OSError):  # it has ended by itself
             self._process.stdin.write("end\n")
             self._process.stdin.close()

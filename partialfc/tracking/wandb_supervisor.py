@@ -5,6 +5,9 @@ client (:mod:`partialfc.tracking.wandb_client`) in a process group of its own, a
 its server and, at the end of the run, to finish. After a client that dies another one goes on; after one that does not
 reach its server, or dies again and again, the rest is written offline. One that does not come to an end is killed. The
 end of the run is a line on stdin, or the end of the trainer.
+
+The signals that ask a run to stop reach neither this process nor the client (see :mod:`partialfc.tracking.wandb_run`).
+W&B's own service, which the client starts, insists on dying of SIGTERM and SIGINT; its client then dies, too.
 """
 
 from __future__ import annotations
@@ -175,6 +178,4 @@ class Client:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     Supervisor(Path(sys.argv[2]), json.loads(sys.argv[3])).run()
