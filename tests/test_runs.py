@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import socket
@@ -18,7 +19,7 @@ import pytest
 import yaml
 from made_up import write_task
 from prometheus_client.parser import text_string_to_metric_families
-from running import ENVIRONMENT, command, finish, lines, started, state, steps_done, wait_until
+from running import ENVIRONMENT, command, events, finish, lines, started, state, steps_done, wait_until
 
 from partialfc.config import parse_config
 from partialfc.tracking.endpoint import Endpoint
@@ -226,6 +227,32 @@ def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
     third = finish([*words[:-2], "optim.epochs=1", "--force"])
     assert third.returncode in (0, 2), "the lock has died with its process"
     assert "another process" not in third.stdout + third.stderr
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_a_start_that_waits_for_another_process_goes_on_from_what_that_one_leaves(tmp_path: Path, ends: bool) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(write_task(tmp_path)))
+    folder = tmp_path / "run"
+    epochs = "optim.epochs=12" if ends else "optim.epochs=1000"
+    words = [f"run.dir={folder}", epochs, "evaluation.every=0", "evaluation.sets=[]"]
+    with started(command(config, 0, *words), tmp_path / "first") as first:
+        wait_until(lambda: steps_done(folder) >= 2, of=first)
+        if ends:
+            os.kill(first.pid, signal.SIGSTOP)
+        with started(command(config, 2, *words), tmp_path / "second") as second:
+            wait_until(lambda: "waiting for another process" in (tmp_path / "second").read_text(), of=second)
+            if ends:
+                os.kill(first.pid, signal.SIGCONT)
+                assert first.wait(60) == 0, (tmp_path / "first").read_text()
+                assert second.wait(60) == 0, (tmp_path / "second").read_text()
+                assert len(events(folder, "started")) == 1, "there was nothing left to do"
+                return
+            os.kill(first.pid, signal.SIGTERM)
+            assert first.wait(60) == 75, (tmp_path / "first").read_text()
+            wait_until(lambda: len(events(folder, "started")) == 2, of=second)
+            before, after = events(folder, "preempted")[0]["step"], events(folder, "started")[1]
+            assert (after["step"], after["attempt"]) == (before, 2)
 
 
 def test_an_evaluation_is_progress(tmp_path: Path) -> None:

@@ -43,21 +43,23 @@ class RunFolder:
     Args:
         step: at which this attempt begins.
         restarts: automatic restarts in a row, this one included, that have begun at the same step.
+        lock: of the folder, if it is held already; released by :meth:`close`.
     """
 
-    def __init__(self, config: Config, total_steps: int, step: int, restarts: int = 0) -> None:
+    def __init__(
+        self, config: Config, total_steps: int, step: int, restarts: int = 0, lock: FolderLock | None = None
+    ) -> None:
         self.path = config.run.dir
+        self._folder_lock = lock or lock_folder(config)
         self.total_steps, self.start_step, self.restarts = total_steps, step, restarts
         previous = read_state(self.path)
         self.attempt = previous["attempt"] + 1 if previous and isinstance(previous.get("attempt"), int) else 1
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._folder_lock = FolderLock(self.path, config.run.timeout)
             write_atomically(self.path / "config.yaml", to_yaml(config))
             forget_after(self.path / "metrics.jsonl", step)
             self.metrics = MetricsFile(self.path / "metrics.jsonl")
         except OSError as error:
-            raise ConfigError(f"run.dir: {self.path} cannot be written: {error}") from error
+            raise _not_writable(self.path, error) from error
         self.metrics.write("event", event="started", attempt=self.attempt, step=step, total_steps=total_steps)
         self._lock = threading.Lock()
         self._closed = threading.Event()
@@ -154,6 +156,23 @@ class RunFolder:
                     return  # another rank has said so, and this one will follow
                 if not self._closed.is_set():
                     self._write_state("running", "")
+
+
+def lock_folder(config: Config) -> FolderLock:
+    """Make the run folder, and wait for the process that trains in it.
+
+    Raises:
+        ConfigError: it cannot be written, or another process keeps it.
+    """
+    try:
+        config.run.dir.mkdir(parents=True, exist_ok=True)
+        return FolderLock(config.run.dir, config.run.timeout)
+    except OSError as error:
+        raise _not_writable(config.run.dir, error) from error
+
+
+def _not_writable(folder: Path, error: OSError) -> ConfigError:
+    return ConfigError(f"run.dir: {folder} cannot be written: {error}")
 
 
 def count_restarts(config: Config, step: int, automatic: int) -> int:

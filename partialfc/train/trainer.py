@@ -26,11 +26,19 @@ from partialfc.train.checkpoints import Checkpoints
 from partialfc.train.describe import describe_memory, describe_rate
 from partialfc.train.engine import Engine, build_engine
 from partialfc.train.evaluation import Evaluation, describe_results
+from partialfc.train.folder_lock import FolderLock
 from partialfc.train.means import Means
 from partialfc.train.micro_batches import micro_batches, together
 from partialfc.train.phase_clock import PhaseClock
 from partialfc.train.ranks import Rank, automatic_restarts
-from partialfc.train.run_folder import GivenUp, RunFolder, count_restarts, record_failure
+from partialfc.train.run_folder import (
+    GivenUp,
+    RunFolder,
+    count_restarts,
+    finished_before,
+    lock_folder,
+    record_failure,
+)
 from partialfc.train.schedule import lr_factor
 from partialfc.train.spikes import SpikeRule
 from partialfc.train.verdict import Diverged, StepCheck, Verdict, Word, find_faults
@@ -62,7 +70,7 @@ class Trainer:
     """
 
     def __init__(self, config: Config, rank: Rank, force: bool = False) -> None:
-        self.config, self.rank = config, rank
+        self.config, self.rank, self.force = config, rank, force
         self.dataset = TarDataset(config.data.train, console_progress if rank.is_first else no_progress)
         require_num_classes(config, self.dataset.num_classes)
         self.evaluation = Evaluation(config, self.dataset.num_classes)
@@ -88,6 +96,12 @@ class Trainer:
 
     def train(self) -> Outcome:
         """Run to the end, or until asked to stop. Every rank calls it."""
+        # Before anything in the folder is looked at: what is waited for may still write a checkpoint, or finish.
+        lock = self._lock_folder()
+        if on_first(lambda: finished_before(self.config, self.force)):
+            if lock:
+                lock.release()
+            return "finished"
         resumed = self.checkpoints.resume()
         self.step, self.samples = resumed.step, resumed.samples
         self.skipped_steps = resumed.counts.get("skipped_steps", 0)
@@ -99,7 +113,7 @@ class Trainer:
                 f"the checkpoint is of step {self.step:,}, and optim.epochs={self.config.optim.epochs:g} ends the run "
                 f"at step {self.total_steps:,}; raise it to train on"
             )
-        folder = self._open_folder()
+        folder = self._open_folder(lock)
         if folder:
             self.rank.on_progress.append(folder.touch)
         self.rank.on_lost.append(lambda reason: self._record_failure(folder, reason))
@@ -123,7 +137,13 @@ class Trainer:
             folder.close()
         return outcome
 
-    def _open_folder(self) -> RunFolder | None:
+    def _lock_folder(self) -> FolderLock | None:
+        """The first rank's; where it cannot be had, all ranks fail. A collective."""
+        taken: list[FolderLock] = []
+        on_first(lambda: taken.append(lock_folder(self.config)))
+        return taken[0] if taken else None
+
+    def _open_folder(self, lock: FolderLock | None) -> RunFolder | None:
         """The first rank's; where it cannot be had, or the run has been given up, all ranks fail. A collective."""
         opened: list[RunFolder] = []
 
@@ -133,7 +153,7 @@ class Trainer:
             except GivenUp as error:
                 record_failure(self.config.run.dir, str(error), states=("running", "failed", "preempted"))
                 raise
-            opened.append(RunFolder(self.config, self.total_steps, self.step, restarts))
+            opened.append(RunFolder(self.config, self.total_steps, self.step, restarts, lock))
 
         on_first(open_it)
         return opened[0] if opened else None
