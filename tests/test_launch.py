@@ -46,13 +46,17 @@ case "$*" in
     *" --get run.dir" | *" --get data.train") echo "$RUN"; exit ;; # the run folder is its data set, too
 esac
 state='{\\n "state": "%s",\\n "attempt": %s,\\n "reason": "%s"\\n}\\n'
-say() { printf "$state" "$1" 1 "$2" > "$RUN/state.json"; }
+say() { printf "$state" "$1" 1 "$2" | tee "$RUN/state.json" > "${PARTIALFC_STATE_FILE:-/dev/null}"; }
 case $OUTCOME in
     finished) say finished "" ;;
     failed) say failed "rank 1: it broke"; exit 1 ;;
     stopped) say preempted "asked to stop by the file $RUN/stop" ;;
     preempted) say preempted "asked to stop by TERM to launch/torchrun.sh on n2 (the file $RUN/stop)" ;;
-    warned | refused) kill -USR1 "$JOB"; until [ -e "$RUN/stop" ]; do sleep 0.05; done
+    overtaken) say preempted "asked to stop by the file $RUN/stop"
+        printf "$state" running 2 "" > "$RUN/state.json"; echo "Ann: to the other" > "$RUN/stop" ;;
+    waiting) kill -USR1 "$JOB"; sleep 1.5; cp "$RUN/stop" "$RUN/seen"; exit 1 ;;
+    warned | refused) kill -USR1 "$JOB"; sleep 1; [ ! -e "$RUN/stop" ] || exit 1; say running ""
+        until [ -e "$RUN/stop" ]; do sleep 0.05; done
         say preempted "asked to stop by $(cat "$RUN/stop") (the file $RUN/stop)"; rm "$RUN/stop" ;;
     late | never) [ "$OUTCOME" = never ] || say running ""; kill -USR1 "$JOB"; exec sleep 8 >/dev/null 2>&1 ;;
 esac
@@ -73,7 +77,8 @@ def job(
         (stand_ins / name).chmod(0o755)
     run, notes = tmp_path / "run", tmp_path / "notes"
     run.mkdir(exist_ok=True)
-    (run / "stop").touch()  # of a start before
+    if not (run / "stop").exists():
+        (run / "stop").touch()  # of a start before
     slurm = {"SLURM_JOB_ID": "77", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "n[1-2]"}
     environment = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "PYTHON")}
     environment |= {"PATH": f"{stand_ins}:{os.environ['PATH']}", "PYTHON": str(stand_ins / "python"), **slurm}
@@ -109,6 +114,24 @@ def test_a_job_ends_as_its_training_does_and_is_requeued_only_if_slurm_has_stopp
     assert not (tmp_path / "run" / "stop").exists()
     if outcome == "failed":
         assert "rank 1: it broke" in output
+
+
+def test_a_job_that_waits_for_another_in_its_run_folder_leaves_that_ones_requests_alone(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "state.json").write_text('{\n "state": "running",\n "attempt": 1\n}\n')
+    (run / "stop").write_text("Ann: the disk is moved\n")
+    code, output, _ = job(tmp_path, "waiting")
+    assert code == 1, output
+    assert (run / "seen").read_text() == "Ann: the disk is moved\n", "neither removed nor replaced"
+    assert (run / "stop").exists()
+
+
+def test_the_result_of_a_job_is_that_of_its_own_attempt_although_another_has_begun(tmp_path: Path) -> None:
+    code, output, _ = job(tmp_path, "overtaken")
+    assert code == 3, output
+    assert (tmp_path / "run" / "stop").read_text() == "Ann: to the other\n"
+    assert not list((tmp_path / "run").glob(".*")), "nothing is left behind"
 
 
 def test_a_checkpoint_that_comes_too_late_is_not_waited_for(tmp_path: Path) -> None:

@@ -71,16 +71,33 @@ def test_a_stopped_run_is_75_with_a_checkpoint(task: Path, tmp_path: Path, reque
     assert not (folder / "stop").exists()
 
 
-def test_a_request_that_comes_before_the_ranks_are_there_stops_them_after_their_first_step(
-    task: Path, tmp_path: Path
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_request_that_comes_before_the_ranks_are_there_stops_them_at_their_first_steps(
+    task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, elsewhere: bool
 ) -> None:
+    if elsewhere:  # the logs, so that nothing has made the run folder
+        monkeypatch.setitem(ENVIRONMENT, "LOG_DIR", str(tmp_path / "logs"))
     folder, output = tmp_path / "run", tmp_path / "output"
     with started([SCRIPT, str(task), f"run.dir={folder}", *LONG], output) as process:
         time.sleep(1.0)  # the config is being read
         os.kill(process.pid, signal.SIGUSR1)
         assert process.wait(240) == 75, output.read_text()
-    assert state(folder)["step"] == 1
+    assert state(folder)["step"] < 100, "it is left as soon as they have begun"
     assert not (folder / "stop").exists()
+
+
+def test_a_start_that_waits_for_another_in_the_run_folder_does_not_stop_that_one(task: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    words = [SCRIPT, str(task), f"run.dir={folder}", *LONG]
+    with started(words, tmp_path / "first") as first:
+        wait_until(lambda: steps_done(folder) >= 3, seconds=180, of=first)
+        with started([*words, "run.timeout=4"], tmp_path / "second") as second:
+            wait_until(lambda: "waiting for another" in (tmp_path / "second").read_text(), seconds=180, of=second)
+            os.kill(second.pid, signal.SIGTERM)
+            assert second.wait(120) == 2, (tmp_path / "second").read_text()
+        assert not (folder / "stop").exists()
+        before = steps_done(folder)
+        wait_until(lambda: steps_done(folder) > before, of=first)
 
 
 def test_a_failed_run_is_1_and_its_last_line_says_why(task: Path, tmp_path: Path) -> None:

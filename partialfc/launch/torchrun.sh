@@ -34,10 +34,16 @@ if [ $# -lt 1 ]; then
     exit 2
 fi
 
-run='' asked='' code_file=''
-leave_request() { # in one move: the run must not read half of it
-    local words=$run/.stop.$$
-    echo "$asked to launch/torchrun.sh on $(hostname)" >"$words" && mv "$words" "$run/stop"
+run='' asked='' words='' code_file='' own='' made='' attempt_before=''
+state() { # KEY: how this start is doing by its own file, else by state.json; or nothing
+    "$PYTHON" -c 'import json, sys; print(json.load(open(sys.argv[1])).get(sys.argv[2], ""))' \
+        "${own:-$run/state.json}" "$1" 2>/dev/null
+}
+begun() { [ "$(state attempt)" != "$attempt_before" ]; }
+leave_request() { # to our own attempt: it may still wait for that of another start, which must not take it
+    if [ -n "$own" ] && ! begun; then return 1; fi
+    words="$asked to launch/torchrun.sh on $(hostname)${SLURM_JOB_ID:+, job $SLURM_JOB_ID}"
+    echo "$words" >"$run/.stop.$$" && mv "$run/.stop.$$" "$run/stop" # in one move: the run must not read half of it
 }
 # shellcheck disable=SC2317,SC2329 # called by a trap
 ask_to_stop() {
@@ -51,8 +57,8 @@ for signal in TERM USR1 INT; do
 done
 # shellcheck disable=SC2317,SC2329 # called by a trap
 clean_up() { # a request that came too late must not stop the next start
-    rm -f "$code_file"
-    [ -z "$asked" ] || [ -z "$run" ] || rm -f "$run/stop"
+    rm -f "$code_file" "$made"
+    [ -z "$words" ] || [ "$(cat "$run/stop" 2>/dev/null)" != "$words" ] || rm -f "$run/stop"
 }
 trap clean_up EXIT
 
@@ -62,7 +68,7 @@ for word in "$@"; do [ "$word" = --force ] || settings+=("$word"); done
 run=$("$PYTHON" -m partialfc config "${settings[@]}" --get run.dir) || exit $?
 
 logs=${LOG_DIR:-$run/logs}
-mkdir -p "$logs" || exit 2
+mkdir -p "$logs" "$run" || exit 2
 
 if [ -z "${OMP_NUM_THREADS:-}" ]; then
     ranks=$NPROC
@@ -72,11 +78,12 @@ if [ -z "${OMP_NUM_THREADS:-}" ]; then
     export OMP_NUM_THREADS=$((threads > 0 ? threads : 1))
 fi
 
-state() { # KEY: what state.json says, or nothing
-    "$PYTHON" -c 'import json, sys; print(json.load(open(sys.argv[1])).get(sys.argv[2], ""))' \
-        "$run/state.json" "$1" 2>/dev/null
-}
-
+# Where the first rank says how this start is doing: what state.json says may be of another.
+own=${PARTIALFC_STATE_FILE:-}
+if [ -z "$own" ] && [ "$NNODES" = 1 ] && [ -z "$RDZV_ENDPOINT" ]; then
+    own=$(mktemp) made=$own
+    export PARTIALFC_STATE_FILE=$own
+fi
 attempt_before=$(state attempt)
 code_file=$(mktemp)
 export PARTIALFC_CODE_FILE=$code_file
@@ -93,7 +100,6 @@ if [ "$NNODES" != 1 ] || [ -n "$RDZV_ENDPOINT" ]; then
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=${TORCH_DISABLE_SHARE_RDZV_TCP_STORE:-1}
 fi
 
-[ -z "$asked" ] || leave_request # it came while nothing was there to take it
 # In a session of its own: what a terminal or Slurm sends to this group must not reach torchrun.
 setsid "$PYTHON" -m torch.distributed.run "${where[@]}" --nproc-per-node "$NPROC" --max-restarts "$MAX_RESTARTS" \
     --log-dir "$logs" --tee 3 -m partialfc train "$@" &
@@ -102,11 +108,21 @@ torchrun=$!
 interrupted=yes
 while [ -n "$interrupted" ]; do # a signal ends the waiting, and not the run
     interrupted=''
+    while [ -n "$asked" ] && [ -z "$words" ] && kill -0 "$torchrun" 2>/dev/null; do
+        leave_request || sleep 0.2 # it came while nobody was there to take it
+    done
     wait "$torchrun"
     code=$?
 done
 
-[ "$(state attempt)" != "$attempt_before" ] || [ "$code" -eq 0 ] && case $(state state) in
+ended=''
+if begun; then
+    ended=$(state state)
+elif [ "$code" -eq 0 ]; then # nothing was left to do
+    own=''
+    ended=$(state state)
+fi
+case $ended in
     finished) exit 0 ;;
     preempted) exit "$STOPPED" ;;
 esac

@@ -91,6 +91,7 @@ class RunFolder:
             self._step = step
             try:
                 self._write_state(state, reason)
+                _tell_launcher(self._values(state, reason))
             except OSError as error:
                 if state == "finished":
                     raise
@@ -210,6 +211,16 @@ def record_failure(folder: Path, reason: str, states: tuple[str, ...] = ("runnin
         state |= {"state": "failed", "reason": reason, "updated": round(time.time(), 3)}
         with suppress(OSError):
             write_atomically(folder / STATE, json.dumps(state, indent=1) + "\n")
+            _tell_launcher(state)
+
+
+def _tell_launcher(state: dict[str, Any]) -> None:
+    """Write how the run is into the file that a launcher has named, too: that of its own start, while ``state.json``
+    may already be another's.
+    """
+    file = os.environ.get("PARTIALFC_STATE_FILE")
+    if file:
+        write_atomically(Path(file), json.dumps(state, indent=1) + "\n")
 
 
 def forget_after(metrics: Path, step: int) -> None:
