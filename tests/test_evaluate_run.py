@@ -27,9 +27,11 @@ def test_a_run_is_evaluated_as_at_its_end_on_any_number_of_ranks(finished: Path,
     before = lines(finished, "evaluation")[-1]["results"]
     written = finished / "evaluation" / "step-00000012.json"
     written.unlink()
+    (finished / "stop").touch()  # is for a training in this folder
     words = ["-m", "partialfc", "evaluate", str(finished)]
     done = finish([*(torchrun(ranks) if ranks else [sys.executable]), *words], seconds=240)
     assert done.returncode == 0, done.stdout + done.stderr
+    (finished / "stop").unlink()
     after = json.loads(written.read_text())
     assert after.keys() == before.keys()
     assert after["known"] == pytest.approx(before["known"])

@@ -58,6 +58,7 @@ case $OUTCOME in
     warned | refused) kill -USR1 "$JOB"; sleep 1; [ ! -e "$RUN/stop" ] || exit 1; say running ""
         until [ -e "$RUN/stop" ]; do sleep 0.05; done
         say preempted "asked to stop by $(cat "$RUN/stop") (the file $RUN/stop)"; rm "$RUN/stop" ;;
+    usage) echo 2 > "$PARTIALFC_CODE_FILE"; exit 1 ;; # as torchrun's ranks and torchrun do
     late | never) [ "$OUTCOME" = never ] || say running ""; kill -USR1 "$JOB"; exec sleep 8 >/dev/null 2>&1 ;;
 esac
 """
@@ -193,6 +194,13 @@ def test_a_task_of_a_wandb_sweep_runs_an_agent_once(tmp_path: Path) -> None:
     code, output, notes = job(tmp_path, "finished", script="sweep.sbatch", SWEEP="lab/face/x1")
     assert code == 0, output
     assert "-m wandb agent --count 1 --forward-signals lab/face/x1" in notes
+
+
+@pytest.mark.parametrize(("outcome", "code"), [("finished", 0), ("failed", 1), ("usage", 2)])
+def test_an_evaluation_ends_with_the_code_that_its_ranks_end_with(tmp_path: Path, outcome: str, code: int) -> None:
+    found, output, notes = job(tmp_path, outcome, "runs/a b", "--set", "sets/c", script="evaluate.sbatch")
+    assert found == code, output
+    assert "--nproc-per-node 1 -m partialfc evaluate runs/a b --set sets/c" in notes
 
 
 def test_launch_slurm_writes_a_script_with_everything_in_it(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def evaluate(run: Path, sets: Sequence[Path] = (), model: str | None = None) -> 
         ConfigError: there is nothing to evaluate on, or ``model`` is missing.
         DataError: the run has no whole checkpoint, or a set is not what it should be.
     """
-    with joined(run, _TIMEOUT) as rank:
+    with joined(None, _TIMEOUT) as rank:  # the file stop in the run folder is for a training there
         if not on_first(lambda: step_folders(run / "checkpoints")):
             raise DataError(f"{run} is not the folder of a run with checkpoints")
         found = newest_whole(run / "checkpoints")

@@ -116,11 +116,11 @@ class Rank:
 
 
 @contextmanager
-def joined(run_folder: Path, timeout: float, group_of_one: bool = False) -> Iterator[Rank]:
+def joined(run_folder: Path | None, timeout: float, group_of_one: bool = False) -> Iterator[Rank]:
     """Join the process group that torchrun's environment describes; without one, a single process.
 
     Args:
-        run_folder: where the file ``stop`` would appear.
+        run_folder: where the file ``stop`` would appear; None: only signals are requests.
         timeout: seconds of silence after which another rank counts as lost.
         group_of_one: give a single process a group, too, for what cannot do without.
     """
