@@ -43,6 +43,7 @@ PYTHON = """#!/usr/bin/env bash
 echo "python $* NNODES=${NNODES:-} NPROC=${NPROC:-} at ${RDZV_ENDPOINT:-} OMP=${OMP_NUM_THREADS:-}" >> "$NOTES"
 case "$*" in
     *wrong*) echo "error: wrong" >&2; exit 2 ;;
+    *" launch script train.sbatch") echo "$SCRIPT"; exit ;;
     *" --get run.dir" | *" --get data.train") echo "$RUN"; exit ;; # the run folder is its data set, too
 esac
 state='{\\n "state": "%s",\\n "attempt": %s,\\n "reason": "%s"\\n}\\n'
@@ -84,6 +85,7 @@ def job(
     environment = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "PYTHON")}
     environment |= {"PATH": f"{stand_ins}:{os.environ['PATH']}", "PYTHON": str(stand_ins / "python"), **slurm}
     environment |= {"RUN": str(run), "NOTES": str(notes), "OUTCOME": outcome, "LEFT": str(left), **settings}
+    environment["SCRIPT"] = str(SCRIPTS / "train.sbatch")
     done = subprocess.run(
         ["bash", "-c", JOB, str(SCRIPTS / script), *(words or ("config.yaml",))],
         capture_output=True,
@@ -92,7 +94,7 @@ def job(
         cwd=tmp_path,
         timeout=60,
     )
-    return done.returncode, done.stdout + done.stderr, notes.read_text()
+    return done.returncode, done.stdout + done.stderr, notes.read_text() if notes.exists() else ""
 
 
 @pytest.mark.parametrize(
@@ -194,6 +196,37 @@ def test_a_task_of_a_wandb_sweep_runs_an_agent_once(tmp_path: Path) -> None:
     code, output, notes = job(tmp_path, "finished", script="sweep.sbatch", SWEEP="lab/face/x1")
     assert code == 0, output
     assert "-m wandb agent --count 1 --forward-signals lab/face/x1" in notes
+
+
+LIST = """config.yaml 'run.dir=runs/a b' optim.lr=1
+
+  # the next one has an apostrophe
+config.yaml 'run.dir=runs/unclosed optim.lr=2
+config.yaml optim.lr=3"""
+
+
+@pytest.mark.parametrize(
+    ("task", "code", "trained"),
+    [
+        (1, 0, "torchrun config.yaml run.dir=runs/a b optim.lr=1 run.seed=5 "),
+        (2, 0, ""),
+        (3, 0, ""),
+        (4, 2, ""),  # and not the config as it is
+        (5, 0, "torchrun config.yaml optim.lr=3 run.seed=5 "),
+        (6, 2, ""),
+        (0, 2, ""),
+    ],
+)
+def test_a_task_of_an_array_trains_what_its_line_says_or_nothing(
+    tmp_path: Path, task: int, code: int, trained: str
+) -> None:
+    (tmp_path / "list").write_text(LIST)
+    words = ("list", "run.seed=5")
+    found, output, notes = job(tmp_path, "finished", *words, script="sweep.sbatch", SLURM_ARRAY_TASK_ID=str(task))
+    assert found == code, output
+    assert ("launch torchrun" in notes) == bool(trained)
+    assert trained in notes
+    assert code == 0 or "error: " in output
 
 
 @pytest.mark.parametrize(("outcome", "code"), [("finished", 0), ("failed", 1), ("usage", 2)])
