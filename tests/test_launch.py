@@ -19,7 +19,7 @@ SCRIPTS = ROOT / "launch" / "slurm"
 
 # Writes down what it was given, and runs what comes after its options; --container-… are understood, as with Pyxis.
 SRUN = """#!/usr/bin/env bash
-echo "srun $*" >> "$NOTES"
+echo "srun ${*//$'\\n'/ }" >> "$NOTES"
 while [[ $1 == --* ]]; do shift; done
 exec "$@"
 """
@@ -178,6 +178,44 @@ def test_one_variable_runs_a_job_in_a_container(tmp_path: Path) -> None:
     inside = f"\napptainer exec --bind {tmp_path}:{tmp_path},/data:/data --pwd {tmp_path} /images/it.sif"
     assert notes.count(inside) == 2
     assert "--container" not in notes
+
+
+@pytest.mark.parametrize("image", ["registry#partialfc:1", "/images/it.sif"])
+@pytest.mark.parametrize(
+    ("words", "settings"),
+    [
+        (("train.sbatch", "config.yaml"), {}),
+        (("sweep.sbatch", "list"), {"SLURM_ARRAY_TASK_ID": "1"}),
+        (("sweep.sbatch",), {"SWEEP": "lab/face/x1"}),
+        (("evaluate.sbatch", "run"), {}),
+    ],
+)
+def test_whatever_runs_python_in_a_job_does_so_in_the_container(
+    tmp_path: Path, words: tuple[str, ...], settings: dict[str, str], image: str
+) -> None:
+    (tmp_path / "list").write_text("config.yaml\n")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "index.json").write_text("{}")
+    cache = tmp_path / "own disk"
+    code, output, notes = job(
+        tmp_path, "finished", *words[1:], script=words[0], IMAGE=image, CACHE=str(cache), **settings
+    )
+    assert code == 0, output
+    started = [line for line in notes.splitlines() if line.startswith("srun ")]
+    assert started[0] == f"srun --ntasks-per-node=1 mkdir -p {cache}", "what is mounted must be there"
+    with_python = [line for line in started if "-m partialfc" in line or "-m wandb" in line]
+    assert with_python
+    for line in with_python:
+        assert image in line, line
+        assert f" {cache}:{cache}" in line or f",{cache}:{cache}" in line, line
+    assert len(with_python) == sum(line.startswith("python ") for line in notes.splitlines()), "and none outside"
+
+
+def test_the_lines_on_containers_are_the_same_in_all_job_scripts() -> None:
+    texts = [path.read_text() for path in SCRIPTS.glob("*.sbatch")]
+    blocks = {text[text.index("# [container]") :].partition("\n\n")[0] for text in texts}
+    assert len(texts) == 3
+    assert len(blocks) == 1
 
 
 def test_the_training_set_is_copied_to_the_nodes_own_disk_once(tmp_path: Path) -> None:
