@@ -34,23 +34,37 @@ def slurm_command(
     sbatch: Annotated[
         list[str] | None, typer.Option(help="further option for sbatch, e.g. --sbatch=--qos=high")
     ] = None,
+    force: Annotated[bool, typer.Option("--force", help="go on with a run although its config has changed")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the job script, and do nothing")] = False,
 ) -> None:
     """Write a job script that trains CONFIG, and submit it."""
     from partialfc.config import load_config
-    from partialfc.launch.slurm import Request, job_script, submit
+    from partialfc.errors import ConfigError
+    from partialfc.launch.slurm import Request, job_script, seconds_of, submit
 
     run = load_config(config, overrides or []).run.dir
     request = Request(
         nodes, time, partition, account, gpus_per_node, cpus_per_task, mem, warning_seconds, tuple(sbatch or ())
     )
-    text = job_script(request, run.name, run, config, overrides or [], image, cache)
+    words = [*(overrides or []), *(["--force"] if force else [])]
+    # A script that is only printed does not know that there is a run folder for the job's output.
+    text = job_script(request, run.name, run, config, words, image, cache, Path() if dry_run else None)
+    limit = seconds_of(time)
+    if limit and warning_seconds > limit / 2:
+        print(
+            f"WARNING: each start trains for {limit - warning_seconds:g} s of its {limit:g} s, until the warning; "
+            "raise --time, or lower --warning-seconds",
+            file=sys.stderr,
+        )
     if dry_run:
         print(text, end="")
         return
-    run.mkdir(parents=True, exist_ok=True)
     path = run / "job.sbatch"
-    path.write_text(text, encoding="utf-8")
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"run.dir: {path} cannot be written: {error}") from error
     log(f"job {submit(path)}: {path}, output in {run}")
 
 

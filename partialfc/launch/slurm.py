@@ -18,7 +18,7 @@ from partialfc.launch.scripts import script
 _SETTINGS = "# [settings of `partialfc launch slurm`]\n"
 _REQUEST = re.compile(r"(?:^#SBATCH .*\n)+", re.MULTILINE)
 _USAGE = re.compile(r"^#\n# Train on the nodes.*?(?=^set )", re.MULTILINE | re.DOTALL)
-_TIME = re.compile(r"(?:\d+-\d+(?::\d+){0,2}|\d+(?::\d+){0,2})")
+_TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<parts>\d+(?::\d+){0,2})|UNLIMITED|INFINITE", re.IGNORECASE)
 
 
 class SubmissionFailed(PartialFCError):
@@ -39,14 +39,18 @@ class Request:
     warning_seconds: int = 300  # before the limit
     more: tuple[str, ...] = ()  # options of sbatch as they are, e.g. --qos=high
 
-    def options(self, name: str, output: str) -> list[str]:
-        """The options for sbatch.
+    def options(self, name: str, output: str, folder: str) -> list[str]:
+        """The options for sbatch; the job works in ``folder``.
 
         Raises:
             ConfigError: a value is not what sbatch takes.
         """
-        if not _TIME.fullmatch(self.time):
-            raise ConfigError(f"--time: expected minutes, hours:minutes:seconds or days-hours, got {self.time!r}")
+        limit = seconds_of(self.time)
+        if limit is not None and self.warning_seconds >= limit:
+            raise ConfigError(
+                f"--time: the warning, {self.warning_seconds} s before the limit, would come before a start of "
+                f"{limit:g} s begins; raise --time, or lower --warning-seconds"
+            )
         given = {
             "job-name": name,
             "nodes": self.nodes,
@@ -58,30 +62,65 @@ class Request:
             "partition": self.partition,
             "account": self.account,
             "signal": f"B:USR1@{self.warning_seconds}",
+            "chdir": folder,
             "output": output,
         }
-        options = [f"--{key}={_quoted(value)}" for key, value in given.items() if value is not None]
-        for option in self.more:
-            if not option.startswith("-") or "\n" in option:
-                raise ConfigError(f"--sbatch: expected an option of sbatch such as --qos=high, got {option!r}")
-        return [*options, "--requeue", "--open-mode=append", *self.more]
+        options = [f"--{key}={_quoted(key, value)}" for key, value in given.items() if value is not None]
+        return [*options, "--requeue", "--open-mode=append", *map(_further, self.more)]
+
+
+def seconds_of(time: str) -> float | None:
+    """A time limit as sbatch takes it, in seconds; None if there is none.
+
+    Raises:
+        ConfigError: sbatch would not take it.
+    """
+    found = _TIME.fullmatch(time)
+    if found is None:
+        raise ConfigError(f"--time: expected minutes, hours:minutes:seconds, days-hours or UNLIMITED, got {time!r}")
+    if found["parts"] is None:
+        return None
+    parts = [int(part) for part in found["parts"].split(":")]
+    if found["days"] is not None:  # days-hours[:minutes[:seconds]]
+        hours, minutes, seconds = (*parts, 0, 0)[:3]
+    elif len(parts) == 3:
+        hours, minutes, seconds = parts
+    else:  # minutes[:seconds]
+        hours, (minutes, seconds) = 0, (*parts, 0)[:2]
+    total = ((int(found["days"] or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+    return total or None  # sbatch takes 0 for no limit
 
 
 def job_script(
-    request: Request, name: str, run: Path, config: Path, overrides: Sequence[str], image: str = "", cache: str = ""
+    request: Request,
+    name: str,
+    run: Path,
+    config: Path,
+    words: Sequence[str],
+    image: str = "",
+    cache: str = "",
+    output: Path | None = None,
 ) -> str:
-    """The text of a script for sbatch that trains ``config`` in the run folder ``run``.
+    """The text of a script for sbatch that trains ``config`` in the run folder ``run``, from wherever it is submitted:
+    in the working folder of this process.
+
+    Args:
+        words: overrides, and ``--force``.
+        output: folder for the job's output; default: the run folder. It must exist, or the job fails without a word.
 
     Raises:
         ConfigError: a value cannot be written into it.
     """
-    words = [str(config), *overrides]
+    if re.search(r'["\n]', str(run)):
+        raise ConfigError(f"run.dir: a job script cannot name {str(run)!r}, for its quote or line break")
+    here = Path.cwd()
     settings = {"PYTHON": "python3" if image else sys.executable, "IMAGE": image, "CACHE": cache}
     lines = [f"{key}={shlex.quote(value)}" for key, value in settings.items() if value]
-    lines.append(f'set -- {shlex.join(words)} "$@"')
+    lines.append(f'set -- {shlex.join([str(config), *words])} "$@"')
     if any("\n" in line for line in lines):
         raise ConfigError("a config's name or an override holds a line break, which a job script cannot")
-    options = request.options(name, str(run / "slurm-%j.out"))
+    file = str(here / (output or run)).replace("%", "%%") + "/slurm-%j.out"  # sbatch fills in what follows a %
+    options = request.options(name, file, str(here))
     header = "".join(f"#SBATCH {option}\n" for option in options)
     about = (
         f"#\n# Written by `partialfc launch slurm`: trains {config} in {run}.\n"
@@ -112,9 +151,19 @@ def submit(path: Path) -> str:
     return done.stdout.strip().partition(";")[0]
 
 
-def _quoted(value: object) -> str:
+def _further(option: str) -> str:
+    """An option that a person has given for sbatch, for an #SBATCH line."""
+    if not option.startswith("-") or "\n" in option:
+        raise ConfigError(f"--sbatch: expected an option of sbatch such as --qos=high, got {option!r}")
+    name, _, value = option.partition("=")
+    if not name.startswith("--") or not value or re.fullmatch(r"""(["']).*\1""", value):
+        return option
+    return f"{name}={_quoted(name[2:], value)}"
+
+
+def _quoted(option: str, value: object) -> str:
     """A value on an #SBATCH line, in quotes if it needs them."""
     text = str(value)
     if "\n" in text or '"' in text:
-        raise ConfigError(f"expected a value without quotes and line breaks, got {text!r}")
+        raise ConfigError(f"--{option}: expected a value without quotes and line breaks, got {text!r}")
     return text if re.fullmatch(r"[\w@%+:,./=*\[\]-]+", text) else f'"{text}"'
