@@ -255,7 +255,7 @@ def _end(code: int) -> NoReturn:
 def _fail(error: Exception, code: int) -> NoReturn:
     sys.stdout.flush()
     with contextlib.suppress(OSError, KeyError):
-        Path(os.environ["PARTIALFC_CODE_FILE"]).write_text(str(code))  # torchrun passes no codes on
+        Path(os.environ["PARTIALFC_CODE_FILE"]).write_text(f"{code}\n{error}\n")  # torchrun passes none on
     prefix = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
     print(f"{prefix}error: {error}", file=sys.stderr, flush=True)
     _end(code)  # a thread of a broken process group may never end, besides

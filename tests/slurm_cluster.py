@@ -132,10 +132,10 @@ class Cluster:
             with contextlib.suppress(OSError, ValueError):
                 _end(int(file.read_text()))
 
-    def run(self, *words: str, check: bool = True) -> str:
+    def run(self, *words: str, check: bool = True, cwd: Path | None = None) -> str:
         """What a command says; an error ends the test with its words."""
         done = subprocess.run(
-            words, capture_output=True, text=True, env=self.environment, stdin=subprocess.DEVNULL, timeout=60
+            words, capture_output=True, text=True, env=self.environment, stdin=subprocess.DEVNULL, timeout=60, cwd=cwd
         )
         assert done.returncode == 0 or not check, f"{words}: {done.stdout}{done.stderr}"
         return done.stdout

@@ -59,7 +59,8 @@ case $OUTCOME in
     warned | refused) kill -USR1 "$JOB"; sleep 1; [ ! -e "$RUN/stop" ] || exit 1; say running ""
         until [ -e "$RUN/stop" ]; do sleep 0.05; done
         say preempted "asked to stop by $(cat "$RUN/stop") (the file $RUN/stop)"; rm "$RUN/stop" ;;
-    usage) echo 2 > "$PARTIALFC_CODE_FILE"; exit 1 ;; # as torchrun's ranks and torchrun do
+    early) echo "error: no data" >&2; exit 1 ;;
+    usage) printf '2\\nwhy\\n' > "$PARTIALFC_CODE_FILE"; exit 1 ;; # as torchrun's ranks and torchrun do
     late | never) [ "$OUTCOME" = never ] || say running ""; kill -USR1 "$JOB"; exec sleep 8 >/dev/null 2>&1 ;;
 esac
 """
@@ -164,6 +165,21 @@ def test_nodes_meet_at_the_first_one_at_a_port_of_the_job_with_a_rank_a_gpu(tmp_
     assert "-m partialfc config config.yaml optim.lr=1 --get run.dir" in notes
     assert "launch torchrun config.yaml optim.lr=1 --force NNODES=2 NPROC=4 at n1:10077 OMP=8" in notes
     assert "srun --ntasks-per-node=1 --kill-on-bad-exit=1" in notes
+
+
+def test_the_ranks_of_a_node_may_be_left_to_be_counted_there(tmp_path: Path) -> None:
+    code, output, notes = job(tmp_path, "finished", NPROC="auto")
+    assert code == 0, output
+    assert "NNODES=2 NPROC=auto at n1:10077 OMP=\n" in notes
+
+
+def test_a_failure_before_the_training_begins_is_not_told_by_what_others_have_left(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "state.json").write_text('{\n "state": "failed",\n "attempt": 1,\n "reason": "old"\n}\n')
+    code, output, _ = job(tmp_path, "early")
+    assert code == 1
+    assert "failed with code 1: the last error above says why" in output
+    assert "error: no data" in output
 
 
 def test_one_variable_runs_a_job_in_a_container(tmp_path: Path) -> None:

@@ -75,10 +75,11 @@ def test_slurm_would_take_every_script(slurm: Cluster, script: str) -> None:
 def test_two_nodes_train_to_the_end_from_a_copy_of_the_data_and_are_evaluated(
     slurm: Cluster, task: Path, tmp_path: Path
 ) -> None:
-    folder, cache = tmp_path / "run", tmp_path / "own disk"
-    command = [sys.executable, "-m", "partialfc", "launch", "slurm", str(task), f"run.dir={folder}", "optim.epochs=1"]
+    folder, cache = tmp_path / "lr50%j", tmp_path / "own disk"
+    command = [sys.executable, "-m", "partialfc", "launch", "slurm", str(task), "run.dir=lr50%j", "optim.epochs=1"]
     options = ["--nodes=2", "--time=10", "--gpus-per-node=1", "--cpus-per-task=2", f"--cache={cache}"]
-    said = slurm.run(*command, *options)
+    options.append("--sbatch=--comment=with spaces in it")
+    said = slurm.run(*command, *options, cwd=tmp_path)
     job = said.split("job ")[1].split(":")[0]
     found = slurm.wait_for(job, *ENDED)
     assert found["JobState"] == "COMPLETED", output(folder)
@@ -181,10 +182,19 @@ def test_a_rank_that_fails_for_good_ends_the_whole_job_and_a_mistake_does_before
     broken = ["optim.lr=1e30", "optim.clip=null", "run.skipped_in_a_row=1", *LONG]
     job = submit(slurm, tmp_path, ["--nodes=2"], "train.sbatch", task, f"run.dir={folder}", *broken)
     wrong = submit(slurm, tmp_path, ["--nodes=1"], "train.sbatch", task, "optim.speed=1")
+    command = [sys.executable, "-m", "partialfc", "launch", "slurm", str(task), "run.dir=none", "data.train=/nowhere"]
+    printed = tmp_path / "elsewhere" / "job.sbatch"
+    printed.parent.mkdir()
+    printed.write_text(slurm.run(*command, "--nodes=1", "--time=20", "--dry-run", cwd=tmp_path))
+    early = slurm.run("sbatch", "--parsable", str(printed), cwd=printed.parent).strip()
     found = slurm.wait_for(job, *ENDED)
     assert (found["JobState"], found["ExitCode"], found["Restarts"]) == ("FAILED", "1:0", "0"), output(tmp_path)
     assert "steps in a row were skipped" in state(folder)["reason"]
     assert slurm.wait_for(wrong, *ENDED)["ExitCode"] == "2:0", output(tmp_path)
+    assert slurm.wait_for(early, *ENDED)["ExitCode"] == "1:0", output(tmp_path)
+    said = (tmp_path / f"slurm-{early}.out").read_text()
+    assert "error: /nowhere" in said
+    assert "failed with code 1: the last error above says why" in said
 
 
 def test_requeues_without_progress_are_given_up(slurm: Cluster, task: Path, tmp_path: Path) -> None:

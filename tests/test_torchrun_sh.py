@@ -106,6 +106,11 @@ def test_a_failed_run_is_1_and_its_last_line_says_why(task: Path, tmp_path: Path
     assert done.returncode == 1, done.stdout + done.stderr
     assert state(folder)["state"] == "failed"
     assert "steps in a row were skipped" in state(folder)["reason"]
+    assert done.stderr.splitlines()[-1].startswith("error: 1 steps in a row were skipped")
+    no_data = launch(task, f"run.dir={folder}", "data.train=/nowhere", "run.seed=4")
+    assert no_data.returncode == 1
+    assert no_data.stderr.splitlines()[-1].startswith("error: ")
+    assert "/nowhere" in no_data.stderr.splitlines()[-1]
 
 
 def test_a_config_that_is_wrong_is_2_whoever_finds_it(task: Path, tmp_path: Path) -> None:

@@ -126,5 +126,8 @@ case $ended in
     finished) exit 0 ;;
     preempted) exit "$STOPPED" ;;
 esac
-[ "$(cat "$code_file" 2>/dev/null)" = 2 ] && exit 2
+failed='' why=''
+{ read -r failed && read -r why; } <"$code_file"
+[ -z "$why" ] || echo "error: $why" >&2 # once more: torchrun's own words stand between
+[ "$failed" = 2 ] && exit 2
 exit 1
