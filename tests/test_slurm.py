@@ -145,10 +145,23 @@ def test_a_cancelled_job_stops_with_a_checkpoint_and_is_not_requeued(
     assert_checkpoint_of_its_last_step(folder)
 
 
-def test_a_job_that_somebody_stops_ends_with_3_and_is_not_requeued(slurm: Cluster, task: Path, tmp_path: Path) -> None:
+def test_a_job_that_somebody_stops_ends_with_3_and_is_not_requeued_and_another_that_waits_for_it_does_not_stop_it(
+    slurm: Cluster, task: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "run"
     job = submit(slurm, tmp_path, [], "train.sbatch", task, f"run.dir={folder}", *LONG)
     wait_for_step(slurm, job, tmp_path, 3)
+    other = submit(slurm, tmp_path, [], "train.sbatch", task, f"run.dir={folder}", *LONG)
+    deadline = time.monotonic() + 120
+    while "waiting for another process" not in output(tmp_path):
+        assert time.monotonic() < deadline, output(tmp_path)
+        time.sleep(0.1)
+    slurm.run("scancel", other)
+    while slurm.run("squeue", "-h", "-j", other, check=False).strip():
+        assert time.monotonic() < deadline, output(tmp_path)
+        time.sleep(0.1)
+    assert not (folder / "stop").exists()
+    wait_for_step(slurm, job, tmp_path, steps_done(folder) + 1)
     (folder / "stop").touch()
     found = slurm.wait_for(job, *ENDED)
     assert (found["JobState"], found["ExitCode"], found["Restarts"]) == ("FAILED", "3:0", "0"), output(tmp_path)

@@ -17,7 +17,7 @@ class FolderLock:
     """Held by the first rank for as long as its process lives; a process that dies leaves nothing behind.
 
     A run that a launcher starts again may find its predecessor about to end, so the lock is waited for. Where the file
-    system knows no locks, there is none.
+    system knows no locks, there is none. ``waited`` tells whether another process had it.
 
     Args:
         patience: seconds.
@@ -29,7 +29,7 @@ class FolderLock:
     def __init__(self, folder: Path, patience: float) -> None:
         self._file = (folder / LOCK).open("a")
         deadline = time.monotonic() + patience
-        waited = False
+        self.waited = False
         while not self._taken():
             if time.monotonic() > deadline:
                 self._file.close()
@@ -37,8 +37,8 @@ class FolderLock:
                     f"run.dir: another process trains in {folder} and has not ended within {patience:g} s "
                     "(state.json says where); stop it, or choose another run.dir"
                 )
-            if not waited:
-                waited = True
+            if not self.waited:
+                self.waited = True
                 log(f"waiting for another process that trains in {folder} to end")
             time.sleep(0.5)
 

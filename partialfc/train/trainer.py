@@ -97,8 +97,8 @@ class Trainer:
     def train(self) -> Outcome:
         """Run to the end, or until asked to stop. Every rank calls it."""
         # Before anything in the folder is looked at: what is waited for may still write a checkpoint, or finish.
-        lock = self._lock_folder()
-        if on_first(lambda: finished_before(self.config, self.force)):
+        lock, waited = self._lock_folder()
+        if waited and on_first(lambda: finished_before(self.config, self.force)):
             if lock:
                 lock.release()
             return "finished"
@@ -137,11 +137,16 @@ class Trainer:
             folder.close()
         return outcome
 
-    def _lock_folder(self) -> FolderLock | None:
-        """The first rank's; where it cannot be had, all ranks fail. A collective."""
+    def _lock_folder(self) -> tuple[FolderLock | None, bool]:
+        """The first rank's, and whether it was waited for; where it cannot be had, all ranks fail. A collective."""
         taken: list[FolderLock] = []
-        on_first(lambda: taken.append(lock_folder(self.config)))
-        return taken[0] if taken else None
+
+        def take() -> bool:
+            taken.append(lock_folder(self.config))
+            return taken[0].waited
+
+        waited = on_first(take)
+        return (taken[0] if taken else None), waited
 
     def _open_folder(self, lock: FolderLock | None) -> RunFolder | None:
         """The first rank's; where it cannot be had, or the run has been given up, all ranks fail. A collective."""
