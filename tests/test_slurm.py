@@ -145,7 +145,7 @@ def test_a_cancelled_job_stops_with_a_checkpoint_and_is_not_requeued(
     assert_checkpoint_of_its_last_step(folder)
 
 
-def test_a_job_that_somebody_stops_ends_with_3_and_is_not_requeued_and_another_that_waits_for_it_does_not_stop_it(
+def test_a_job_ends_with_3_if_somebody_stops_it_and_goes_on_if_another_that_waits_for_it_is_cancelled(
     slurm: Cluster, task: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
