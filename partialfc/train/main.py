@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch.distributed as dist
-
 from partialfc.config import Config
 from partialfc.tracking.progress import log
 from partialfc.tracking.wandb_run import require_wandb
+from partialfc.train.agreement import on_first
 from partialfc.train.ranks import joined
 from partialfc.train.run_folder import finished_before
 from partialfc.train.summary import summarize
@@ -24,11 +23,12 @@ def train(config: Config, force: bool = False) -> Outcome:
     Raises:
         PartialFCError: the run failed; the message says why. ``RankLost`` names the rank that keeps the others waiting.
     """
-    if finished_before(config, force):
-        _say_finished(config, "this run has finished before; nothing to do")
-        return "finished"
     require_wandb(config.tracking.wandb)
     with joined(config.run.dir, config.run.timeout, group_of_one=config.engine.name == "deepspeed") as rank:
+        if on_first(lambda: finished_before(config, force)):  # each by itself might find it finished, or not yet
+            if rank.is_first:
+                _say_finished(config, "this run has finished before; nothing to do")
+            return "finished"
         outcome = Trainer(config, rank, force).train()
         if rank.is_first and outcome == "finished":
             _say_finished(config, "finished")
@@ -36,6 +36,5 @@ def train(config: Config, force: bool = False) -> Outcome:
 
 
 def _say_finished(config: Config, words: str) -> None:
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        log(words)
-        print(summarize(config.run.dir), flush=True)
+    log(words)
+    print(summarize(config.run.dir), flush=True)
