@@ -8,7 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,15 @@ def assert_stopped_well(folder: Path) -> int:
     return step
 
 
+@contextmanager
+def training(task: Path, folder: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
+    """A torchrun of two ranks that train, and would for long, once they have done some steps."""
+    words = [*torchrun(2, *options), *TRAIN, str(task), f"run.dir={folder}", *LONG]
+    with started(words, folder.with_suffix(".log")) as process:
+        wait_until(lambda: steps_done(folder) >= 3, of=process)
+        yield process
+
+
 @pytest.mark.parametrize(
     ("number", "to", "times"),
     [
@@ -66,9 +76,7 @@ def test_a_signal_to_some_rank_stops_all_with_a_checkpoint_and_torchrun_does_not
     task: Path, tmp_path: Path, number: signal.Signals, to: list[int], times: int
 ) -> None:
     folder = tmp_path / "run"
-    words = [*torchrun(2, "--max-restarts", "3"), *TRAIN, str(task), f"run.dir={folder}", *LONG]
-    with started(words, tmp_path / "output") as process:
-        wait_until(lambda: steps_done(folder) >= 3, of=process)
+    with training(task, folder, "--max-restarts", "3") as process:
         ranks = workers(process.pid)
         for _ in range(times):
             for rank in to:
@@ -85,9 +93,7 @@ def test_a_signal_that_is_sent_until_the_ranks_have_ended_is_one_request(
     task: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     folder = tmp_path / "run"
-    words = [*torchrun(2, "--max-restarts", "3"), *TRAIN, str(task), f"run.dir={folder}", *LONG]
-    with started(words, tmp_path / "output") as process:
-        wait_until(lambda: steps_done(folder) >= 3, of=process)
+    with training(task, folder, "--max-restarts", "3") as process:
         ranks = workers(process.pid)
         deadline = time.monotonic() + 60
         while process.poll() is None and time.monotonic() < deadline:
@@ -95,7 +101,7 @@ def test_a_signal_that_is_sent_until_the_ranks_have_ended_is_one_request(
                 with suppress(ProcessLookupError):
                     os.kill(rank, number)
             time.sleep(0.005)
-        assert process.poll() == 0, (tmp_path / "output").read_text()
+        assert process.poll() == 0, folder.with_suffix(".log").read_text()
     assert_stopped_well(folder)
     assert len(events(folder, "started")) == 1
 
@@ -104,9 +110,7 @@ def test_a_signal_that_is_sent_until_the_ranks_have_ended_is_one_request(
 def test_a_signal_to_torchrun_itself_stops_the_run_as_well(task: Path, tmp_path: Path, number: signal.Signals) -> None:
     """It hands SIGTERM or SIGINT on and returns 1: what the run has come to stands in state.json."""
     folder = tmp_path / "run"
-    words = [*torchrun(2, "--max-restarts", "3"), *TRAIN, str(task), f"run.dir={folder}", *LONG]
-    with started(words, tmp_path / "output") as process:
-        wait_until(lambda: steps_done(folder) >= 3, of=process)
+    with training(task, folder, "--max-restarts", "3") as process:
         process.send_signal(number)
         assert process.wait(60) == 1
     assert_stopped_well(folder)

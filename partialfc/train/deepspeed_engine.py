@@ -62,7 +62,7 @@ class DeepSpeedEngine:
         self._alone, self._offloads = rank.world_size == 1, config.engine.offload == "cpu"
         self._skeleton = _without_weights(module)
         self._local_gradient = GradientWatch()
-        self._reached: nn.Parameter | None = None  # one that has a gradient in this step
+        self._reached: Tensor | None = None  # a parameter that has a gradient in this step
         for parameter in module.parameters():
             parameter.data = parameter.data.contiguous()  # DeepSpeed knows no other layout
             if parameter.requires_grad:  # before DeepSpeed's own hook, which averages
@@ -190,7 +190,7 @@ class DeepSpeedEngine:
     def _see(self, parameter: Tensor) -> None:
         assert parameter.grad is not None
         self._local_gradient.see(parameter.grad)
-        self._reached = parameter if isinstance(parameter, nn.Parameter) else None
+        self._reached = parameter
 
     def _spoil_gradient(self) -> None:
         """Put Inf into the averaged gradient: DeepSpeed skips a step for that, on all ranks, and for nothing else."""

@@ -16,6 +16,7 @@ def train(config: Config, force: bool = False) -> Outcome:
     """Train what ``config`` describes, on the ranks that torchrun started, or alone.
 
     A run folder that holds a checkpoint is gone on with; ``force`` allows changes of the config that change results.
+    After ``"preempted"`` the process ignores further requests to stop, Ctrl-C too: it is expected to end.
 
     Returns:
         ``"finished"``, or ``"preempted"`` if the run was asked to stop: it has written a checkpoint, and can go on.
