@@ -49,7 +49,7 @@ test-all: lint
 
 test-slurm: $(VENV)/.dev
 	@tests/install_slurm.sh
-	$(VENV)/bin/python -m pytest -m slurm tests/test_slurm.py
+	$(VENV)/bin/python -m pytest -m slurm tests/launch/test_slurm.py
 
 benchmark: $(VENV)/.train
 	$(VENV)/bin/python benchmarks/head_step.py

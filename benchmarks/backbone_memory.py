@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from partialfc import models
-from partialfc.models.live_bytes import peak_of_a_step
+from partialfc.planning.activation_memory import peak_of_a_step
 
 DIM, CHANNELS = 512, 3
 

@@ -27,9 +27,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from partialfc import PartialFC, RowSGD, losses
-from partialfc.train.backbone_state import ReplicatedBackbone
-from partialfc.train.checkpoint import TrainingState
-from partialfc.train.saving import Saver
+from partialfc.checkpoint.state import TrainingState
+from partialfc.checkpoint.writer import Saver
+from partialfc.engines.state import ReplicatedBackbone
 
 MANIFEST = {"step": 1, "samples": 0}
 

@@ -3,7 +3,7 @@
     python benchmarks/class_bytes.py --classes 400000 --dim 512 --rate 0.1
 
 Each choice trains a few steps in a process of its own; resident memory is read before, after, and at the peak of a
-step. The last columns are the same arithmetic that `partialfc.plan` does, turned around: how many classes fit.
+step. The last columns turn the arithmetic of `partialfc.planning.memory` around: how many classes fit.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import subprocess
 import sys
 from typing import Any
 
-from partialfc.plan import head_memory
+from partialfc.planning.memory import head_memory
 
 CHOICES: dict[str, dict[str, Any]] = {
     "SGD, momentum": {},

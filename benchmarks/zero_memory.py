@@ -26,13 +26,14 @@ import torch.multiprocessing as mp
 from head_step import processor
 from torch import Tensor, nn
 
+from partialfc.build.backbone import build_backbone
+from partialfc.build.engine import build_engine
 from partialfc.config import parse_config
-from partialfc.train.backbone import build_backbone
-from partialfc.train.backbone_state import ReplicatedBackbone
-from partialfc.train.engine import Engine, build_engine
-from partialfc.train.ranks import Rank
-from partialfc.train.stopping import StopRequest
-from partialfc.train.zero_state import ZeroBackbone
+from partialfc.engines.base import Engine
+from partialfc.engines.state import ReplicatedBackbone
+from partialfc.engines.zero_state import ZeroState
+from partialfc.runtime.process import ProcessContext
+from partialfc.runtime.stopping import StopRequest
 
 MIB = 2**20
 ENGINES: dict[str, dict[str, object]] = {
@@ -86,7 +87,7 @@ def worker(number: int, arguments: argparse.Namespace, engine: dict[str, object]
     if engine["name"] == "deepspeed":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         __import__("deepspeed")  # its own size is no matter here
-    rank = Rank(number, arguments.ranks, torch.device("cpu"), StopRequest(None))
+    rank = ProcessContext(number, arguments.ranks, torch.device("cpu"), StopRequest(None))
     torch.manual_seed(0)
     backbone = build_backbone(config, rank)
     size = sum(parameter.numel() * parameter.element_size() for parameter in backbone.parameters())
@@ -113,7 +114,7 @@ def worker(number: int, arguments: argparse.Namespace, engine: dict[str, object]
 
 def held(runner: Engine, backbone: nn.Module) -> list[float]:
     """Bytes of weights, of what the optimizer keeps, and of everything else."""
-    if isinstance(runner.state, ZeroBackbone):
+    if isinstance(runner.state, ZeroState):
         pieces = runner.state.kept()
     else:
         assert isinstance(runner.state, ReplicatedBackbone)

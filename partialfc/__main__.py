@@ -8,7 +8,7 @@ import sys
 def main() -> None:
     """The command's entry point; says what to install where the trainer's packages are missing."""
     try:
-        from partialfc.cli import main as run
+        from partialfc.cli.main import main as run
     except ImportError as error:
         missing = (error.name or "").partition(".")[0]
         if not missing or missing == "partialfc":

@@ -8,7 +8,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: tests
 from collections.abc import Iterator
 
 import pytest
-from ranks import Ranks
+
+from tests.harness.ranks import Ranks
 
 # A shell starts what it puts into the background with SIGINT ignored, and the commands under test would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)

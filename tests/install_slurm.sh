@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Install what tests/test_slurm.py needs, where that can be done: Debian or Ubuntu, as root. Elsewhere say so, and go on:
+# Install what tests/launch/test_slurm.py needs, where that can be done: Debian or Ubuntu, as root. Elsewhere say so, and go on:
 # the tests then skip with the reason.
 set -uo pipefail
 packages=(slurmctld slurmd slurm-client munge iproute2)

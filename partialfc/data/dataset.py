@@ -19,7 +19,7 @@ import numpy.typing as npt
 from partialfc.data.tar import walk_samples
 from partialfc.data.writer import CLASSES, INDEX, OFFSETS, DatasetWriter
 from partialfc.errors import DataError
-from partialfc.tracking.progress import Progress, no_progress
+from partialfc.tracking.console import Progress, no_progress
 
 __all__ = ["DatasetWriter", "Shard", "TarDataset", "read_index"]
 

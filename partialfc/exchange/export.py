@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.planner import ReadItem
 
 from partialfc import __version__, models
+from partialfc.checkpoint.class_table import CLASSES
+from partialfc.checkpoint.row_planner import RowLoadPlanner
 from partialfc.config import Config, parse_config
 from partialfc.errors import ConfigError, DataError, ExportFailed, MissingDependency
 from partialfc.exchange.reading import find_checkpoint, map_file, read_into, reserve, stored_tensors
+from partialfc.tracking.console import Advance, Progress, no_progress
 from partialfc.tracking.metrics import add_event
-from partialfc.tracking.progress import Advance, Progress, no_progress
-from partialfc.train.class_table import CLASSES
-from partialfc.train.row_loading import RowLoadPlanner
 
 ABOUT, WEIGHTS, ONNX, CENTERS, EXAMPLE = (
     "export.json",

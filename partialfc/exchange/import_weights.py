@@ -8,14 +8,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from partialfc.checkpoint.folders import step_folders
 from partialfc.config import Config
 from partialfc.errors import ConfigError, DataError, PartialFCError
 from partialfc.head import PartialFC
 from partialfc.models.weights import check_finite, load_backbone, plain_name, read_weights
-from partialfc.tracking.progress import log
-from partialfc.train.agreement import gathered
-from partialfc.train.checkpoint_files import step_folders
-from partialfc.train.ranks import joined
+from partialfc.runtime.collectives import all_gather_object
+from partialfc.runtime.process import joined
+from partialfc.tracking.console import log
 from partialfc.train.trainer import Trainer
 
 _SETS = ("checkpoint_gpu_*.pt", "softmax_fc_gpu_*.pt")
@@ -39,12 +39,12 @@ def import_weights(config: Config, backbone: Path | None, head: Path | None) -> 
     """
     if backbone is None and head is None:
         raise ConfigError("nothing to import: give --backbone, --head or both")
-    with joined(config.run.dir, config.run.timeout) as rank:
-        present = any(gathered(bool(step_folders(config.run.dir / "checkpoints"))))
+    with joined(config.run.dir, config.run.timeout) as process:
+        present = any(all_gather_object(bool(step_folders(config.run.dir / "checkpoints"))))
         if present:
             raise ConfigError(f"{config.run.dir} holds checkpoints already; choose another run.dir")
         plain = config.engine.model_copy(update={"name": "ddp"})  # each rank has a backbone to fill
-        trainer = Trainer(config.model_copy(update={"engine": plain}), rank)
+        trainer = Trainer(config.model_copy(update={"engine": plain}), process)
         trainer.checkpoints.config = config  # of the run that shall start from them
         problem = None
         try:
@@ -54,13 +54,13 @@ def import_weights(config: Config, backbone: Path | None, head: Path | None) -> 
                 load_head(trainer.head, head)
         except PartialFCError as error:
             problem = error
-        for found in gathered(problem):  # it may be in what only one rank has read
+        for found in all_gather_object(problem):  # it may be in what only one rank has read
             if found is not None:
                 raise found
         trainer.checkpoints.save(0)
         trainer.checkpoints.report(None, wait=True)
         path = trainer.checkpoints.folder / "step-00000000"
-        if rank.is_first:
+        if process.is_first:
             log(f"{path} written: `partialfc train` with this config starts from it")
         return path
 

@@ -10,7 +10,7 @@ import torch
 
 from partialfc.errors import ConfigError, DataError
 from partialfc.exchange.reading import find_checkpoint, map_file, read_into, reserve, stored_tensors
-from partialfc.tracking.progress import Progress, no_progress
+from partialfc.tracking.console import Progress, no_progress
 
 _DTYPES = {
     torch.float64: "F64",

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from partialfc.train.checkpoint import newest_whole
-from partialfc.train.checkpoint_files import CheckedReader, DamagedCheckpoint, verify
-from partialfc.train.row_loading import RowLoadPlanner, read_tensors
+from partialfc.checkpoint.folders import CheckedReader, DamagedCheckpoint, verify
+from partialfc.checkpoint.row_planner import RowLoadPlanner, read_tensors
+from partialfc.checkpoint.state import latest_valid
 
 
 def find_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]]:
@@ -23,7 +23,7 @@ def find_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]]:
         DamagedCheckpoint: there is none.
     """
     if (folder / "checkpoints").is_dir():
-        found = newest_whole(folder / "checkpoints")
+        found = latest_valid(folder / "checkpoints")
         if found is None:
             raise DamagedCheckpoint(f"{folder / 'checkpoints'} holds no whole checkpoint")
         return found

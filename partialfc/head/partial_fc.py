@@ -13,16 +13,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from partialfc.errors import BatchMismatch, ConfigError, LabelOutOfRange
-from partialfc.head import gradients, packing
-from partialfc.head.arguments import check_loss, check_options, check_sizes, claim
+from partialfc.head import message as packing
 from partialfc.head.center_loss import CenterLoss
 from partialfc.head.collectives import Collectives
-from partialfc.head.hashing import normal_rows, stream_key
-from partialfc.head.late_reading import LateReading
-from partialfc.head.optimizer_hooks import follow
+from partialfc.head.deferred_read import DeferredRead
+from partialfc.head.optim import sparse_grads as gradients
+from partialfc.head.optim.step_hooks import follow
 from partialfc.head.partition import ClassPartition
-from partialfc.head.sampling import active_rows
-from partialfc.head.sharded_softmax import ShardedSoftmax, ShardStep
+from partialfc.head.random import normal_rows, stream_key
+from partialfc.head.softmax.sampling import active_rows
+from partialfc.head.softmax.sharded_softmax import ShardedSoftmax, ShardStep
+from partialfc.head.validation import check_loss, check_options, check_sizes, claim
 from partialfc.losses import Loss
 
 _INITIAL_WEIGHT = 2  # the purpose that tells this stream of random numbers from the others
@@ -127,7 +128,7 @@ class PartialFC(nn.Module):
         # Of the step's micro-batches that have run backward: samples passed, and the loss's statistics.
         self._samples_passed: int | Tensor = 0
         self._loss_statistics: Tensor | None = None
-        self._unread: LateReading | None = None  # headers on their way to the host
+        self._unread: DeferredRead | None = None  # headers on their way to the host
         self.register_state_dict_pre_hook(_before_saving)
         self.register_load_state_dict_pre_hook(_before_loading)
         self.register_load_state_dict_post_hook(_after_loading)
@@ -307,7 +308,7 @@ class PartialFC(nn.Module):
         if (agreed is None and found_by_host) or not self._errors_are_deferred():
             packing.raise_problem(headers.tolist(), self.num_classes, self.embedding_dim, agreed)
         else:
-            self._unread = LateReading(headers)
+            self._unread = DeferredRead(headers)
             failed = packing.any_problem(headers)  # then no sample counts, and nothing is updated
             y = torch.where(failed, torch.full_like(y, -1), y)
         x = x.masked_fill((y < 0)[:, None], 0.0)  # what is ignored has no influence, not even as NaN

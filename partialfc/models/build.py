@@ -10,7 +10,7 @@ from torch import nn
 
 from partialfc.errors import ConfigError
 from partialfc.models.by_name import BY_NAME
-from partialfc.models.foreign import build_by_path, build_timm, check_output
+from partialfc.models.external import build_by_path, build_timm, check_output
 from partialfc.options import like_default, unknown_name
 
 _RESERVED = {

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from partialfc.tracking.progress import log
+from partialfc.tracking.console import log
 
 
 class MetricsFile:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from partialfc.config import Config
-from partialfc.tracking.progress import log
-from partialfc.tracking.wandb_run import require_wandb
-from partialfc.train.agreement import on_first
-from partialfc.train.ranks import joined
-from partialfc.train.run_folder import finished_before
-from partialfc.train.summary import summarize
+from partialfc.runs.folder import finished_before
+from partialfc.runs.summary import summarize
+from partialfc.runtime.collectives import run_on_rank0
+from partialfc.runtime.process import joined
+from partialfc.tracking.console import log
+from partialfc.tracking.wandb.run import require_wandb
 from partialfc.train.trainer import Outcome, Trainer
 
 
@@ -25,13 +25,13 @@ def train(config: Config, force: bool = False) -> Outcome:
         PartialFCError: the run failed; the message says why. ``RankLost`` names the rank that keeps the others waiting.
     """
     require_wandb(config.tracking.wandb)
-    with joined(config.run.dir, config.run.timeout, group_of_one=config.engine.name == "deepspeed") as rank:
-        if on_first(lambda: finished_before(config, force)):  # each by itself might find it finished, or not yet
-            if rank.is_first:
+    with joined(config.run.dir, config.run.timeout, group_of_one=config.engine.name == "deepspeed") as process:
+        if run_on_rank0(lambda: finished_before(config, force)):  # each by itself might find it finished, or not yet
+            if process.is_first:
                 _say_finished(config, "this run has finished before; nothing to do")
             return "finished"
-        outcome = Trainer(config, rank, force).train()
-        if rank.is_first and outcome == "finished":
+        outcome = Trainer(config, process, force).train()
+        if process.is_first and outcome == "finished":
             _say_finished(config, "finished")
         return outcome
 

@@ -18,7 +18,7 @@ def micro_batches(images: Tensor, labels: Tensor, parts: int) -> Iterator[tuple[
         yield images[some], labels[some]
 
 
-def together(outputs: list[tuple[HeadOutput, Tensor]]) -> HeadOutput:
+def merge_outputs(outputs: list[tuple[HeadOutput, Tensor]]) -> HeadOutput:
     """What the head would have said of all micro-batches as one, each with its share of the samples."""
     if len(outputs) == 1:
         return outputs[0][0]

@@ -11,27 +11,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from partialfc.config import Config, build_head, build_head_optimizer, require_num_classes
+from partialfc.build.backbone import build_backbone
+from partialfc.build.engine import build_engine
+from partialfc.build.head import build_head
+from partialfc.build.optimizers import build_head_optimizer
+from partialfc.checkpoint.manager import Checkpoints
+from partialfc.checkpoint.state import TrainingState
+from partialfc.config import Config, require_num_classes
 from partialfc.data.dataset import TarDataset
 from partialfc.data.loader import Batch, build_loader
 from partialfc.data.order import steps_per_epoch
+from partialfc.engines.base import Engine
 from partialfc.errors import ConfigError, Interrupted, PartialFCError, RankLost
+from partialfc.evaluate.runner import Evaluation, describe_results
 from partialfc.head import HeadOutput
-from partialfc.head.hashing import stream_key
-from partialfc.tracking.progress import console_progress, log, no_progress
-from partialfc.train.agreement import on_first
-from partialfc.train.backbone import build_backbone, start_pretrained
-from partialfc.train.checkpoint import TrainingState
-from partialfc.train.checkpoints import Checkpoints
-from partialfc.train.describe import describe_memory, describe_rate
-from partialfc.train.engine import Engine, build_engine
-from partialfc.train.evaluation import Evaluation, describe_results
-from partialfc.train.folder_lock import FolderLock
-from partialfc.train.means import Means
-from partialfc.train.micro_batches import micro_batches, together
-from partialfc.train.phase_clock import PhaseClock
-from partialfc.train.ranks import Rank, automatic_restarts
-from partialfc.train.run_folder import (
+from partialfc.head.random import stream_key
+from partialfc.planning.describe import describe_memory, describe_rate
+from partialfc.runs.folder import (
     GivenUp,
     RunFolder,
     count_restarts,
@@ -39,9 +35,17 @@ from partialfc.train.run_folder import (
     lock_folder,
     record_failure,
 )
+from partialfc.runs.lock import FolderLock
+from partialfc.runtime.collectives import run_on_rank0
+from partialfc.runtime.process import ProcessContext, automatic_restarts
+from partialfc.tracking.console import console_progress, log, no_progress
+from partialfc.train.loss_spikes import SpikeRule
+from partialfc.train.metrics import Means
+from partialfc.train.micro_batches import merge_outputs, micro_batches
+from partialfc.train.phase_clock import PhaseClock
+from partialfc.train.pretrained import start_pretrained
 from partialfc.train.schedule import lr_factor
-from partialfc.train.spikes import SpikeRule
-from partialfc.train.verdict import Diverged, StepCheck, Verdict, Word, find_faults
+from partialfc.train.step_check import Diverged, StepCheck, StepDecision, StepFlags, find_faults
 
 _DRAWS = 6  # the purpose that tells this stream of random numbers from the others
 _MOST_ROLL_BACKS = 3  # to one checkpoint
@@ -57,7 +61,7 @@ class StepResult:
     out: HeadOutput
     grad_norm: Tensor
     check: StepCheck
-    verdict: Verdict
+    verdict: StepDecision
     skipped: bool
     scale_fell: bool  # the loss scale was lowered, and could be
 
@@ -69,9 +73,9 @@ class Trainer:
         ConfigError, DataError: before anything is written.
     """
 
-    def __init__(self, config: Config, rank: Rank, force: bool = False) -> None:
-        self.config, self.rank, self.force = config, rank, force
-        self.dataset = TarDataset(config.data.train, console_progress if rank.is_first else no_progress)
+    def __init__(self, config: Config, process: ProcessContext, force: bool = False) -> None:
+        self.config, self.process, self.force = config, process, force
+        self.dataset = TarDataset(config.data.train, console_progress if process.is_first else no_progress)
         require_num_classes(config, self.dataset.num_classes)
         self.evaluation = Evaluation(config, self.dataset.num_classes)
         self.steps_per_epoch = steps_per_epoch(self.dataset.num_samples, config.data.global_batch_size)
@@ -79,15 +83,15 @@ class Trainer:
         self.warmup_steps = min(round(config.optim.warmup * self.steps_per_epoch), self.total_steps)
 
         torch.manual_seed(config.run.seed)
-        self.backbone = build_backbone(config, rank)
+        self.backbone = build_backbone(config, process)
         start_pretrained(config, self.backbone)
-        self.engine: Engine = build_engine(self.backbone, config, rank)
+        self.engine: Engine = build_engine(self.backbone, config, process)
         # Numbers that are not finite are the step's verdict's business: every rank gets as far as that.
-        self.head = build_head(config, self.dataset.num_classes, self.steps_per_epoch, rank.device, "propagate")
+        self.head = build_head(config, self.dataset.num_classes, self.steps_per_epoch, process.device, "propagate")
         self.head_optimizer = build_head_optimizer(config, self.head)
-        self.clock = PhaseClock(rank.device, entered=lambda phase: rank.enter(self.step, phase))
+        self.clock = PhaseClock(process.device, entered=lambda phase: process.enter(self.step, phase))
         state = TrainingState(self.engine.state, self.head, self.head_optimizer)
-        self.checkpoints = Checkpoints(config, rank, self.dataset, state, self.engine.evaluating, force)
+        self.checkpoints = Checkpoints(config, process, self.dataset, state, self.engine.evaluating, force)
         spike = config.optim.spike
         self.spikes = SpikeRule(spike.factor, spike.window) if spike else None
         self.step = self.samples = 0
@@ -98,7 +102,7 @@ class Trainer:
         """Run to the end, or until asked to stop. Every rank calls it."""
         # Before anything in the folder is looked at: what is waited for may still write a checkpoint, or finish.
         lock, waited = self._lock_folder()
-        if waited and on_first(lambda: finished_before(self.config, self.force)):
+        if waited and run_on_rank0(lambda: finished_before(self.config, self.force)):
             if lock:
                 lock.release()
             return "finished"
@@ -115,8 +119,8 @@ class Trainer:
             )
         folder = self._open_folder(lock)
         if folder:
-            self.rank.on_progress.append(folder.touch)
-        self.rank.on_lost.append(lambda reason: self._record_failure(folder, reason))
+            self.process.on_progress.append(folder.touch)
+        self.process.on_lost.append(lambda reason: self._record_failure(folder, reason))
         try:
             if folder:
                 self._describe()
@@ -124,7 +128,7 @@ class Trainer:
         except BaseException as error:
             explained = error
             if isinstance(error, Exception):
-                explained = self.rank.explain(error)
+                explained = self.process.explain(error)
             elif isinstance(error, KeyboardInterrupt):
                 explained = Interrupted(_INTERRUPTED)
             if isinstance(error, Exception) and not isinstance(explained, RankLost):
@@ -145,7 +149,7 @@ class Trainer:
             taken.append(lock_folder(self.config))
             return taken[0].waited
 
-        waited = on_first(take)
+        waited = run_on_rank0(take)
         return (taken[0] if taken else None), waited
 
     def _open_folder(self, lock: FolderLock | None) -> RunFolder | None:
@@ -160,7 +164,7 @@ class Trainer:
                 raise
             opened.append(RunFolder(self.config, self.total_steps, self.step, restarts, lock))
 
-        on_first(open_it)
+        run_on_rank0(open_it)
         return opened[0] if opened else None
 
     def _record_failure(self, folder: RunFolder | None, reason: str) -> None:
@@ -168,20 +172,20 @@ class Trainer:
             folder.metrics.write("event", event="failed", step=self.step, reason=reason)
             folder.set_state("failed", self.step, reason)
         else:
-            record_failure(self.config.run.dir, f"rank {self.rank.rank}: {reason}")
+            record_failure(self.config.run.dir, f"rank {self.process.rank}: {reason}")
 
     def _run(self, folder: RunFolder | None) -> Outcome:
         start_samples = self.samples
         stopped = self._make_up_for_evaluation(folder) or self._train_steps(folder)
         self._save()
         stopped = stopped or self._evaluate(folder) is None
-        self.rank.enter(self.step, "save")
-        with self.rank.patience():
+        self.process.enter(self.step, "save")
+        with self.process.relaxed_timeout():
             self.checkpoints.report(folder, wait=True)
             if stopped:
-                reason = self.rank.why_stop()
-                self.rank.stop.request(reason)  # whoever was asked: what more comes is the same request
-        self.rank.stop.done()
+                reason = self.process.why_stop()
+                self.process.stop.request(reason)  # whoever was asked: what more comes is the same request
+        self.process.stop.done()
         if folder and stopped:
             log(f"stopped after step {self.step:,} as asked by {reason}, with a checkpoint; start again to go on")
             folder.metrics.write("event", event="preempted", step=self.step, reason=reason)
@@ -211,7 +215,7 @@ class Trainer:
                 self.step += 1
                 self._follow_verdict(folder, result, batch)
                 if self.step == start_step + 1:
-                    self.rank.set_timeout(self.config.run.timeout)
+                    self.process.set_timeout(self.config.run.timeout)
                 if self.step % log_every == 0 or self.step == self.total_steps or verdict.stop:
                     line = self._metrics(means, result.out)
                     if folder:
@@ -244,8 +248,8 @@ class Trainer:
                 channels=data.channels,
                 augment=data.augment,
                 seed=self.config.run.seed,
-                rank=self.rank.rank,
-                world_size=self.rank.world_size,
+                rank=self.process.rank,
+                world_size=self.process.world_size,
                 workers=data.workers,
                 start_step=self.step,
                 total_steps=self.total_steps,
@@ -265,10 +269,10 @@ class Trainer:
         self.engine.begin_step(lr)
         _set_lr(self.head_optimizer, lr)
         # What a backbone draws (dropout) is a function of the step too: a run that goes on draws the same.
-        torch.manual_seed(stream_key(self.config.run.seed, _DRAWS, self.step, self.rank.rank) % 2**63)
-        images = batch.images.to(self.rank.device, non_blocking=True)
-        labels = batch.labels.to(self.rank.device, non_blocking=True)
-        check, outputs = StepCheck(self.rank.device), []
+        torch.manual_seed(stream_key(self.config.run.seed, _DRAWS, self.step, self.process.rank) % 2**63)
+        images = batch.images.to(self.process.device, non_blocking=True)
+        labels = batch.labels.to(self.process.device, non_blocking=True)
+        check, outputs = StepCheck(self.process.device), []
         for part, (some_images, some_labels) in enumerate(micro_batches(images, labels, parts)):
             embeddings = self.engine.forward(some_images)
             self.clock.mark("forward")
@@ -285,9 +289,9 @@ class Trainer:
             check.embeddings(head_input)
             check.loss(out.loss)
             outputs.append((out, share))
-        out = together(outputs)
+        out = merge_outputs(outputs)
         check.gradients(*self.engine.finish_backward(), self.head.gradient_is_finite())
-        verdict = check.agree(self.rank, self._words(out))
+        verdict = check.agree(self.process, self._words(out))
         self.clock.mark("backward")
         skipped = verdict.broken or verdict.spike
         scale_fell = self.engine.skip() if skipped else False
@@ -303,11 +307,11 @@ class Trainer:
         optim = self.config.optim
         return optim.lr * lr_factor(step, self.total_steps, self.warmup_steps, optim.schedule, optim.power)
 
-    def _words(self, out: HeadOutput) -> Word:
+    def _words(self, out: HeadOutput) -> StepFlags:
         """What this rank has to say besides what it has seen in its tensors."""
-        words = Word.STOP if self.rank.stop.requested else Word(0)
-        if self.spikes and self.rank.is_first and self.spikes.is_spike(float(out.loss.detach())):
-            words |= Word.SPIKE
+        words = StepFlags.STOP if self.process.stop.requested else StepFlags(0)
+        if self.spikes and self.process.is_first and self.spikes.is_spike(float(out.loss.detach())):
+            words |= StepFlags.SPIKE
         return words
 
     def _samples_of(self, step: int) -> int:
@@ -325,7 +329,7 @@ class Trainer:
             self._follow_spike(folder, result)
             return
         self.skipped_in_a_row += not result.scale_fell  # while it falls, skipping is how a loss scale is found
-        faults = find_faults(result.verdict, result.check, batch.indices, self.dataset, self.head, self.rank)
+        faults = find_faults(result.verdict, result.check, batch.indices, self.dataset, self.head, self.process)
         words = "; ".join(map(str, faults))
         if folder:
             log(f"WARNING: step {self.step:,} is skipped on all ranks: {words}")
@@ -345,7 +349,7 @@ class Trainer:
         """
         self.skipped_in_a_row += 1
         loss = float(result.out.loss.detach())
-        with self.rank.patience():
+        with self.process.relaxed_timeout():
             checkpoint = self.checkpoints.roll_back(self.step, _MOST_ROLL_BACKS)
         if folder:
             where = f"back to {checkpoint}" if checkpoint else "skipped; there is no checkpoint to go back to"
@@ -362,8 +366,8 @@ class Trainer:
     def _metrics(self, means: Means, out: HeadOutput) -> dict[str, Any]:
         """A train line, the same on every rank: means over the steps since the last one."""
         values = means.read()
-        active = torch.tensor(out.active_rows, device=self.rank.device)
-        if self.rank.world_size > 1:
+        active = torch.tensor(out.active_rows, device=self.process.device)
+        if self.process.world_size > 1:
             dist.all_reduce(active)
         seconds = {phase: total / means.steps for phase, total in self.clock.read("start").items()}
         self.clock.mark("start")
@@ -382,18 +386,18 @@ class Trainer:
         }
 
     def _save(self) -> None:
-        self.rank.enter(self.step, "save")
+        self.process.enter(self.step, "save")
         counts: dict[str, Any] = {"skipped_steps": self.skipped_steps, "engine": self.engine.counts()}
         if self.spikes:
             counts["spikes"] = self.spikes.state()
-        with self.rank.patience():  # another rank may still write the checkpoint before
+        with self.process.relaxed_timeout():  # another rank may still write the checkpoint before
             self.checkpoints.save(self.step, counts)
 
     def _evaluate(self, folder: RunFolder | None) -> dict[str, Any] | None:
         """The results, or None if a request to stop came in between. A collective."""
-        self.rank.enter(self.step, "evaluate")
-        with self.rank.patience(), self.engine.evaluating() as backbone:
-            results = self.evaluation.run(backbone, self.head, self.rank, f"step-{self.step:08d}")
+        self.process.enter(self.step, "evaluate")
+        with self.process.relaxed_timeout(), self.engine.evaluating() as backbone:
+            results = self.evaluation.run(backbone, self.head, self.process, f"step-{self.step:08d}")
         if folder and results:
             folder.metrics.write("evaluation", step=self.step, results=results)
             for line in describe_results(results):
@@ -404,7 +408,7 @@ class Trainer:
         """Do the evaluation of the step that a run goes on from, if it ended before that; whether asked to stop."""
         if self.step == 0 or not self._is_due(self.config.evaluation.every):
             return False
-        missing = on_first(lambda: folder is not None and not folder.has_evaluation(self.step))
+        missing = run_on_rank0(lambda: folder is not None and not folder.has_evaluation(self.step))
         return missing and self._evaluate(folder) is None
 
     def _describe(self) -> None:
@@ -413,7 +417,7 @@ class Trainer:
             f"{self.dataset.num_samples:,} images of {self.dataset.num_classes:,} classes; {self.config.model.name} "
             f"({parameters / 1e6:.1f} M parameters); {self.head.loss.__class__.__name__}({self.head.loss.extra_repr()})"
         )
-        where = f"{self.rank.world_size} ranks on {self.rank.device.type}"
+        where = f"{self.process.world_size} ranks on {self.process.device.type}"
         log(
             f"{self.total_steps:,} steps of {self.config.data.global_batch_size} images over {where}, "
             f"{len(self.head.weight):,} classes on rank 0, sample rate {describe_rate(self.head.sample_rate)}; "

@@ -1,0 +1,1 @@
+"""The command ``partialfc``: one module a verb."""

@@ -1,0 +1,20 @@
+"""The configuration tree: its schema, and how YAML files and overrides become one."""
+
+from partialfc.config.load import load_config, parse_config, require_num_classes, to_yaml, value_of
+from partialfc.config.objects import build_loss, build_sample_rate
+from partialfc.config.schema import Config, EngineConfig, OptimConfig, TrackingConfig, WandbConfig
+
+__all__ = [
+    "Config",
+    "EngineConfig",
+    "OptimConfig",
+    "TrackingConfig",
+    "WandbConfig",
+    "build_loss",
+    "build_sample_rate",
+    "load_config",
+    "parse_config",
+    "require_num_classes",
+    "to_yaml",
+    "value_of",
+]

@@ -1,0 +1,66 @@
+"""The objects that a config names: building them is how their parameters are checked."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from partialfc import losses
+from partialfc.config.schema import HeadConfig, LossConfig
+from partialfc.errors import ConfigError
+from partialfc.head import LinearRate, StepRate
+from partialfc.head.sample_rate import SampleRate
+from partialfc.options import like_default, unknown_name
+
+
+def build_loss(config: LossConfig) -> losses.Loss:
+    """The loss that a config names. One that wraps another takes it as ``loss``, again with a name and parameters.
+
+    Raises:
+        ConfigError: there is no such loss, it takes no such parameter, or the value is out of range.
+    """
+    return _build_loss("head.loss", {"name": config.name, **(config.model_extra or {})})
+
+
+def _build_loss(where: str, tree: Any) -> losses.Loss:
+    if not isinstance(tree, dict) or not isinstance(tree.get("name"), str):
+        raise ConfigError(f"{where}: expected a loss such as {{name: arcface, margin: 0.5}}, got {tree!r}")
+    options = dict(tree)
+    name = options.pop("name")
+    if name not in losses.BY_NAME:
+        raise ConfigError(f"{where}.name: {unknown_name(name, losses.BY_NAME)}")
+    kind = losses.BY_NAME[name]
+    accepted = {name: parameter for name, parameter in inspect.signature(kind).parameters.items() if name != "self"}
+    for option, value in options.items():
+        if option not in accepted:
+            raise ConfigError(f"{where}.{option}: {unknown_name(option, accepted)} of loss {name}")
+        if option == "loss":
+            options[option] = _build_loss(f"{where}.loss", value)
+        else:
+            options[option] = like_default(f"{where}.{option}", value, accepted[option].default)
+    if "loss" in accepted and "loss" not in options:
+        raise ConfigError(f"{where}.loss: {name} wraps another loss: give one, such as {{name: arcface}}")
+    try:
+        return kind(**options)
+    except (ConfigError, TypeError) as error:
+        raise ConfigError(f"{where} ({name}): {error}") from error
+
+
+def build_sample_rate(head: HeadConfig, steps_per_epoch: int) -> SampleRate:
+    """The sample rate that a config describes.
+
+    Raises:
+        ConfigError: rates or epochs are out of range, or do not fit each other.
+    """
+    rate = head.sample_rate_schedule
+    if rate is None:
+        return head.sample_rate
+    try:
+        starts = [round(epoch * steps_per_epoch) for epoch in rate.epochs]
+        if rate.schedule == "steps":
+            return StepRate(rate.rates, starts)
+        if len(rate.rates) != 2 or len(starts) != 2 or starts[0] != 0:
+            raise ConfigError(f"linear takes two rates and two epochs, the first 0, got {rate.rates} and {rate.epochs}")
+        return LinearRate(rate.rates[0], rate.rates[1], starts[1])
+    except ConfigError as error:
+        raise ConfigError(f"head.sample_rate_schedule: {error}") from error

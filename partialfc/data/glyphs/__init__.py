@@ -1,0 +1,1 @@
+"""The glyph data set: Han characters drawn in many typeface designs."""

@@ -1,0 +1,118 @@
+"""Which characters become classes, which are held out, and which look too much alike to be told apart.
+
+Pure functions of what the fonts hold: the outcome depends neither on the size of the images nor on who computes it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from partialfc.data.glyphs.render import Scan
+from partialfc.data.order import mix_array
+from partialfc.errors import ConfigError
+
+Codepoints = npt.NDArray[np.int64]
+
+MIN_DESIGNS = 3  # a class needs samples: this many training designs at least
+PLACEHOLDER_REPEATS = 4  # a bitmap that so many code points of one font share stands for "missing"
+LOOK_ALIKE_CORRELATION = 0.98
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    training: Codepoints  # [num_classes], ascending: position = class id
+    held_out: Codepoints  # ascending: position = class id in the verification set
+
+
+def num_held_out(num_classes: int) -> int:
+    """How many characters are kept for verification."""
+    return min(2000, max(100, num_classes // 2))
+
+
+def without_placeholders(scans: Sequence[Scan]) -> Codepoints:
+    """The code points of one font that have a drawing of their own, ascending."""
+    codepoints = np.concatenate([scan.codepoints for scan in scans])
+    hashes = np.concatenate([scan.hashes for scan in scans])
+    _, inverse, counts = np.unique(hashes, return_inverse=True, return_counts=True)
+    kept = codepoints[counts[inverse] < PLACEHOLDER_REPEATS]
+    kept.sort()
+    return kept
+
+
+def designs_required(num_training_designs: int) -> int:
+    """How many training designs must have a character: MIN_DESIGNS, or all where there are fewer."""
+    return min(MIN_DESIGNS, num_training_designs)
+
+
+def count_designs(designs: Sequence[Codepoints]) -> tuple[Codepoints, npt.NDArray[np.int64]]:
+    """All code points of the designs, ascending, and in how many designs each occurs."""
+    return np.unique(np.concatenate(designs), return_counts=True)
+
+
+def choose(training: Sequence[Codepoints], held_out: Sequence[Codepoints], num_classes: int) -> Choice:
+    """Hold out characters, then take the ``num_classes`` that most training designs have; ties by a hash.
+
+    Args:
+        training: the code points of each training design.
+        held_out: the code points of each held-out design; a held-out character must be in all of them.
+    Raises:
+        ConfigError: there are too few characters; says how many classes are possible.
+    """
+    codepoints, counts = count_designs(training)
+    enough = counts >= designs_required(len(training))
+    codepoints, counts = codepoints[enough], counts[enough]
+    ranked = codepoints[np.lexsort((_hash(codepoints, "choice"), -counts))]
+    in_all = np.ones(len(ranked), dtype=bool)
+    for design in held_out:
+        in_all &= np.isin(ranked, design)
+    for_verification = np.flatnonzero(in_all)[: num_held_out(num_classes)]
+    remaining = np.delete(ranked, for_verification)
+    if len(remaining) < num_classes:
+        possible = most_classes(len(ranked), int(in_all.sum()))
+        raise ConfigError(
+            f"{num_classes} classes are asked for, but these fonts allow at most {possible}: {len(ranked)} characters "
+            f"are drawn by at least {designs_required(len(training))} training designs, and some are held out. "
+            f"Ask for at most {possible} classes, or for more fonts (small < core < all)"
+        )
+    return Choice(np.sort(remaining[:num_classes]), np.sort(ranked[for_verification]))
+
+
+def most_classes(num_characters: int, num_verifiable: int) -> int:
+    """The largest number of classes that :func:`choose` can give."""
+    low, high = 0, num_characters
+    while low < high:  # more classes hold out more characters: what is needed grows with the number of classes
+        middle = (low + high + 1) // 2
+        fits = middle + min(num_held_out(middle), num_verifiable) <= num_characters
+        low, high = (middle, high) if fits else (low, middle - 1)
+    return low
+
+
+def shuffle_keys(codepoints: Codepoints, design: str) -> npt.NDArray[np.uint64]:
+    """Keys that, sorted, put the samples of all designs into one fixed order with the classes mixed."""
+    return _hash(codepoints, f"order {design}")
+
+
+def look_alikes(images: npt.NDArray[np.float32]) -> list[tuple[int, int]]:
+    """Pairs (i < j) of one design's images whose normalised correlation exceeds LOOK_ALIKE_CORRELATION.
+
+    Args:
+        images: [n, pixels].
+    """
+    centred = images - images.mean(axis=1, keepdims=True)
+    centred /= np.maximum(np.linalg.norm(centred, axis=1, keepdims=True), 1e-6)
+    pairs = list[tuple[int, int]]()
+    for start in range(0, len(centred), 1024):
+        correlation = centred[start : start + 1024] @ centred[start:].T
+        first, second = np.nonzero(np.triu(correlation, k=1) > LOOK_ALIKE_CORRELATION)
+        pairs += zip((first + start).tolist(), (second + start).tolist(), strict=True)
+    return pairs
+
+
+def _hash(codepoints: Codepoints, purpose: str) -> npt.NDArray[np.uint64]:
+    key = int.from_bytes(hashlib.sha256(purpose.encode()).digest()[:8], "little")
+    return mix_array(codepoints.astype(np.uint64), key)

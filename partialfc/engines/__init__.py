@@ -1,0 +1,1 @@
+"""Who updates the backbone: DistributedDataParallel or DeepSpeed."""

@@ -1,0 +1,273 @@
+"""The backbone under DeepSpeed: its optimizer's state, gradients and weights split over the ranks (ZeRO, Rajbhandari et
+al., 2020, arXiv:1910.02054).
+
+Imported only where ``engine.name`` is deepspeed. DeepSpeed sees neither head nor loss: it gets the gradient of the
+embeddings, already scaled, and learns the scale when it updates. Whether a step happens is agreed before (see
+:mod:`partialfc.train.step_check`); DeepSpeed, which decides by itself, is made to come to the same result.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import Optimizer
+
+from partialfc.config import Config
+from partialfc.engines.base import DTYPES, GradientWatch, require_compiler, take_from_first
+from partialfc.engines.deepspeed_config import deepspeed_options, loss_scale
+from partialfc.engines.state import WEIGHTS, BackboneState, ReplicatedBackbone
+from partialfc.engines.zero_state import Zero0State, Zero3State, Zero12State, ZeroState
+from partialfc.errors import ConfigError, MissingDependency, PartialFCError
+from partialfc.runtime.process import ProcessContext
+from partialfc.tracking.console import log
+
+_STATES: list[Callable[[nn.Module], ZeroState]] = [Zero0State, Zero12State, Zero12State, Zero3State]
+
+
+class DeepSpeedEngine:
+    """A backbone with an optimizer, of which each rank has the part that ``engine.zero_stage`` gives it.
+
+    With ``bf16`` or ``fp16`` the weights of the forward pass are stored in it, and it computes under autocast; those
+    that are updated are float32. Statistics of batch normalisation stay float32, and are those of the first rank, as
+    under DistributedDataParallel.
+
+    Args:
+        module: the backbone, on the rank's device, with its first weights. DeepSpeed changes it in place.
+
+    Raises:
+        ConfigError: DeepSpeed does not take ``engine.deepspeed_config``, or it contradicts the config.
+        MissingDependency: DeepSpeed is not installed.
+    """
+
+    def __init__(self, module: nn.Module, optimizer: Optimizer, config: Config, process: ProcessContext) -> None:
+        assert dist.is_initialized(), "DeepSpeed needs a process group, be it of one rank"
+        parameters = sum(parameter.numel() for parameter in module.parameters())
+        options = deepspeed_options(config, process.world_size, parameters)
+        deepspeed = _import_deepspeed(process, options)
+        self.module, self.device, self.stage = module, process.device, config.engine.zero_stage
+        self.dtype = DTYPES[config.engine.precision]
+        self.loss_scale = loss_scale(config) if config.engine.precision == "fp16" else None
+        self._alone, self._offloads = process.world_size == 1, config.engine.offload == "cpu"
+        self._skeleton = _without_weights(module)
+        self._local_gradient = GradientWatch()
+        self._reached: Tensor | None = None  # a parameter that has a gradient in this step
+        for parameter in module.parameters():
+            parameter.data = parameter.data.contiguous()  # DeepSpeed knows no other layout
+            if parameter.requires_grad:  # before DeepSpeed's own hook, which averages
+                parameter.register_post_accumulate_grad_hook(self._see)
+        if self.dtype is not None:
+            module.forward = torch.autocast(self.device.type, self.dtype)(module.forward)
+            for part in module.modules():
+                if isinstance(part, _BatchNorm) and part.affine:
+                    _normalize_in_float32(part)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0  # DeepSpeed may begin with a step on gradients of zero: weight decay must do nothing
+        split: ZeroState = _STATES[self.stage](module)
+        try:
+            self._engine, *_ = deepspeed.initialize(
+                model=module, optimizer=optimizer, config=options, dist_init_required=False
+            )
+        except (ValueError, TypeError, AssertionError) as error:  # pydantic's are of the first
+            raise ConfigError(f"DeepSpeed refuses its configuration: {error}") from error
+        self.state: BackboneState
+        if self.stage == 0 and self.dtype is None:
+            self.state = ReplicatedBackbone(module, optimizer)
+        else:
+            self.state = split
+            split.attach(self._engine)
+        if config.engine.compile:
+            require_compiler(process.device.type)
+            module.compile(options={"fallback_random": True})
+        process.watch(self._engine.seq_data_parallel_group)
+        self._buffers = list(module.buffers())
+        self._before = [torch.empty_like(buffer) for buffer in self._buffers]
+        self._norm = torch.zeros((), device=process.device)
+        self._dropped = False  # whether DeepSpeed has skipped this step by itself
+
+    def begin_step(self, lr: float) -> None:
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+        self._local_gradient.reset()
+        self._dropped = False
+        if self._buffers:
+            take_from_first(self._buffers)
+            torch._foreach_copy_(self._before, self._buffers)
+
+    def forward(self, images: Tensor) -> Tensor:
+        self._engine.set_gradient_accumulation_boundary(False)  # until backward is told
+        embeddings: Tensor = self._engine(images)
+        return embeddings.float()
+
+    def backward(self, embeddings: Tensor, gradient: Tensor, last: bool) -> None:
+        if self.loss_scale:
+            gradient = gradient * self.loss_scale.value
+        self._engine.set_gradient_accumulation_boundary(last)
+        # DeepSpeed takes a number. The gradients of this one are those that are wanted.
+        self._engine.backward((embeddings * gradient).sum(), scale_wrt_gas=False)
+
+    @torch.no_grad()
+    def finish_backward(self) -> tuple[Tensor, Tensor]:
+        own = mean = self._local_gradient.is_finite()
+        if self.stage == 0:  # gradients are whole; at other stages their norm is known after the step
+            gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
+            norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
+            self._norm = torch.linalg.vector_norm(torch.stack(norms)) / self._scale
+            mean = self._norm.isfinite()
+        return own, mean if self._alone or self.stage == 0 else torch.ones_like(own)
+
+    def step(self) -> bool:
+        if not self._deepspeed_step():
+            self._dropped = True
+            return False
+        if self.loss_scale:
+            self.loss_scale.applied()
+        return True
+
+    @torch.no_grad()
+    def skip(self) -> bool:
+        if self.stage == 0:
+            self._engine.zero_grad()
+        elif not self._dropped:
+            self._spoil_gradient()
+            if self._deepspeed_step():
+                raise PartialFCError("DeepSpeed has applied a step that the ranks had agreed to skip")
+        if self._buffers:
+            torch._foreach_copy_(self._buffers, self._before)
+        return self.loss_scale is not None and self.loss_scale.skipped()
+
+    def grad_norm(self) -> Tensor:
+        return self._norm
+
+    @contextmanager
+    def evaluating(self) -> Iterator[nn.Module]:
+        take_from_first(self._buffers)
+        if isinstance(self.state, ZeroState):
+            weights = self.state.weights(device=self.device)
+        else:
+            weights = {f"{WEIGHTS}{name}": value for name, value in self.module.state_dict().items()}
+        plain = copy.deepcopy(self._skeleton)
+        plain.load_state_dict({name.removeprefix(WEIGHTS): value for name, value in weights.items()}, assign=True)
+        plain.eval()
+        del weights
+        with nullcontext() if self.dtype is None else torch.autocast(self.device.type, self.dtype):
+            yield plain
+
+    def counts(self) -> dict[str, Any]:
+        return {"loss_scale": self.loss_scale.state()} if self.loss_scale else {}
+
+    def load_counts(self, counts: dict[str, Any]) -> None:
+        if self.loss_scale and "loss_scale" in counts:
+            self.loss_scale.load(counts["loss_scale"])
+
+    @property
+    def _scale(self) -> float:
+        return self.loss_scale.value if self.loss_scale else 1.0
+
+    def _deepspeed_step(self) -> bool:
+        """Let DeepSpeed update, or find that it cannot; whether it has."""
+        if self.loss_scale:
+            self._engine.optimizer.loss_scale = self.loss_scale.value  # to divide by; it has multiplied by 1
+        self._engine.step()
+        if self.loss_scale:
+            self._engine.optimizer.loss_scale = 1.0
+        if self.stage:
+            self._norm = torch.as_tensor(self._engine.get_global_grad_norm(), device=self.device)
+        return bool(self._engine.was_step_applied())
+
+    def _see(self, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        self._local_gradient.see(parameter.grad)
+        self._reached = parameter
+
+    def _spoil_gradient(self) -> None:
+        """Put Inf into the averaged gradient: DeepSpeed skips a step for that, on all ranks, and for nothing else."""
+        from deepspeed.utils import safe_set_full_grad, safe_set_local_grad
+
+        # The next step must write over it. DeepSpeed leaves what it has of a parameter without gradient as it is, and
+        # of the others the padding, which only ranks after the first have.
+        parameter: Any = self._reached
+        assert parameter is not None, "a step without any gradient"
+        if self.stage == 3:
+            spoilt = torch.zeros_like(parameter.ds_tensor)
+            if dist.get_rank() == 0:
+                spoilt.view(-1)[0] = math.inf
+            safe_set_local_grad(parameter, spoilt)
+        else:
+            safe_set_full_grad(parameter, torch.full_like(parameter, math.inf))
+        if self._offloads:  # then norms are taken when gradients arrive in host memory
+            norms = self._engine.optimizer.norm_for_param_grads
+            for key in norms:
+                norms[key] = torch.tensor(math.inf)
+
+
+def _import_deepspeed(process: ProcessContext, options: dict[str, Any]) -> ModuleType:
+    os.environ.setdefault("DS_ACCELERATOR", process.device.type)
+    os.environ.setdefault("LOCAL_RANK", "0")  # it insists, and without a launcher there is none
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise MissingDependency(
+            "engine.name=deepspeed needs DeepSpeed: pip install -c constraints.txt '.[deepspeed]'"
+        ) from error
+    if process.device.type == "cpu":
+        # An all-reduce of its own for ranks of one CPU host, compiled at first use for a minute: gloo will do.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Of the names by which DeepSpeed calls torch.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    logger = logging.getLogger("DeepSpeed")
+    asked = options.get("wall_clock_breakdown") or options.get("comms_logger")
+    logger.handlers = [_ToLog(process.is_first, logging.INFO if asked else logging.WARNING)]
+    return deepspeed
+
+
+class _ToLog(logging.Handler):
+    """What DeepSpeed says, on the first rank, in the log format of the package."""
+
+    def __init__(self, shown: bool, level: int) -> None:
+        super().__init__(level)
+        self._shown = shown
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        known = ("OVERFLOW!", "untested optimizer")  # told by the trainer; meant
+        if self._shown and not any(words in message for words in known):
+            log(f"DeepSpeed: {message}")
+
+
+def _without_weights(module: nn.Module) -> nn.Module:
+    """A copy whose parameters take no memory; buffers are real."""
+    weightless = {
+        id(parameter): nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
+        for parameter in module.parameters()
+    }
+    return copy.deepcopy(module, weightless)
+
+
+def _normalize_in_float32(norm: _BatchNorm) -> None:
+    """Make ``norm``, whose weights will be stored in half precision, work as under autocast: float32 weights and
+    statistics, input and output as they come.
+    """
+    plain = norm.forward
+
+    def forward(x: Tensor) -> Tensor:
+        stored = norm._parameters["weight"], norm._parameters["bias"]
+        try:
+            for name, value in zip(("weight", "bias"), stored, strict=True):
+                norm._parameters[name] = None if value is None else value.float()  # type: ignore[assignment]
+            return plain(x)
+        finally:
+            norm._parameters["weight"], norm._parameters["bias"] = stored
+
+    norm.forward = forward  # type: ignore[assignment]  # its parameter has another name

@@ -1,0 +1,138 @@
+"""What a run measures of its network: every evaluation set of the config."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from partialfc.config import Config
+from partialfc.data.dataset import TarDataset
+from partialfc.data.loader import evaluation_batches
+from partialfc.errors import ConfigError, DataError
+from partialfc.evaluate.embed import embed
+from partialfc.evaluate.figures import draw_roc
+from partialfc.evaluate.identification import nearest_classes
+from partialfc.evaluate.verification import Scores, read_protocols, score_pairs
+from partialfc.files import write_atomically
+from partialfc.head import PartialFC
+from partialfc.runtime.process import ProcessContext
+from partialfc.tracking.console import console_progress, no_progress
+
+FARS = (1e-2, 1e-3, 1e-4, 1e-5)
+
+
+class Evaluation:
+    """Evaluates a network on all sets of a config.
+
+    A set with ``protocol.json`` is for verification. Any other is for identification: labelled samples of the
+    training classes. ``accuracy`` is the share whose class has the highest logit.
+
+    Raises:
+        DataError: a set is missing or incomplete, or its classes are not those of the training set.
+        ConfigError: two sets would give results of one name.
+    """
+
+    def __init__(self, config: Config, num_classes: int) -> None:
+        self.config = config
+        self.sets = [(folder, TarDataset(folder)) for folder in config.evaluation.sets]
+        names: list[str] = []
+        for folder, dataset in self.sets:
+            protocols = read_protocols(folder)[0] if (folder / "protocol.json").exists() else []
+            names += [protocol.name for protocol in protocols] or [folder.name]
+            if not protocols and dataset.num_classes != num_classes:
+                raise DataError(
+                    f"evaluation set {folder} has {dataset.num_classes} classes, but the training set {num_classes}; "
+                    "a set without protocol.json must hold samples of the training classes"
+                )
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ConfigError(f"evaluation.sets: two sets give results called {', '.join(twice)}; rename one of them")
+
+    def run(self, backbone: nn.Module, head: PartialFC, process: ProcessContext, name: str) -> dict[str, Any] | None:
+        """All results, e.g. ``{"unseen_font": {"tar_at_far": {"0.001": 0.9}, …}}``; None if the ranks were asked to
+        stop meanwhile. A collective.
+
+        The first rank also writes them, with a ROC figure, into the run folder's ``evaluation/`` under ``name``.
+        """
+
+        def asked() -> bool:  # this rank; the others learn of it within a second or two
+            process.goes_on()
+            return process.stop.requested
+
+        results: dict[str, Any] = {}
+        curves: dict[str, Scores] = {}
+        for folder, dataset in self.sets:
+            embeddings = self._embed(backbone, dataset, process, asked)
+            if process.agree_to_stop():
+                return None
+            labels = torch.from_numpy(dataset.labels).to(process.device)
+            if not (folder / "protocol.json").exists():
+                right = nearest_classes(head, embeddings) == labels
+                results[folder.name] = {"accuracy": float(right.double().mean()), "samples": len(labels)}
+                continue
+            embeddings = nn.functional.normalize(embeddings)
+            protocols, look_alikes = read_protocols(folder)
+            designs = [key.partition("-")[2] for key in dataset.keys]
+            for protocol in protocols:
+                scores = score_pairs(embeddings, labels, designs, protocol, look_alikes, asked)
+                if process.agree_to_stop():
+                    return None
+                curves[protocol.name] = scores
+                found = {f"{far:g}": scores.tar_at_far(far) for far in FARS}
+                results[protocol.name] = {
+                    "tar_at_far": {far: tar for far, (tar, _) in found.items() if not math.isnan(tar)},
+                    "threshold": {far: edge for far, (_, edge) in found.items() if not math.isnan(edge)},
+                    "genuine_pairs": int(scores.genuine.sum()),
+                    "impostor_pairs": int(scores.impostors.sum()),
+                    **{name: value for name, value in scores.spread().items() if not math.isnan(value)},
+                }
+        if process.is_first and results:
+            self._write(results, curves, name)
+        return results
+
+    def _embed(
+        self, backbone: nn.Module, dataset: TarDataset, process: ProcessContext, asked: Callable[[], bool]
+    ) -> torch.Tensor:
+        batches = evaluation_batches(
+            dataset,
+            image_size=self.config.data.image_size,
+            channels=self.config.data.channels,
+            batch_size=self.config.evaluation.batch_size,
+            rank=process.rank,
+            world_size=process.world_size,
+        )
+        progress = console_progress if process.is_first else no_progress
+        share = -(-dataset.num_samples // process.world_size)
+        with progress(f"embedding {dataset.folder.name}", share) as advance:
+
+            def counted() -> Any:
+                for indices, images in batches:
+                    yield indices, images
+                    advance(len(indices))
+
+            dim = self.config.model.embedding_dim
+            return embed(backbone, counted(), dataset.num_samples, dim, process.device, asked)
+
+    def _write(self, results: dict[str, Any], curves: dict[str, Scores], name: str) -> None:
+        folder: Path = self.config.run.dir / "evaluation"
+        folder.mkdir(exist_ok=True)
+        write_atomically(folder / f"{name}.json", json.dumps(results, indent=1) + "\n")
+        if curves:
+            points = {protocol: scores.roc_points() for protocol, scores in curves.items()}
+            write_atomically(folder / f"roc-{name}.json", json.dumps(points) + "\n")
+            draw_roc(curves, folder / f"roc-{name}.png", f"{self.config.run.dir.name}, {name}")
+
+
+def describe_results(results: dict[str, Any]) -> list[str]:
+    """A line for people on each set."""
+    lines = []
+    for name, found in results.items():
+        tar = "  ".join(f"TAR {value:.4f} at FAR {far}" for far, value in found.get("tar_at_far", {}).items())
+        lines.append(f"{name}: " + (tar or f"accuracy {found['accuracy']:.4f}"))
+    return lines

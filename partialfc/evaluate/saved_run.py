@@ -1,0 +1,65 @@
+"""``partialfc evaluate``: what the newest checkpoint of a run is worth, on its own sets or on others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from partialfc import models
+from partialfc.build.backbone import build_backbone
+from partialfc.build.head import build_head
+from partialfc.checkpoint.folders import DamagedCheckpoint, step_folders
+from partialfc.checkpoint.state import TrainingState, latest_valid
+from partialfc.config import parse_config
+from partialfc.engines.state import ReplicatedBackbone
+from partialfc.errors import ConfigError, DataError
+from partialfc.evaluate.runner import Evaluation, describe_results
+from partialfc.runtime.collectives import run_on_rank0
+from partialfc.runtime.process import joined
+from partialfc.tracking.console import log
+
+_TIMEOUT = 120.0  # seconds of silence after which a rank is lost
+
+
+def evaluate(run: Path, sets: Sequence[Path] = (), model: str | None = None) -> dict[str, Any] | None:
+    """Evaluate a run's newest whole checkpoint, on the ranks that torchrun started, or alone.
+
+    The results are printed, and written into the run's ``evaluation/``; those on ``sets``, which take the place of the
+    sets of its config, under a name that tells them.
+
+    Args:
+        model: the run's ``model.name``, repeated, where that is not one of ours.
+
+    Returns:
+        The results; None if asked to stop.
+    Raises:
+        ConfigError: there is nothing to evaluate on, or ``model`` is missing.
+        DataError: the run has no whole checkpoint, or a set is not what it should be.
+    """
+    with joined(None, _TIMEOUT) as process:  # the file stop in the run folder is for a training there
+        if not run_on_rank0(lambda: step_folders(run / "checkpoints")):
+            raise DataError(f"{run} is not the folder of a run with checkpoints")
+        found = latest_valid(run / "checkpoints")
+        if found is None:
+            raise DamagedCheckpoint(f"none of the checkpoints in {run / 'checkpoints'} is whole")
+        path, manifest = found
+        config = parse_config(manifest["config"])
+        config.run.dir = run
+        config.evaluation.sets = list(sets) or config.evaluation.sets
+        if not config.evaluation.sets:
+            raise ConfigError(f"the config of {run} names no evaluation.sets; give one: --set FOLDER")
+        evaluation = Evaluation(config, manifest["num_classes"])
+        models.require_trust(config.model.name, model, f"{path}")
+        backbone = build_backbone(config, process)
+        head = build_head(config, manifest["num_classes"], device=process.device)
+        TrainingState(ReplicatedBackbone(backbone), head).load(path)
+        where = f"{process.world_size} ranks on {process.device.type}"
+        if process.is_first:
+            log(f"evaluating {path} over {where}")
+        name = f"step-{manifest['step']:08d}" + "".join(f"-{folder.name}" for folder in sets)
+        results = evaluation.run(backbone, head, process, name)
+        if process.is_first:
+            for line in describe_results(results) if results is not None else ["stopped as asked"]:
+                log(line)
+        return results

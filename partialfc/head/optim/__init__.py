@@ -1,0 +1,1 @@
+"""Optimizers that touch only the rows that have a gradient."""

@@ -1,0 +1,28 @@
+"""Storing float32 numbers in bfloat16 without losing small updates."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from partialfc.head.random import mix
+
+
+def round_stochastically(values: Tensor, key: int, rows: Tensor) -> Tensor:
+    """``values [n, …]`` float32 as bfloat16: up or down with the probability that makes the mean right.
+
+    An update much smaller than the spacing of bfloat16 (1/256 of the number) is lost by rounding to nearest, every
+    time; this way it is kept in the mean. Numbers that bfloat16 holds exactly, Inf and NaN stay as they are. The random
+    bits are functions of ``key``, of ``rows [n]`` int64 and of the position in the row.
+    """
+    flat = values.reshape(len(values), -1)
+    width = flat.shape[1]
+    words = -(-width // 4)  # four 16-bit numbers from each hash
+    columns = torch.arange(words, dtype=torch.int64, device=values.device)
+    hashes = mix(mix(rows + key)[:, None] + columns)
+    noise = hashes.view(torch.int16).view(len(flat), 4 * words)[:, :width].to(torch.int32) & 0xFFFF
+    bits = flat.contiguous().view(torch.int32)
+    # The low 16 bits are what bfloat16 drops: adding noise carries into the rest as often as they are large.
+    rounded = ((bits + noise) & -0x10000).view(torch.float32)
+    rounded = torch.where(torch.isfinite(flat), rounded, flat)
+    return rounded.to(torch.bfloat16).view(values.shape)

@@ -1,0 +1,144 @@
+"""What runs there are below a folder, and how they are doing."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from partialfc.runs.folder import STATE, read_state
+from partialfc.tracking.console import duration
+from partialfc.tracking.metrics import read_last
+
+STALLED_AFTER = 60.0  # seconds without a word from a run that writes every few
+_TAIL = 1 << 20  # bytes of metrics.jsonl that are looked at
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder at a glance."""
+
+    folder: Path
+    state: str  # as in state.json, or stalled
+    step: int
+    total_steps: int
+    attempt: int
+    seconds_left: float | None
+    silent: float  # seconds since it has written
+    reason: str
+    train: dict[str, Any]  # the last such line of metrics.jsonl, or {}
+    evaluation: dict[str, Any]
+
+
+def find_runs(folder: Path, now: float | None = None) -> list[Run]:
+    """All runs at or below ``folder``, the ones that wrote last first."""
+    now = time.time() if now is None else now
+    runs = [run for path in sorted(folder.rglob(STATE)) if (run := _look(path.parent, now))]
+    return sorted(runs, key=lambda run: run.silent)
+
+
+def _look(folder: Path, now: float) -> Run | None:
+    state = read_state(folder)
+    if state is None:
+        return None
+    silent = max(0.0, now - (_number_of(state, "updated") or 0.0))
+    word = str(state.get("state", "?"))
+    if word == "running" and silent > STALLED_AFTER:
+        word = "stalled"
+    lines = read_last(folder / "metrics.jsonl", _TAIL)
+    return Run(
+        folder,
+        word,
+        int(_number_of(state, "step") or 0),
+        int(_number_of(state, "total_steps") or 0),
+        int(_number_of(state, "attempt") or 1),
+        _number_of(state, "seconds_left") if word == "running" else None,
+        silent,
+        str(state.get("reason") or ""),
+        lines.get("train", {}),
+        lines.get("evaluation", {}),
+    )
+
+
+def _number_of(state: dict[str, Any], name: str) -> float | None:
+    """What ``state`` says, if it is a number: a file that somebody else has spoilt must not hide all other runs."""
+    value = state.get(name)
+    with suppress(OverflowError):
+        if isinstance(value, int | float) and math.isfinite(value):
+            return float(value)
+    return None
+
+
+def describe_runs(folder: Path) -> str:
+    """A table of the runs below ``folder``, for people."""
+    runs = find_runs(folder)
+    if not runs:
+        return f"no runs below {folder}"
+    head = ("run", "state", "step", "done", "ETA", "loss", "cosine", "images/s", "evaluation", "written")
+    rows = [head, *(_row(run, folder) for run in runs)]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+    right = {"step", "done", "ETA", "loss", "cosine", "images/s", "written"}
+    lines = []
+    for row in rows:
+        cells = [
+            text.rjust(width) if name in right else text.ljust(width)
+            for text, width, name in zip(row, widths, head, strict=True)
+        ]
+        lines.append("  ".join(cells).rstrip())
+    notes = [f"{_name(run, folder)}: {run.reason}" for run in runs if run.reason and run.state == "failed"]
+    notes += [
+        f"{_name(run, folder)}: no word for {duration(run.silent)}; has its machine or its process been lost?"
+        for run in runs
+        if run.state == "stalled"
+    ]
+    return "\n".join(lines + (["", *notes] if notes else []))
+
+
+def watch_runs(folder: Path, every: float) -> None:
+    """Print the table again and again, in place on a terminal, until the user has seen enough (Ctrl-C)."""
+    start = "\x1b[2J\x1b[H" if sys.stdout.isatty() else ""
+    with suppress(KeyboardInterrupt):
+        while True:
+            print(f"{start}{time.strftime('%Y-%m-%d %H:%M:%S')}\n{describe_runs(folder)}\n", flush=True)
+            time.sleep(every)
+
+
+def _row(run: Run, folder: Path) -> tuple[str, ...]:
+    done = run.step / run.total_steps if run.total_steps else 0.0
+    return (
+        _name(run, folder),
+        run.state,
+        f"{run.step:,}/{run.total_steps:,}",
+        f"{100 * done:.0f}%",
+        "" if run.seconds_left is None else duration(run.seconds_left),
+        _number(run.train.get("loss"), ".3f"),
+        _number(run.train.get("target_cosine"), ".3f"),
+        _number(run.train.get("samples_per_s"), ",.0f"),
+        _result(run.evaluation),
+        f"{duration(run.silent)} ago",
+    )
+
+
+def _name(run: Run, folder: Path) -> str:
+    return str(run.folder.relative_to(folder)) if run.folder != folder else run.folder.name
+
+
+def _number(value: Any, form: str) -> str:
+    return format(value, form) if isinstance(value, int | float) else ""
+
+
+def _result(evaluation: dict[str, Any]) -> str:
+    """The first result of the last evaluation."""
+    with suppress(AttributeError, TypeError, ValueError):  # not as an evaluation has written it
+        for name, found in evaluation.get("results", {}).items():
+            tar = found.get("tar_at_far", {})
+            if tar:
+                far = min(tar, key=float)
+                return f"{name} TAR {tar[far]:.4f} @ FAR {far}"
+            if "accuracy" in found:
+                return f"{name} accuracy {found['accuracy']:.4f}"
+    return ""

@@ -1,0 +1,1 @@
+"""This process among the ranks of a run: joining, agreeing, noticing who is gone, stopping."""

@@ -1,0 +1,41 @@
+"""The weights that a new run's backbone starts from."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from torch import nn
+
+from partialfc.checkpoint.folders import step_folders
+from partialfc.config import Config
+from partialfc.models.weights import load_backbone
+from partialfc.runtime.collectives import is_rank0, run_on_rank0
+from partialfc.tracking.console import log
+
+
+def start_pretrained(config: Config, backbone: nn.Module) -> None:
+    """Fill the backbone of a run that begins from ``model.pretrained``, if it is given. A collective; the first rank
+    reads the file.
+
+    Raises:
+        ConfigError: the weights are not of this backbone.
+        DataError: the file cannot be read, or holds NaN.
+    """
+    path = config.model.pretrained
+    if path is None:
+        return
+    if is_continued(config):
+        if is_rank0():
+            log(f"model.pretrained={path} is not read: the run goes on from its own checkpoint")
+        return
+    run_on_rank0(lambda: load_backbone(backbone, path))
+    if dist.is_initialized():
+        for value in backbone.state_dict().values():
+            dist.broadcast(value, src=0)
+    if is_rank0():
+        log(f"the backbone starts from {path}")
+
+
+def is_continued(config: Config) -> bool:
+    """Whether the run folder holds checkpoints to go on from. A collective."""
+    wanted = config.checkpoint.resume != "never"
+    return wanted and run_on_rank0(lambda: bool(step_folders(config.run.dir / "checkpoints")))

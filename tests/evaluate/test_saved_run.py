@@ -1,0 +1,58 @@
+"""partialfc evaluate: the newest checkpoint of a run, on its own sets and on others."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.harness.running import finish, lines, run, torchrun
+from tests.harness.tasks import write_set, write_task
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("task")
+    config = folder / "config.yaml"
+    config.write_text(yaml.safe_dump(write_task(folder)))
+    done = run(config, 2, "evaluation.every=0", "optim.epochs=1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder / "run"
+
+
+@pytest.mark.parametrize("ranks", [0, 3])
+def test_a_run_is_evaluated_as_at_its_end_on_any_number_of_ranks(finished: Path, ranks: int) -> None:
+    before = lines(finished, "evaluation")[-1]["results"]
+    written = finished / "evaluation" / "step-00000012.json"
+    written.unlink()
+    (finished / "stop").touch()  # is for a training in this folder
+    words = ["-m", "partialfc", "evaluate", str(finished)]
+    done = finish([*(torchrun(ranks) if ranks else [sys.executable]), *words], seconds=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (finished / "stop").unlink()
+    after = json.loads(written.read_text())
+    assert after.keys() == before.keys()
+    assert after["known"] == pytest.approx(before["known"])
+    assert after["plain"]["tar_at_far"] == pytest.approx(before["plain"]["tar_at_far"])
+    assert "known: accuracy" in done.stdout
+
+
+def test_other_sets_leave_the_results_of_the_run_as_they_are(finished: Path, tmp_path: Path) -> None:
+    write_set(tmp_path / "new", 37, 3, seed=9)
+    before = {path: path.read_bytes() for path in (finished / "evaluation").iterdir()}
+    done = finish([sys.executable, "-m", "partialfc", "evaluate", str(finished), "--set", str(tmp_path / "new")])
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads((finished / "evaluation" / "step-00000012-new.json").read_text())
+    assert results["new"]["samples"] == 111
+    assert all(path.read_bytes() == text for path, text in before.items())
+
+
+def test_what_is_no_run_is_refused_in_a_line(tmp_path: Path) -> None:
+    done = finish([sys.executable, "-m", "partialfc", "evaluate", str(tmp_path / "nothing")])
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines() == [
+        f"error: {tmp_path / 'nothing'} is not the folder of a run with checkpoints"
+    ]

@@ -1,0 +1,83 @@
+"""A run in which something breaks: faulty_run.py CONFIG FAULT RANK STEPS [key=value …], under torchrun or alone.
+
+FAULT breaks, on one RANK, in the steps whose numbers are given (the first step is 1; ``8-`` means from there on):
+``embeddings`` (of one sample), ``gradient`` (of a backbone parameter), ``row_gradient`` (of the head's shard),
+``shard`` (the weight of one class), ``backbone`` (its weights become noise), ``silence`` (the process stops itself).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import Any
+
+import torch
+
+from partialfc.config import load_config
+from partialfc.errors import PartialFCError
+from partialfc.runtime.process import ProcessContext, joined
+from partialfc.train.trainer import Trainer
+
+
+def steps_of(text: str) -> range | set[int]:
+    if text.endswith("-"):
+        return range(int(text[:-1]), 1 << 30)
+    return {int(step) for step in text.split(",")}
+
+
+def install(trainer: Trainer, process: ProcessContext, fault: str, at_fault: int, steps: Any) -> None:
+    def due() -> bool:
+        return process.rank == at_fault and trainer.backbone.training and trainer.step + 1 in steps
+
+    def spoil_embeddings(module: Any, images: Any, embeddings: torch.Tensor) -> torch.Tensor | None:
+        if not due():
+            return None
+        spoilt = embeddings.clone()
+        spoilt[1] = torch.nan
+        return spoilt
+
+    def spoil_gradient(gradient: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(gradient, torch.inf) if due() else gradient
+
+    def spoil_rows(weight: torch.Tensor) -> None:
+        if due() and weight.grad is not None:
+            weight.grad._values()[0, 0] = torch.nan
+
+    begin = trainer.engine.begin_step
+
+    def begin_step(lr: float) -> None:
+        if due() and fault == "shard":
+            trainer.head.weight.data[2] = torch.nan
+        if trainer.step + 1 in steps and fault == "backbone":  # on every rank, as a bad update would
+            torch.manual_seed(trainer.step)
+            for parameter in trainer.backbone.parameters():
+                parameter.data = torch.randn_like(parameter)
+        if due() and fault == "silence":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        begin(lr)
+
+    trainer.engine.begin_step = begin_step  # type: ignore[method-assign]
+    if fault == "embeddings":
+        trainer.backbone.register_forward_hook(spoil_embeddings)
+    elif fault == "gradient":
+        next(iter(trainer.backbone.parameters())).register_hook(spoil_gradient)
+    elif fault == "row_gradient":
+        trainer.head.weight.register_post_accumulate_grad_hook(spoil_rows)
+
+
+def main() -> None:
+    path, fault, at_fault, steps, *overrides = sys.argv[1:]
+    config = load_config(path, overrides)
+    try:
+        with joined(config.run.dir, config.run.timeout, group_of_one=config.engine.name == "deepspeed") as rank:
+            trainer = Trainer(config, rank)
+            install(trainer, rank, fault, int(at_fault), steps_of(steps))
+            trainer.train()
+    except PartialFCError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,481 @@
+"""Row optimizers: what dense training would have done, at the cost of the rows that have a gradient."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from partialfc import CenterLoss, ConfigError, PartialFC, RowAdagrad, RowAdamW, RowSGD, losses
+from tests.harness.ranks import Ranks
+from tests.harness.rows import CLASSES, DIM, _batch, _head, sparse
+
+
+@pytest.mark.parametrize(("momentum", "weight_decay"), [(0.0, 0.0), (0.9, 0.0), (0.9, 0.01), (0.0, 0.1)])
+def test_row_sgd_at_rate_one_is_torch_sgd(momentum: float, weight_decay: float) -> None:
+    head = _head(weight_dtype=torch.float64)
+    dense = head.weight.detach().clone().requires_grad_()
+    ours = RowSGD(head.parameters(), lr=0.1, momentum=momentum, weight_decay=weight_decay)
+    theirs = torch.optim.SGD([dense], lr=0.1, momentum=momentum, weight_decay=weight_decay)
+    for seed in range(5):
+        head(*_batch(seed)).loss.backward()
+        dense.grad = head.weight.grad.to_dense()
+        ours.step()
+        theirs.step()
+        head.zero_grad()
+        torch.testing.assert_close(head.weight.detach(), dense.detach(), rtol=1e-12, atol=1e-14)
+
+
+def test_row_sgd_leaves_rows_without_a_gradient_alone() -> None:
+    weight = torch.nn.Parameter(torch.randn(6000, 3, dtype=torch.float64))
+    optimizer = RowSGD([weight], lr=0.1, momentum=0.9, weight_decay=0.1)
+    expected, velocity = weight.detach().clone(), torch.zeros(6000, 3, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(4):
+        rows = torch.randint(0, 6000, (3000,), generator=generator)  # unsorted, with repetitions: not coalesced
+        values = torch.randn(3000, 3, generator=generator, dtype=torch.float64)
+        weight.grad = torch.sparse_coo_tensor(rows[None], values, weight.shape, check_invariants=True)
+        dense = torch.zeros_like(expected).index_add_(0, rows, values)
+        touched = rows.unique()
+        velocity[touched] = 0.9 * velocity[touched] + dense[touched] + 0.1 * expected[touched]
+        expected[touched] -= 0.1 * velocity[touched]
+        optimizer.step()
+        torch.testing.assert_close(weight.detach(), expected, rtol=1e-12, atol=1e-13)
+
+
+def test_row_sgd_accepts_dense_gradients_schedulers_and_state_dicts() -> None:
+    weight = torch.nn.Parameter(torch.randn(7, 3, dtype=torch.float64))
+    reference = torch.nn.Parameter(weight.detach().clone())
+    ours = RowSGD([weight], lr=0.2, momentum=0.9, weight_decay=0.01)
+    theirs = torch.optim.SGD([reference], lr=0.2, momentum=0.9, weight_decay=0.01)
+    schedules = [torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5) for optimizer in (ours, theirs)]
+    for step in range(6):
+        weight.grad = torch.full_like(weight, float(step))
+        reference.grad = weight.grad.clone()
+        ours.step()
+        theirs.step()
+        for schedule in schedules:
+            schedule.step()
+        if step == 3:
+            saved = copy.deepcopy(ours.state_dict())
+            ours = RowSGD([weight], lr=9.0)
+            ours.load_state_dict(saved)
+            schedules[0].optimizer = ours
+    torch.testing.assert_close(weight, reference)
+
+
+def test_row_sgd_updates_a_single_number() -> None:
+    number = torch.nn.Parameter(torch.tensor(1.0))
+    optimizer = RowSGD([number], lr=0.5, momentum=0.0, weight_decay=0.0)
+    number.grad = torch.tensor(0.5)
+    optimizer.step()
+    assert number.item() == 0.75
+
+
+# --- rows without a gradient ------------------------------------------------------------------------------------------
+
+
+def decaying_run(
+    dtype: torch.dtype,
+    steps: int,
+    nesterov: bool = False,
+    momentum: float = 0.9,
+    interrupt: int = 0,
+    shape: Any = (40, 3),
+) -> tuple[Tensor, Tensor, list[float]]:
+    """Decayed rows beside torch.optim.SGD in float64; returns both weights, and errors on the way."""
+    generator = torch.Generator().manual_seed(5)
+    start = [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2)]
+    ours = [torch.nn.Parameter(value.to(dtype)) for value in start]
+    dense = [torch.nn.Parameter(value.clone()) for value in start]
+    constants = [{"lr": 0.1, "momentum": momentum, "weight_decay": 5e-3}, {"lr": 0.02, "weight_decay": 0.0}]
+
+    def groups(parameters: list[torch.nn.Parameter]) -> list[dict[str, Any]]:
+        return [{"params": [parameter], **group} for parameter, group in zip(parameters, constants, strict=True)]
+
+    def make() -> RowSGD:
+        return RowSGD(groups(ours), momentum=0.5 if momentum else 0.0, nesterov=nesterov, unsampled_rows="decayed")
+
+    optimizer = make()
+    theirs = torch.optim.SGD(groups(dense), momentum=0.5 if momentum else 0.0, nesterov=nesterov)
+    errors = []
+    for step in range(steps):
+        factor = 0.5 * (1 + math.cos(math.pi * step / steps)) + 0.1 * (step % 7)
+        for which, (parameter, reference) in enumerate(zip(ours, dense, strict=True)):
+            for group, constant in (
+                (optimizer.param_groups[which], constants),
+                (theirs.param_groups[which], constants),
+            ):
+                group["lr"] = constant[which]["lr"] * factor
+            rate = 1.0 if step == steps // 3 else 0.1
+            rows = (torch.rand(shape[0], generator=generator) < rate).nonzero().flatten()
+            if step > 20:
+                rows = rows[rows != 7]  # one row that waits for the rest of the run
+            values = torch.randn(len(rows), *shape[1:], generator=generator, dtype=torch.float64)
+            if hasattr(parameter, "catch_up"):  # what the head does in its forward pass
+                parameter.catch_up(rows)
+            wait = (parameter.detach().double() - reference.detach())[rows].abs()
+            errors.append(float(wait.max()) if len(rows) else 0.0)
+            parameter.grad = sparse(parameter, rows, values.to(dtype))
+            reference.grad = torch.zeros_like(reference).index_add_(0, rows, values)
+        optimizer.step()
+        theirs.step()
+        if interrupt and step % interrupt == interrupt - 1:
+            buffer = io.BytesIO()
+            torch.save({"weights": [p.detach() for p in ours], "optimizer": optimizer.state_dict()}, buffer)
+            buffer.seek(0)
+            saved = torch.load(buffer, weights_only=True)
+            ours = [torch.nn.Parameter(value) for value in saved["weights"]]
+            optimizer = make()
+            optimizer.load_state_dict(saved["optimizer"])
+    optimizer.catch_up_all()
+    return torch.stack([p.detach() for p in ours]), torch.stack([p.detach() for p in dense]), errors
+
+
+@pytest.mark.parametrize("interrupt", [0, 70])
+@pytest.mark.parametrize(("momentum", "nesterov"), [(0.9, False), (0.9, True), (0.0, False)])
+def test_decayed_rows_are_those_of_dense_sgd_whenever_they_are_read(
+    momentum: float, nesterov: bool, interrupt: int
+) -> None:
+    ours, dense, errors = decaying_run(torch.float64, 500, nesterov, momentum, interrupt)
+    assert max(errors) <= 1e-10
+    torch.testing.assert_close(ours, dense, rtol=0, atol=1e-10)
+    ours, dense, errors = decaying_run(torch.float32, 500, nesterov, momentum, interrupt)
+    assert max(errors) <= 1e-5 * float(dense.abs().max())
+
+
+def test_sub_centers_and_biases_decay_too() -> None:
+    for shape in ((30, 2, 3), (30,)):
+        ours, dense, _ = decaying_run(torch.float64, 100, shape=shape)
+        torch.testing.assert_close(ours, dense, rtol=0, atol=1e-11)
+
+
+def test_frozen_rows_would_have_been_something_else() -> None:
+    weight = torch.nn.Parameter(torch.ones(3, 2))
+    frozen = RowSGD([weight], lr=0.1, weight_decay=0.1)
+    for _ in range(5):
+        weight.grad = sparse(weight, torch.tensor([1]), torch.zeros(1, 2))
+        frozen.step()
+    assert weight.detach()[[0, 2]].tolist() == [[1, 1], [1, 1]]
+    assert not hasattr(weight, "catch_up")
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    touched=st.lists(st.sets(st.integers(0, 5)), min_size=1, max_size=90),
+    lr=st.floats(0, 1),
+    momentum=st.floats(0, 0.99),
+    decay=st.floats(0, 0.5),
+)
+def test_any_pattern_of_rows_and_constants_is_caught_up_with(
+    touched: list[set[int]], lr: float, momentum: float, decay: float
+) -> None:
+    weight = torch.nn.Parameter(torch.linspace(-1, 1, 12, dtype=torch.float64).view(6, 2))
+    reference = torch.nn.Parameter(weight.detach().clone())
+    ours = RowSGD([weight], lr, momentum, decay, unsampled_rows="decayed")
+    theirs = torch.optim.SGD([reference], lr, momentum, weight_decay=decay)
+    for step, rows in enumerate(touched):
+        index = torch.tensor(sorted(rows), dtype=torch.int64)
+        values = torch.full((len(index), 2), math.sin(step), dtype=torch.float64)
+        weight.grad = sparse(weight, index, values)
+        reference.grad = torch.zeros_like(reference).index_add_(0, index, values)
+        ours.step()
+        theirs.step()
+    ours.catch_up_all()
+    torch.testing.assert_close(weight, reference, rtol=1e-9, atol=1e-11)
+
+
+def _decayed_steps(group: dist.ProcessGroup, unsampled: str) -> dict[str, Any]:
+    """Sampled training on this rank; at the end everything that can be read is read."""
+    rank, world_size = dist.get_rank(group), dist.get_world_size(group)
+    head = _head(sample_rate=0.2, weight_dtype=torch.float64, process_group=group, center_loss=CenterLoss(0.1), seed=1)
+    optimizer = RowSGD(head.parameters(), lr=0.3, momentum=0.9, weight_decay=0.01, unsampled_rows=unsampled)
+    dense = torch.cat([head.weight.detach()]).clone().requires_grad_()
+    theirs = torch.optim.SGD([dense], lr=0.3, momentum=0.9, weight_decay=0.01)
+    for seed in range(30):
+        x, y = _batch(seed)
+        mine = x.detach().double().tensor_split(world_size)[rank].requires_grad_()
+        head(mine, y.tensor_split(world_size)[rank]).loss.backward()
+        dense.grad = head.weight.grad.to_dense()
+        optimizer.step()
+        theirs.step()
+        optimizer.zero_grad()
+        ids = torch.tensor([seed % CLASSES, (3 * seed) % CLASSES])
+        if unsampled == "decayed" and len(head.weight):
+            local = ids - head.first_class
+            own = (local >= 0) & (local < len(head.weight))
+            torch.testing.assert_close(head.rows(ids)[own], dense.detach()[local[own]], rtol=1e-10, atol=1e-12)
+        else:
+            head.rows(ids)
+    return {"saved": head.state_dict()["weight"], "dense": dense.detach()}
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_the_head_catches_up_with_what_it_uses_gives_and_saves(ranks: Ranks, world_size: int) -> None:
+    for result in ranks.run(world_size, _decayed_steps, "decayed"):
+        torch.testing.assert_close(result["saved"], result["dense"], rtol=1e-10, atol=1e-12)
+    frozen = ranks.run(world_size, _decayed_steps, "frozen")
+    assert any(not torch.allclose(result["saved"], result["dense"]) for result in frozen), (
+        "there is a difference to see"
+    )
+
+
+def test_catching_up_between_forward_and_backward_disturbs_nobody() -> None:
+    def run(evaluate: bool) -> Tensor:
+        head = _head(sample_rate=0.2)
+        optimizer = RowSGD(head.parameters(), lr=0.5, unsampled_rows="decayed")
+        for seed in range(6):
+            first, second = head(*_batch(seed)), head(*_batch(seed + 100))  # two forward passes, then both backward
+            if evaluate:
+                head.eval()
+                head(*_batch(3))  # all rows
+                head.state_dict()
+                head.train()
+            (first.loss + second.loss).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return head.state_dict()["weight"].clone()
+
+    torch.testing.assert_close(run(True), run(False), rtol=1e-4, atol=1e-5)
+
+
+def test_copies_and_loaded_heads_owe_nothing() -> None:
+    head = _head(sample_rate=0.2)
+    optimizer = RowSGD(head.parameters(), lr=0.5, weight_decay=0.1, unsampled_rows="decayed")
+    for seed in range(4):
+        head(*_batch(seed)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for other in (copy.deepcopy(head), pickle.loads(pickle.dumps(head))):
+        before = other.weight.detach().clone()
+        other.catch_up()
+        assert torch.equal(other.weight, before)
+        assert torch.equal(before, head.weight)
+    head(*_batch(9)).loss.backward()
+    optimizer.step()
+    fresh = {name: torch.full_like(value, 2) for name, value in head.state_dict().items()}
+    head(*_batch(10)).loss.backward()
+    optimizer.step()
+    head.load_state_dict(fresh)
+    head.catch_up()
+    assert torch.equal(head.weight.detach(), fresh["weight"]), "what was owed is not taken from what was loaded"
+    again = pickle.loads(pickle.dumps(optimizer))
+    assert again.param_groups[0]["unsampled_rows"] == "decayed"
+
+
+def test_another_optimizer_takes_over_where_the_first_one_stands() -> None:
+    weight = torch.nn.Parameter(torch.linspace(-1, 1, 12, dtype=torch.float64).view(6, 2))
+    reference = torch.nn.Parameter(weight.detach().clone())
+    kinds: list[tuple[Any, Any]] = [
+        (
+            lambda p: RowSGD([p], 0.1, unsampled_rows="decayed"),
+            lambda p: torch.optim.SGD([p], 0.1, 0.9, weight_decay=5e-4),
+        ),
+        (
+            lambda p: RowSGD([p], 0.3, unsampled_rows="decayed"),
+            lambda p: torch.optim.SGD([p], 0.3, 0.9, weight_decay=5e-4),
+        ),
+    ]
+    for make, make_reference in kinds:
+        ours, theirs = make(weight), make_reference(reference)
+        for step in range(5):
+            rows = torch.tensor([step, (step + 2) % 6]).sort().values
+            weight.grad = sparse(weight, rows, torch.ones(2, 2, dtype=torch.float64))
+            reference.grad = weight.grad.to_dense()
+            ours.step()
+            theirs.step()
+    RowAdagrad([weight], lr=0.0).step()
+    torch.testing.assert_close(weight, reference, rtol=1e-10, atol=1e-12)
+    assert not hasattr(weight, "catch_up")
+
+
+def test_a_skipped_step_decays_nothing() -> None:
+    head = _head(sample_rate=0.2)
+    optimizer = RowSGD(head.parameters(), lr=0.5, weight_decay=0.1, unsampled_rows="decayed")
+    for seed in range(3):
+        head(*_batch(seed)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    before = head.state_dict()["weight"].clone()
+    head(*_batch(5)).loss.backward()
+    optimizer.zero_grad()  # what a loss scaler does after an overflow
+    head(*_batch(6))
+    assert int(head.step) == 4
+    assert torch.equal(head.state_dict()["weight"], before)
+
+
+def test_the_past_is_kept_only_as_far_as_a_row_still_owes_it() -> None:
+    weight = torch.nn.Parameter(torch.ones(200, 2))
+    optimizer = RowSGD([weight], lr=0.1, unsampled_rows="decayed")
+    generator = torch.Generator().manual_seed(0)
+    lengths = []
+    for _ in range(1500):
+        rows = (torch.rand(200, generator=generator) < 0.2).nonzero().flatten()
+        weight.grad = sparse(weight, rows, torch.zeros(len(rows), 2))
+        optimizer.step()
+        lengths.append(len(optimizer._pending[weight]._products))
+    assert max(lengths) < 200, "about ln(200)/0.2 = 26 steps are owed"
+
+
+# --- adaptive ---------------------------------------------------------------------------------------------------------
+
+
+def test_row_adamw_with_all_rows_is_torch_adamw() -> None:
+    for shape in ((7, 3), (7,), (5, 2, 3)):
+        weight = torch.nn.Parameter(torch.randn(shape, dtype=torch.float64))
+        reference = torch.nn.Parameter(weight.detach().clone())
+        options: dict[str, Any] = {"lr": 0.05, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
+        ours, theirs = RowAdamW([weight], **options), torch.optim.AdamW([reference], **options)
+        for step in range(8):
+            gradient = torch.randn(shape, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+            weight.grad = gradient if step % 2 else sparse(weight, torch.arange(shape[0]), gradient)
+            reference.grad = gradient.clone()
+            ours.step()
+            theirs.step()
+        torch.testing.assert_close(weight, reference, rtol=1e-11, atol=1e-12)
+
+
+def test_a_rows_own_steps_correct_its_moments() -> None:
+    weight = torch.nn.Parameter(torch.randn(6, 4, dtype=torch.float64))
+    singles = [torch.nn.Parameter(row.clone()) for row in weight.detach()]
+    ours = RowAdamW([weight], lr=0.1)
+    theirs = [torch.optim.AdamW([single], lr=0.1) for single in singles]
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        rows = (torch.rand(6, generator=generator) < 0.4).nonzero().flatten()
+        values = torch.randn(len(rows), 4, generator=generator, dtype=torch.float64)
+        weight.grad = sparse(weight, rows, values)
+        ours.step()
+        for row, value in zip(rows.tolist(), values, strict=True):
+            singles[row].grad = value.clone()
+            theirs[row].step()
+    torch.testing.assert_close(weight.detach(), torch.stack([s.detach() for s in singles]), rtol=1e-10, atol=1e-12)
+
+
+def test_row_adagrad_keeps_one_number_a_row() -> None:
+    weight = torch.nn.Parameter(torch.randn(6, 4, dtype=torch.float64))
+    expected, total = weight.detach().clone(), torch.zeros(6, dtype=torch.float64)
+    ours = RowAdagrad([weight], lr=0.1, eps=1e-3, weight_decay=0.05)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(10):
+        rows = (torch.rand(6, generator=generator) < 0.5).nonzero().flatten()
+        values = torch.randn(len(rows), 4, generator=generator, dtype=torch.float64)
+        weight.grad = sparse(weight, rows, values)
+        ours.step()
+        for row, value in zip(rows.tolist(), values, strict=True):
+            gradient = value + 0.05 * expected[row]
+            total[row] += (gradient**2).mean()
+            expected[row] -= 0.1 * gradient / (total[row].sqrt() + 1e-3)
+    torch.testing.assert_close(weight.detach(), expected, rtol=1e-11, atol=1e-12)
+    assert ours.state[weight]["sum"].shape == (6,)
+
+
+# --- as ordinary optimizers -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: RowSGD(p, lr=0.1),
+        lambda p: RowSGD(p, lr=0.1, unsampled_rows="decayed"),
+        lambda p: RowAdamW(p, lr=0.1),
+        lambda p: RowAdagrad(p, lr=0.1),
+    ],
+)
+def test_a_grad_scaler_unscales_and_skips(make: Callable[[Any], Any]) -> None:
+    def run(scaled: bool) -> Tensor:
+        head = _head(sample_rate=0.5, on_nonfinite="propagate")
+        optimizer = make(head.parameters())
+        scaler = torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=1000, enabled=scaled)
+        for seed in range(5):
+            x, y = _batch(seed)
+            if scaled and seed == 2:  # an overflow: the step is skipped, and taken again with the same negatives
+                broken = torch.where(torch.arange(10)[:, None] == 3, torch.inf, x.detach()).requires_grad_()
+                before = [value.clone() for value in head.state_dict().values()]
+                scaler.scale(head(broken, y, step=seed).loss).backward()
+                scaler.unscale_(optimizer)
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad()
+                head(x, y, step=seed)
+                after = list(head.state_dict().values())
+                assert torch.equal(after[0], before[0]), "the weight is as it was"
+            scaler.scale(head(x, y, step=seed).loss).backward()
+            scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        return head.state_dict()["weight"].clone()
+
+    torch.testing.assert_close(run(True), run(False), rtol=1e-4, atol=1e-6)
+
+
+def test_micro_batches_cost_the_union_of_their_rows() -> None:
+    head = _head(sample_rate=0.3)
+    RowSGD(head.parameters())
+    rows = set()
+    for seed in range(4):
+        head(*_batch(seed)).loss.backward()
+        rows |= set(head.weight.grad._indices()[0].tolist())
+        assert head.weight.grad._nnz() == len(rows)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda p: RowSGD(p, lr=-1), "lr must be at least 0, got -1"),
+        (lambda p: RowSGD(p, momentum=1.0), r"momentum must lie in \[0, 1\), got 1.0"),
+        (
+            lambda p: RowSGD(p, unsampled_rows="lazy"),
+            r"unsampled_rows must be one of \('frozen', 'decayed'\), got 'lazy'",
+        ),
+        (lambda p: RowSGD(p, momentum=0.0, nesterov=True), "nesterov needs a momentum > 0"),
+        (lambda p: RowSGD(p, state_dtype=torch.float16), "state_dtype must be .* got torch.float16"),
+        (lambda p: RowAdamW(p, betas=(0.9, 1.0)), r"betas must lie in \[0, 1\), got \(0.9, 1.0\)"),
+        (lambda p: RowAdamW(p, eps=0), "eps must be positive, got 0"),
+        (lambda p: RowAdagrad(p, weight_decay=-0.1), "weight_decay must be at least 0, got -0.1"),
+    ],
+)
+def test_wrong_constants_are_refused(make: Callable[[Any], Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        make([torch.nn.Parameter(torch.zeros(2, 2))])
+
+
+class Concatenating(PartialFC):
+    """A head on a device where torch appends the rows of sparse gradients."""
+
+    merged = 0
+
+    def _sparse_sums_concatenate(self) -> bool:
+        return True
+
+    def _merge_gradients(self) -> None:
+        rows = self.weight.grad._indices()[0]
+        values = self.weight.grad._values()
+        # What such a device would have left: every row twice, with half of its gradient.
+        doubled = torch.cat((rows, rows))[None], torch.cat((values / 2, values / 2))
+        self.weight.grad = torch.sparse_coo_tensor(*doubled, self.weight.shape, check_invariants=True)
+        super()._merge_gradients()
+        assert len(self.weight.grad._indices()[0].unique()) == self.weight.grad._nnz()
+        self.merged += 1
+
+
+def test_appended_gradients_of_micro_batches_are_merged() -> None:
+    found = []
+    for kind in (PartialFC, Concatenating):
+        head = kind(CLASSES, DIM, losses.ArcFace(scale=16.0), sample_rate=0.3)
+        for seed in range(4):
+            head(*_batch(seed)).loss.backward()
+        found.append(head.weight.grad.to_dense())
+    assert head.merged == 3
+    torch.testing.assert_close(found[0], found[1])

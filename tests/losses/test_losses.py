@@ -1,0 +1,434 @@
+"""What holds for every loss by itself: its curve, its limits, what it refuses, and that others compute the same."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.functional import cross_entropy, normalize
+
+from partialfc import ConfigError, PartialFC, losses
+from partialfc.head.random import normal_rows, stream_key
+from tests.harness.loss_cases import LOSSES, make_loss
+
+CLASSES, DIM = 17, 8
+COSINES = torch.linspace(-1, 1, 4001, dtype=torch.float64)
+
+
+def describe(count: int, norms: float | Tensor = 30.0, **more: Any) -> losses.Samples:
+    """Samples as the head describes them, for ``count`` cosines."""
+    ones = torch.ones(count, dtype=torch.float64)
+    found = losses.Samples(norms * ones, ones.bool(), torch.arange(count), 0, 0, noise=0 * ones)
+    return replace(found, **more)
+
+
+def curve(loss: losses.Loss, samples: losses.Samples, cosines: Tensor = COSINES) -> tuple[Tensor, Tensor]:
+    """Target logits and their slopes at ``cosines``."""
+    variable = cosines.clone().requires_grad_()
+    logit = loss.target_logit(variable, replace(samples, state=loss.stateful.state))
+    return logit.detach(), torch.autograd.grad(logit.sum(), variable)[0]
+
+
+scales = st.floats(0.1, 512)
+angles, units = st.floats(0, math.pi / 2), st.floats(0, 1)
+EVERY_MARGIN = st.one_of(
+    st.builds(losses.NormFace, scales),
+    st.builds(losses.Softmax),
+    st.builds(losses.CosFace, scales, st.floats(0, 2)),
+    st.builds(losses.ArcFace, scales, angles),
+    st.builds(losses.CombinedMargin, scales, st.floats(1, 8), angles, st.floats(0, 2)),
+    st.builds(losses.SphereFace, scales, st.floats(1, 8)),
+    st.builds(losses.ASoftmax, scales, st.integers(1, 8), st.just(0.0), st.just(0.0)),
+    st.builds(losses.ASoftmax, scales, st.integers(1, 8)),
+    st.builds(losses.SubCenterArcFace, scales, angles, st.integers(1, 5)),
+    st.builds(losses.CurricularFace, scales, angles),
+    st.builds(losses.MVAMSoftmax, scales, st.floats(0, 2), st.floats(1, 2)),
+    st.builds(lambda s, low, more: losses.MagFace(s, low, low + more * (math.pi / 2 - low)), scales, angles, units),
+    st.builds(losses.AdaFace, scales, units),
+    st.builds(losses.ElasticArcFace, scales, angles, units),
+    st.builds(losses.ElasticCosFace, scales, st.floats(0, 2), units),
+    st.builds(losses.Circle, scales, units),
+    st.builds(losses.UCE, scales, st.floats(0, 2), bias=st.floats(-20, 20)),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(loss=EVERY_MARGIN, norm=st.floats(1e-6, 1e4), noise=st.floats(-3, 3), wrapped=st.booleans())
+def test_the_target_logit_is_monotone_in_the_target_cosine(
+    loss: losses.Loss, norm: float, noise: float, wrapped: bool
+) -> None:
+    if wrapped and loss.is_cross_entropy:
+        loss = losses.Focal(loss)
+    samples = describe(len(COSINES), norm)
+    logit, slope = curve(loss, replace(samples, noise=torch.full_like(COSINES, noise)))
+    tolerance = 1e-12 * max(1.0, float(logit.abs().max()))
+    assert bool((logit.diff() >= -tolerance).all()), "it falls somewhere"
+    assert bool(torch.isfinite(slope).all())
+    assert bool((slope >= -tolerance).all()), "the derivative has the wrong sign somewhere"
+    assert float(logit[-1]) > float(logit[0])
+
+
+@settings(max_examples=200, deadline=None)
+@given(loss=EVERY_MARGIN, norm=st.floats(1e-6, 1e4), noise=st.floats(-3, 3))
+def test_slopes_are_the_curves_own(loss: losses.Loss, norm: float, noise: float) -> None:
+    samples = replace(describe(len(COSINES), norm), noise=torch.full_like(COSINES, noise))
+    logit, slope = curve(loss, samples)
+    if isinstance(loss, losses.Circle):  # its bracket is a weight, not differentiated
+        assert torch.allclose(slope, loss.scale * (1 + loss.margin - COSINES))
+        return
+    step = 1e-7
+    above, _ = curve(loss, samples, COSINES + step)
+    below, _ = curve(loss, samples, COSINES - step)
+    numeric, one_sided = (above - below) / (2 * step), (above - logit) / step
+    smooth = (numeric - one_sided).abs() <= 1e-3 * (1 + numeric.abs())  # away from kinks
+    smooth[0] = smooth[-1] = False  # at the ends the derivative is bounded
+    assert int(smooth.sum()) > 0.9 * len(COSINES)
+    torch.testing.assert_close(slope[smooth], numeric[smooth], rtol=1e-4, atol=1e-4 * loss.scale)
+
+
+def batch(seed: int = 0, n: int = 9) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, DIM, generator=generator, dtype=torch.float64) * 5
+    return x.requires_grad_(), torch.randint(0, CLASSES, (n,), generator=generator)
+
+
+def head_of(loss: losses.Loss, **options: Any) -> PartialFC:
+    return PartialFC(CLASSES, DIM, loss, weight_dtype=torch.float64, **options)
+
+
+WITHOUT_MARGIN: list[losses.Loss] = [
+    losses.CosFace(32, margin=0.0),
+    losses.ArcFace(32, margin=0.0),
+    losses.CombinedMargin(32, m1=1.0, m2=0.0, m3=0.0),
+    losses.SphereFace(32, margin=1.0),
+    losses.ASoftmax(32, margin=1),
+    losses.ASoftmax(32, margin=1, annealing_start=0.0, annealing_end=0.0),
+    losses.SubCenterArcFace(32, margin=0.0, sub_centers=1),
+    losses.SubCenter(losses.NormFace(32), sub_centers=1),
+    losses.MVAMSoftmax(32, margin=0.0, emphasis=1.0),
+    losses.MagFace(32, margin_low=0.0, margin_high=0.0, penalty_weight=0.0),
+    losses.AdaFace(32, margin=0.0),
+    losses.ElasticArcFace(32, margin=0.0, std=0.0),
+    losses.ElasticCosFace(32, margin=0.0, std=0.0, plus=True),
+    losses.Focal(losses.NormFace(32), gamma=0.0),
+    losses.LabelSmoothing(losses.NormFace(32), smoothing=0.0),
+]
+
+
+@pytest.mark.parametrize("loss", WITHOUT_MARGIN, ids=lambda loss: repr(loss).replace("\n", ""))
+def test_margin_zero_gives_normface(loss: losses.Loss) -> None:
+    found = {}
+    for which in (loss, losses.NormFace(32)):
+        head, (x, y) = head_of(which), batch()
+        out = head(x, y)
+        out.loss.backward()
+        found[which] = (out.loss.detach(), x.grad, head.weight.grad.to_dense().flatten(1))
+    for value, expected in zip(*found.values(), strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [1.0, 64.0, 512.0])
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_and_gradients_are_finite_up_to_the_ends_and_scale_512(
+    name: str, scale: float, dtype: torch.dtype
+) -> None:
+    spec = _with_scale(LOSSES[name], scale)
+    head = PartialFC(CLASSES, DIM, make_loss(spec), weight_dtype=dtype)
+    with torch.no_grad():
+        head.weight.normal_(generator=torch.Generator().manual_seed(3))
+        head.weight[5] = -head.weight[4]
+        head.weight[7] = head.weight[6]
+    own = head.weight.detach().flatten(1)[:, :DIM]
+    rows = torch.tensor([4, 4, 5, 6, 6, 7, 0, 1])
+    labels = torch.tensor([4, 5, 4, 6, 7, 2, -1, 0])  # cosines of 1, −1, −1, 1, 1 …
+    x = (own[rows] * torch.tensor([1.0, 1, 3, 1e-3, 1e3, 1, 1, 1], dtype=dtype)[:, None]).clone().requires_grad_()
+    out = head(x, labels)
+    out.loss.backward()
+    assert bool(torch.isfinite(out.loss))
+    assert bool(torch.isfinite(x.grad).all())
+    assert bool(torch.isfinite(head.weight.grad.to_dense()).all())
+    assert all(bool(torch.isfinite(parameter.grad).all()) for parameter in head.loss.parameters())
+
+
+def _with_scale(spec: dict[str, Any], scale: float) -> dict[str, Any]:
+    if "loss" in spec:
+        return {**spec, "loss": _with_scale(spec["loss"], scale)}
+    return spec if spec["name"] == "softmax" else {**spec, "scale": scale}
+
+
+# --- the same loss, by others -----------------------------------------------------------------------------------------
+
+
+def in_pytorch_metric_learning(name: str) -> tuple[losses.Loss, Any]:
+    """Our loss and theirs."""
+    theirs = pytest.importorskip("pytorch_metric_learning.losses", reason="pip install -e '.[dev]'")
+    sizes = {"num_classes": CLASSES, "embedding_size": DIM}
+    return {
+        "ArcFace": lambda: (losses.ArcFace(30, 0.4), theirs.ArcFaceLoss(**sizes, margin=math.degrees(0.4), scale=30)),
+        "CosFace": lambda: (losses.CosFace(30, 0.3), theirs.CosFaceLoss(**sizes, margin=0.3, scale=30)),
+        "SphereFace": lambda: (
+            losses.ASoftmax(30, 3, annealing_start=0.0, annealing_end=0.0),
+            theirs.SphereFaceLoss(**sizes, margin=3, scale=30),
+        ),
+        "SubCenterArcFace": lambda: (
+            losses.SubCenterArcFace(30, 0.4, sub_centers=3),
+            theirs.SubCenterArcFaceLoss(**sizes, margin=math.degrees(0.4), scale=30, sub_centers=3),
+        ),
+        "NormalizedSoftmax": lambda: (
+            losses.NormFace(20),
+            theirs.NormalizedSoftmaxLoss(**sizes, temperature=1 / 20),
+        ),
+    }[name]()
+
+
+@pytest.mark.parametrize("name", ["ArcFace", "CosFace", "SphereFace", "SubCenterArcFace", "NormalizedSoftmax"])
+def test_pytorch_metric_learning_computes_the_same(name: str) -> None:
+    ours, theirs = in_pytorch_metric_learning(name)
+    head, (x, y) = head_of(ours), batch()
+    # Their SphereFace multiplies by the embeddings' lengths; with length 1 it is ours, but along the embedding itself.
+    x = normalize(x.detach()).requires_grad_()
+    rows = head.weight.detach().reshape(-1, DIM)
+    theirs.W = torch.nn.Parameter(rows.T.clone())
+    expected = theirs(x, y)
+    (their_x, their_w) = torch.autograd.grad(expected, (x, theirs.W))
+    out = head(x, y)
+    out.loss.backward()
+    torch.testing.assert_close(out.loss.detach(), expected.detach(), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(head.weight.grad.to_dense().reshape(-1, DIM), their_w.T, rtol=1e-7, atol=1e-9)
+    radial = (their_x * x.detach()).sum(1, keepdim=True) * x.detach()
+    torch.testing.assert_close(x.grad, their_x - radial, rtol=1e-7, atol=1e-9)
+
+
+def test_straight_through_margin_gradient_is_that_of_training_under_no_grad() -> None:
+    x, y = batch()
+    head = head_of(losses.ArcFace(margin_gradient="straight_through"))
+    head(x, y).loss.backward()
+    theirs = x.detach().clone().requires_grad_()
+    cosine = normalize(theirs) @ normalize(head.weight.detach()).T
+    with torch.no_grad():  # the widely copied code: logits changed in place, invisible to autograd
+        own = cosine[range(len(y)), y]
+        cosine[range(len(y)), y] = torch.cos(torch.acos(own) + 0.5)
+    cross_entropy(64 * cosine, y).backward()
+    torch.testing.assert_close(x.grad, theirs.grad, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_label_smoothing_is_that_of_torch_cross_entropy(bias: bool) -> None:
+    x, y = batch()
+    head = head_of(losses.LabelSmoothing(losses.Softmax(bias=bias), 0.15))
+    theirs = x.detach().clone().requires_grad_()
+    expected = cross_entropy(theirs @ head.weight.detach().T, y, label_smoothing=0.15)
+    expected.backward()
+    out = head(x, y)
+    out.loss.backward()
+    torch.testing.assert_close(out.loss.detach(), expected.detach())
+    torch.testing.assert_close(x.grad, theirs.grad)
+
+
+# --- random margins ---------------------------------------------------------------------------------------------------
+
+
+def test_elastic_margins_are_normal_and_a_function_of_seed_step_and_position() -> None:
+    positions = torch.arange(20_000)
+    draws = torch.empty(20_000, 1)
+    normal_rows(stream_key(1, 3, 5), positions, 1, 1.0, draws)
+    samples = describe(20_000, noise=draws[:, 0].double())
+    loss = losses.ElasticCosFace(1.0, margin=0.35, std=0.02)
+    margins = -curve(loss, samples, torch.zeros(20_000, dtype=torch.float64))[0]
+    assert float(margins.mean()) == pytest.approx(0.35, abs=5 * 0.02 / 20_000**0.5)
+    assert float(margins.std()) == pytest.approx(0.02, rel=0.03)
+    x, y = batch()
+    values = [float(head_of(losses.ElasticArcFace(std=0.3), seed=seed)(x, y, step=step).loss) for seed, step in SEEDS]
+    assert values[0] == values[1], "the same seed and step"
+    assert len({*values}) == 3, "another step, another seed"
+
+
+SEEDS = [(0, 0), (0, 0), (0, 1), (1, 0)]
+
+
+def test_the_plus_form_gives_the_largest_margin_to_the_hardest_sample() -> None:
+    cosine = torch.tensor([0.9, 0.1, 0.5, -0.3, 0.7], dtype=torch.float64)
+    noise = torch.tensor([0.0, 1.0, -1.0, 3.0, 2.0], dtype=torch.float64)
+    counted = torch.tensor([True, True, True, False, True])
+    samples = describe(5, noise=noise, counted=counted)
+    loss = losses.ElasticCosFace(1.0, margin=0.5, std=0.1, plus=True)
+    margins = cosine - loss.target_logit(cosine, samples)
+    # The draws of those that count are 0.5, 0.6, 0.4, 0.7; the hardest of them has cosine 0.1.
+    assert margins[counted].tolist() == pytest.approx([0.4, 0.7, 0.6, 0.5])
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+REFUSED: list[tuple[Callable[[], Any], str]] = [
+    (lambda: losses.NormFace(scale=0), "scale must be a positive number, got 0"),
+    (lambda: losses.CosFace(scale=math.inf), "scale must be a positive number, got inf"),
+    (lambda: losses.ArcFace(scale="64"), "scale must be a positive number, got 64"),
+    (lambda: losses.ArcFace(margin=math.nan), r"margin must lie in \[0, 1.5708\], got nan"),
+    (lambda: losses.SphereFace(margin=0.5), r"margin must lie in \[1, 8\], got 0.5"),
+    (lambda: losses.ASoftmax(margin=0), r"margin must lie in \[1, 8\], got 0"),
+    (lambda: losses.ASoftmax(margin=1.35), "whole number in .* SphereFace takes fractions"),
+    (lambda: losses.ASoftmax(annealing_start=1.0, annealing_end=5.0), r"annealing_start must lie in \[5, 1e\+09\]"),
+    (lambda: losses.SubCenterArcFace(sub_centers=0), r"sub_centers must be a whole number in \[1, 256\], got 0"),
+    (lambda: losses.SubCenter(losses.CosFace(), sub_centers=1.5), "sub_centers must be a whole number"),
+    (lambda: losses.SubCenter(losses.Softmax()), "Softmax works on raw logits"),
+    (lambda: losses.SubCenter(losses.SubCenterArcFace()), "has sub-centers already"),
+    (lambda: losses.SubCenter("arcface"), "loss must be a partialfc.losses.Loss"),
+    (lambda: losses.CurricularFace(momentum=1.5), r"momentum must lie in \[0, 1\], got 1.5"),
+    (lambda: losses.MVAMSoftmax(emphasis=0.9), r"emphasis must lie in \[1, 2\], got 0.9"),
+    (lambda: losses.MagFace(margin_low=0.8, margin_high=0.4), r"margin_high must lie in \[0.8, 1.5708\], got 0.4"),
+    (lambda: losses.MagFace(norm_low=110, norm_high=10), "0 < norm_low < norm_high must hold, got 110 and 10"),
+    (lambda: losses.MagFace(penalty_weight=-1), "penalty_weight must lie in"),
+    (lambda: losses.AdaFace(margin=1.2), r"margin must lie in \[0, 1\], got 1.2"),
+    (lambda: losses.AdaFace(concentration=0), "concentration must be a positive number, got 0"),
+    (lambda: losses.ElasticArcFace(std=-0.1), r"std must lie in \[0, 1\], got -0.1"),
+    (lambda: losses.Circle(margin=2), r"margin must lie in \[0, 1\], got 2"),
+    (lambda: losses.UCE(negative_weight=0), "negative_weight must be a positive number, got 0"),
+    (lambda: losses.UCE(bias=math.inf), r"bias must lie in \[-10000, 10000\], got inf"),
+    (lambda: losses.UCE(bias="x"), "bias must lie in"),
+    (lambda: losses.SubCenterArcFace(sub_centers=math.nan), "whole number in .* got nan"),
+    (lambda: losses.SubCenterArcFace(sub_centers=257), "whole number in .* got 257"),
+    (lambda: losses.MagFace(norm_low="a"), "norm_low must be a positive number, got a"),
+    (lambda: losses.ArcFace(scale=True), "scale must be a positive number, got True"),
+    (lambda: losses.LabelSmoothing(losses.Softmax(), "a"), "smoothing must lie in"),
+    (lambda: losses.Focal(losses.ArcFace(), gamma=-1), r"gamma must lie in \[0, 10\], got -1"),
+    (lambda: losses.Focal(losses.ArcFace(), alpha=0), "alpha must be a positive number, got 0"),
+    (lambda: losses.Focal(losses.UCE()), "UCE has no p_y"),
+    (lambda: losses.Focal(losses.Focal(losses.ArcFace())), "Focal has no p_y"),
+    (lambda: losses.Focal(losses.LabelSmoothing(losses.ArcFace())), "LabelSmoothing has no p_y"),
+    (lambda: losses.LabelSmoothing(losses.Circle()), "whose negatives are plain logits, got Circle"),
+    (lambda: losses.LabelSmoothing(losses.UCE()), "got UCE"),
+    (lambda: losses.LabelSmoothing(losses.Softmax(), smoothing=1.0), r"smoothing must lie in \[0, 0.99\], got 1.0"),
+    (lambda: head_of(losses.ArcFace(), filter_threshold=1.5), r"in \[-1, 1\], got 1.5"),
+]
+
+
+@pytest.mark.parametrize(("make", "words"), REFUSED, ids=[words for _, words in REFUSED])
+def test_wrong_parameters_are_refused_with_the_valid_range(make: Callable[[], Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        make()
+
+
+def test_a_loss_that_breaks_its_contract_is_refused_when_the_head_is_made() -> None:
+    class Unknown(losses.NormFace):
+        needs = frozenset({"labels"})
+
+    class Mean(losses.NormFace):
+        def target_logit(self, cosine: Tensor, samples: losses.Samples) -> Tensor:
+            return cosine.mean()
+
+    class Hidden(losses.NormFace):
+        def __init__(self) -> None:
+            super().__init__()
+            self.power = torch.nn.Parameter(torch.ones(()))
+
+        def negative_logits(self, cosine: Tensor, samples: losses.Samples) -> Tensor:
+            return self.scale * cosine * self.power
+
+    class Forgetful(losses.NormFace):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("state", torch.zeros(1))
+
+    class FromNorms(losses.NormFace):
+        needs = frozenset({"norms"})
+
+        def negative_logits(self, cosine: Tensor, samples: losses.Samples) -> Tensor:
+            return self.scale * cosine * (samples.norms / 10).to(cosine.dtype)[:, None]
+
+    class Scalar(losses.NormFace):
+        def sample_loss(self, d: Tensor) -> Tensor:
+            return d.mean()
+
+    class Undeclared(losses.NormFace):
+        def target_logit(self, cosine: Tensor, samples: losses.Samples) -> Tensor:
+            return self.scale * (cosine - samples.noise)
+
+    with pytest.raises(TypeError):
+        head_of(Undeclared())
+    for kind, words in (
+        (FromNorms, r"FromNorms.negative_logits depends on a parameter of the loss or on samples.norms"),
+        (Scalar, r"Scalar.objective must keep the shape \[2\]"),
+        (Unknown, r"Unknown.needs may hold .* got \['labels'\]"),
+        (Mean, r"Mean.target_logit must keep the shape \[2\] of what it is given, got \[\]"),
+        (Hidden, "Hidden.negative_logits depends on a parameter of the loss"),
+        (Forgetful, r"Forgetful has a state but no statistics\(\)"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            head_of(kind())
+
+
+def test_a_loss_with_a_state_belongs_to_one_head() -> None:
+    for loss in (losses.CurricularFace(), losses.Focal(losses.AdaFace()), losses.UCE()):
+        head = head_of(loss)
+        with pytest.raises(ConfigError, match="already belongs to a head; give each head its own"):
+            head_of(loss)
+        assert head.loss is loss
+    shared = losses.ArcFace()
+    assert head_of(shared).loss is head_of(shared).loss, "nothing in it to disturb"
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    import numpy as np
+
+    assert losses.ArcFace(np.float32(32), np.float64(0.3)).scale == 32.0
+
+
+def test_slopes_at_the_ends_are_those_of_normface_without_a_margin() -> None:
+    ends = torch.tensor([-1.0, 1.0], dtype=torch.float64)
+    for loss in (losses.ArcFace(8.0, margin=0.0), losses.MagFace(8.0, 0.0, 0.0), losses.ElasticArcFace(8.0, 0.0, 0.0)):
+        assert curve(loss, describe(2), ends)[1].tolist() == [8.0, 8.0]
+
+
+def test_focal_without_gamma_is_the_loss_itself_also_without_negatives() -> None:
+    x, y = batch()
+    for options in ({"filter_threshold": -1.0}, {}):
+        plain, focal = (head_of(loss, **options) for loss in (losses.ArcFace(), losses.Focal(losses.ArcFace(), 0.0)))
+        assert torch.equal(plain(x, y).loss, focal(x, y).loss)
+
+
+def test_a_wrapper_may_change_the_negatives() -> None:
+    class Harder(losses.Wrapper):
+        def negative_logits(self, cosine: Tensor, samples: losses.Samples) -> Tensor:
+            return super().negative_logits(cosine, samples) + 0.3
+
+    x, y = batch()
+    plain = head_of(losses.CosFace(10.0, 0.0))
+    head = head_of(Harder(losses.CosFace(10.0, 0.0)))
+    logits = 10 * normalize(x.detach()) @ normalize(plain.weight.detach()).T
+    own = torch.nn.functional.one_hot(y, CLASSES).bool()
+    expected = cross_entropy(torch.where(own, logits, logits + 0.3), y)
+    torch.testing.assert_close(head(x, y).loss.detach(), expected)
+
+
+def test_a_loss_on_raw_logits_may_have_a_scale() -> None:
+    class Tempered(losses.Loss):
+        needs = frozenset({"raw_logits"})
+
+    x, y = batch()
+    head = head_of(Tempered(scale=40.0))
+    theirs = x.detach().clone().requires_grad_()
+    with torch.no_grad():
+        head.weight.mul_(30)
+    expected = cross_entropy(40 * theirs @ head.weight.detach().T, y)
+    expected.backward()
+    out = head(x, y)
+    out.loss.backward()
+    torch.testing.assert_close(out.loss.detach(), expected.detach())
+    torch.testing.assert_close(x.grad, theirs.grad)
+
+
+def test_moving_averages_stay_in_float64() -> None:
+    head = head_of(losses.AdaFace())
+    with torch.no_grad():
+        head.loss.state.copy_(torch.tensor([20.123456789012, 99.9]))
+    before = head.loss.state.clone()
+    for convert in (head.bfloat16, head.float, lambda: head.to(torch.float16)):
+        assert torch.equal(convert().loss.state, before)

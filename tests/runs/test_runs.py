@@ -1,0 +1,280 @@
+"""How runs are doing: the list of run folders, and the health that a run serves."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from prometheus_client.parser import text_string_to_metric_families
+
+from partialfc.config import parse_config
+from partialfc.runs.folder import RunFolder
+from partialfc.runs.listing import describe_runs, find_runs
+from partialfc.tracking.http import Endpoint
+from tests.harness.running import ENVIRONMENT, command, events, finish, lines, started, state, steps_done, wait_until
+from tests.harness.tasks import write_task
+
+
+def write_run(folder: Path, state: str, updated: float, **more: Any) -> None:
+    folder.mkdir(parents=True)
+    values = {"state": state, "step": 500, "total_steps": 2000, "attempt": 2, "updated": updated, "reason": "", **more}
+    (folder / "state.json").write_text(json.dumps(values))
+
+
+@pytest.fixture
+def several(tmp_path: Path) -> Path:
+    now = time.time()
+    write_run(tmp_path / "faces" / "r50", "running", now - 3, seconds_left=7205)
+    metrics = [
+        {"kind": "evaluation", "step": 400, "results": {"lfw": {"tar_at_far": {"0.001": 0.99, "0.0001": 0.9512}}}},
+        {"kind": "train", "step": 480, "loss": 1.5, "target_cosine": 0.61, "samples_per_s": 4803.2},
+        {"kind": "train", "step": 500, "loss": 1.25, "target_cosine": 0.625, "samples_per_s": 4711.9},
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in metrics) + '{"kind": "train", "step": 5'
+    (tmp_path / "faces" / "r50" / "metrics.jsonl").write_text(text)
+    write_run(tmp_path / "faces" / "r100", "running", now - 4000, seconds_left=7205)
+    write_run(tmp_path / "old", "finished", now - 90_000, step=2000)
+    write_run(tmp_path / "bad", "failed", now - 60, reason="not heard from rank 3")
+    (tmp_path / "junk").mkdir()
+    (tmp_path / "junk" / "state.json").write_text("[]")
+    return tmp_path
+
+
+def test_runs_are_listed_with_state_step_eta_and_last_metrics(several: Path) -> None:
+    runs = {str(run.folder.relative_to(several)): run for run in find_runs(several)}
+    assert {name: run.state for name, run in runs.items()} == {
+        "faces/r50": "running",
+        "faces/r100": "stalled",
+        "old": "finished",
+        "bad": "failed",
+    }
+    assert next(iter(runs)) == "faces/r50", "the one that wrote last comes first"
+    assert runs["faces/r50"].train["step"] == 500, "the torn line is none"
+    text = describe_runs(several)
+    row = next(line for line in text.splitlines() if line.startswith("faces/r50"))
+    for word in (
+        "running",
+        "500/2,000",
+        "25%",
+        "2h00m",
+        "1.250",
+        "0.625",
+        "4,712",
+        "lfw TAR 0.9512 @ FAR 0.0001",
+        "3s ago",
+    ):
+        assert word in row, word
+    stalled = next(line for line in text.splitlines() if line.startswith("faces/r100 "))
+    assert "stalled" in stalled
+    assert "2h00m" not in stalled, "nobody knows when it ends"
+    assert "faces/r100: no word for 1h06m" in text
+    assert "bad: not heard from rank 3" in text
+
+
+def test_a_single_run_folder_and_an_empty_one_are_no_errors(
+    several: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    assert describe_runs(several / "old").splitlines()[1].startswith("old  finished")
+    empty = tmp_path_factory.mktemp("empty")
+    assert describe_runs(empty) == f"no runs below {empty}"
+
+
+@pytest.mark.parametrize(
+    "spoilt",
+    [
+        "{}",
+        '{"state": "running", "step": "many", "total_steps": null, "attempt": [], "updated": null, "reason": null}',
+        '{"state": "running", "updated": 1e400, "step": 1e999, "seconds_left": "soon"}',
+        '{"state": "running", "updated": 9e12, "seconds_left": "soon"}',
+        "[" * 100_000,
+    ],
+)
+@pytest.mark.parametrize(
+    "metrics",
+    ["[]\n1\n{}\n", '{"kind": ["train"]}\n', '{"kind": "evaluation", "results": {"x": {"tar_at_far": {"y": 1}}}}'],
+)
+def test_a_spoilt_folder_does_not_hide_the_other_runs(several: Path, spoilt: str, metrics: str) -> None:
+    folder = several / "spoilt"
+    folder.mkdir()
+    (folder / "state.json").write_text(spoilt)
+    (folder / "metrics.jsonl").write_text(metrics)
+    text = describe_runs(several)
+    assert "old " in text
+    assert ("spoilt" in text) == spoilt.startswith("{"), text
+
+
+def test_the_list_is_renewed_until_the_user_has_seen_enough(several: Path) -> None:
+    words = [sys.executable, "-m", "partialfc", "runs", str(several), "--watch", "--every", "0.2"]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    assert process.stdout is not None
+    seen = 0
+    while seen < 2:
+        seen += process.stdout.readline().startswith("run ")
+    process.send_signal(signal.SIGINT)
+    assert process.wait(10) == 0
+
+
+def config_of(folder: Path, **tracking: Any) -> Any:
+    return parse_config({"run": {"dir": str(folder)}, "data": {"train": "x"}, "tracking": tracking})
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port: int = found.getsockname()[1]
+        return port
+
+
+def test_the_state_stays_fresh_while_nothing_happens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("partialfc.runs.folder._HEARTBEAT", 0.05)
+    folder = RunFolder(config_of(tmp_path), total_steps=10, step=0)
+    before = state(tmp_path)["updated"]
+    folder.progress(3, 70.0)
+    wait_until(lambda: state(tmp_path)["updated"] > before and state(tmp_path)["step"] == 3, seconds=10)
+    assert state(tmp_path)["seconds_left"] == 70
+    folder.set_state("preempted", 4, "because")
+    time.sleep(0.3)
+    assert state(tmp_path)["state"] == "preempted", "the last word stays"
+    folder.close()
+
+
+def test_a_failure_that_another_rank_has_written_is_not_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from partialfc.runs.folder import record_failure
+
+    monkeypatch.setattr("partialfc.runs.folder._HEARTBEAT", 0.05)
+    folder = RunFolder(config_of(tmp_path), total_steps=10, step=0)
+    record_failure(tmp_path, "rank 1: the disk is gone")
+    time.sleep(0.3)
+    assert state(tmp_path)["reason"] == "rank 1: the disk is gone"
+    folder.close()
+
+
+def test_health_and_metrics_are_served_on_loopback(tmp_path: Path) -> None:
+    now: dict[str, Any] = {
+        "state": "running",
+        "step": 7,
+        "total_steps": 10,
+        "seconds_since_progress": 1.0,
+        "reason": "",
+    }
+    endpoint = Endpoint(0, lambda: now, stalled_after=60)
+    endpoint.see({"kind": "train", "step": 7, "loss": 1.5, "seconds": {"data": 0.25, "head": 0.5}, "time": 1.0})
+    endpoint.see({"kind": "event", "event": "skipped_step"})
+    endpoint.see({"kind": "event", "event": "skipped_step"})
+    base = f"http://127.0.0.1:{endpoint.port}"
+    with urllib.request.urlopen(f"{base}/healthz", timeout=10) as answer:
+        assert (answer.status, json.load(answer)["step"]) == (200, 7)
+    with urllib.request.urlopen(f"{base}/metrics", timeout=10) as answer:
+        families = {family.name: family for family in text_string_to_metric_families(answer.read().decode())}
+    assert families["partialfc_loss"].samples[0].value == 1.5
+    assert families["partialfc_step"].samples[0].value == 7
+    assert families["partialfc_up"].samples[0].value == 1
+    phases = {sample.labels["phase"]: sample.value for sample in families["partialfc_step_seconds"].samples}
+    assert phases == {"data": 0.25, "head": 0.5}
+    assert {s.labels["event"]: s.value for s in families["partialfc_events"].samples} == {"skipped_step": 2}
+    now["seconds_since_progress"] = 61.0
+    with pytest.raises(urllib.error.HTTPError, match="503"):
+        urllib.request.urlopen(f"{base}/healthz", timeout=10)
+    with pytest.raises(urllib.error.HTTPError, match="404"):
+        urllib.request.urlopen(f"{base}/elsewhere", timeout=10)
+    endpoint.close()
+
+
+def test_a_run_serves_its_health_while_it_trains_and_a_taken_port_is_no_reason_not_to(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(write_task(tmp_path)))
+    port = free_port()
+    long = ["optim.epochs=1000", "evaluation.every=0", f"tracking.metrics_port={port}"]
+    with started(command(config, 0, f"run.dir={tmp_path}/first", *long), tmp_path / "first.out") as first:
+        wait_until(lambda: steps_done(tmp_path / "first") >= 3, of=first)
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+            text = answer.read().decode()
+        step = float(re.findall(r"^partialfc_step (\S+)$", text, re.MULTILINE)[0])
+        assert step >= 3
+        with started(command(config, 0, f"run.dir={tmp_path}/second", *long), tmp_path / "second.out") as second:
+            wait_until(lambda: steps_done(tmp_path / "second") >= 1, of=second)
+    assert f"tracking.metrics_port={port} cannot be served" in (tmp_path / "second.out").read_text()
+    assert lines(tmp_path / "second", "train")
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(write_task(tmp_path)))
+    words = command(config, 0, f"run.dir={tmp_path}/run", "optim.epochs=1000", "evaluation.every=0")
+    with started(words, tmp_path / "first") as first:
+        wait_until(lambda: steps_done(tmp_path / "run") >= 2, of=first)
+        second = finish([*words, "run.timeout=1"])
+        assert second.returncode == 2, second.stdout
+        assert "waiting for another process that trains in" in second.stdout
+        assert "has not ended within 1 s" in second.stderr
+        assert first.poll() is None
+        before = steps_done(tmp_path / "run")
+        wait_until(lambda: steps_done(tmp_path / "run") > before, of=first)
+    third = finish([*words[:-2], "optim.epochs=1", "--force"])
+    assert third.returncode in (0, 2), "the lock has died with its process"
+    assert "another process" not in third.stdout + third.stderr
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_a_start_that_waits_for_another_process_goes_on_from_what_that_one_leaves(tmp_path: Path, ends: bool) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(write_task(tmp_path)))
+    folder = tmp_path / "run"
+    epochs = "optim.epochs=12" if ends else "optim.epochs=1000"
+    words = [f"run.dir={folder}", epochs, "evaluation.every=0", "evaluation.sets=[]"]
+    with started(command(config, 0, *words), tmp_path / "first") as first:
+        wait_until(lambda: steps_done(folder) >= 2, of=first)
+        if ends:
+            os.kill(first.pid, signal.SIGSTOP)
+        with started(command(config, 2, *words), tmp_path / "second") as second:
+            wait_until(lambda: "waiting for another process" in (tmp_path / "second").read_text(), of=second)
+            if ends:
+                os.kill(first.pid, signal.SIGCONT)
+                assert first.wait(60) == 0, (tmp_path / "first").read_text()
+                assert second.wait(60) == 0, (tmp_path / "second").read_text()
+                assert len(events(folder, "started")) == 1, "there was nothing left to do"
+                return
+            os.kill(first.pid, signal.SIGTERM)
+            assert first.wait(60) == 75, (tmp_path / "first").read_text()
+            wait_until(lambda: len(events(folder, "started")) == 2, of=second)
+            before, after = events(folder, "preempted")[0]["step"], events(folder, "started")[1]
+            assert (after["step"], after["attempt"]) == (before, 2)
+
+
+def test_an_evaluation_is_progress(tmp_path: Path) -> None:
+    """What /healthz goes by: a long evaluation is no stalled run."""
+    config = tmp_path / "config.yaml"
+    tree = write_task(tmp_path)
+    tree["optim"]["epochs"] = 1 / 12
+    tree["evaluation"]["batch_size"] = 1
+    config.write_text(yaml.safe_dump(tree))
+    script = (
+        "import sys\n"
+        "from partialfc.config import load_config\n"
+        "from partialfc.runtime.process import joined\n"
+        "from partialfc.train.trainer import Trainer\n"
+        "config = load_config(sys.argv[1])\n"
+        "with joined(config.run.dir, config.run.timeout) as process:\n"
+        "    trainer, seen = Trainer(config, process), []\n"
+        "    process.on_progress.append(lambda: seen.append(trainer.step))\n"
+        "    trainer.train()\n"
+        "    print('signs', len(seen))\n"
+    )
+    done = finish([sys.executable, "-c", script, str(config)])
+    assert done.returncode == 0, done.stderr
+    signs = int(re.findall(r"signs (\d+)", done.stdout)[0])
+    assert signs >= 72 + 74, "one for each batch of the two sets"
