@@ -1,0 +1,1 @@
+"""Measures the head on one GPU: `benchmarks/gpu.sh` runs it."""

@@ -1,0 +1,108 @@
+"""How long a step takes, beside what research code does and beside the bare products, in the same process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from .correctness import precision_modes
+from .measure import Bench, Entries, PhasedStep
+from .steps import HeadStep, PlainStep, bare_products_ms, head_seconds, short
+
+_RUNS = 5  # of a step: two to warm up, at least two that are timed, and some room
+_DENSE_SECONDS = 25e-9  # a class that dense SGD walks
+_MAKING_SECONDS = 0.5e-6  # a class that a head's making and first step take besides
+
+
+@dataclass(frozen=True)
+class Size:
+    classes: int
+    rate: float
+    batches: tuple[int, ...] = (1024, 4096)
+
+    def name(self, batch: int) -> str:
+        return f"{short(self.classes)}, rate {self.rate}, B {batch}"
+
+    @property
+    def active(self) -> int:
+        """How many rows take part in a step."""
+        return int(self.rate * self.classes)
+
+
+SIZES = (
+    Size(1_000_000, 0.1),
+    Size(1_000_000, 1.0),
+    Size(10_000_000, 0.1),
+    Size(4_000_000, 0.1),
+    Size(10_000_000, 1.0),
+    Size(4_000_000, 1.0),
+)
+SMALL_SIZES = (Size(4000, 0.1, (16, 64)), Size(4000, 1.0, (16,)))
+
+
+def run(bench: Bench, entries: Entries) -> None:
+    dim = 64 if bench.small else 512
+    modes = precision_modes()
+    for size in SMALL_SIZES if bench.small else SIZES:
+        for mode in modes:
+            heads(bench, entries, size, dim, mode)
+        for batch in size.batches:
+            others(bench, entries, size, dim, batch)
+    add_ratios(entries, modes[0])
+
+
+def _head_name(size: Size, batch: int, mode: str | None) -> str:
+    return f"{size.name(batch)}: head{f', {mode}' if mode else ''}"
+
+
+def heads(bench: Bench, entries: Entries, size: Size, dim: int, mode: str | None) -> None:
+    """Enter the times of this package's head at both batch sizes; one head serves all of them."""
+    made: list[HeadStep] = []
+    options: dict[str, Any] = {"sample_rate": size.rate} | ({} if mode is None else {"matmul_precision": mode})
+
+    def step(batch: int) -> HeadStep:
+        if not made:
+            made.append(HeadStep(bench, size.classes, dim, batch, **options))
+        made[0].set_batch(batch)
+        return made[0]
+
+    for batch in size.batches:
+        need = _RUNS * head_seconds(size.active, batch) + (0 if made else _MAKING_SECONDS * size.classes)
+        entries.measure(_head_name(size, batch, mode), partial(timed, bench, partial(step, batch)), need)
+
+
+def others(bench: Bench, entries: Entries, size: Size, dim: int, batch: int) -> None:
+    """Enter the bare products and the plain heads."""
+    name = size.name(batch)
+    for sixteen_bit in (False, True):
+        products = partial(bare_products_ms, bench, size.active, dim, batch, sixteen_bit)
+        label = f"{name}: 4 products, {'16 bit' if sixteen_bit else 'fp32'}"
+        entries.measure(label, partial(products_alone, products))
+    need = _RUNS * (1.5 * head_seconds(size.active, batch) + _DENSE_SECONDS * size.classes)
+    for fp16 in (False, True):
+        make = partial(PlainStep, bench, size.classes, dim, batch, size.rate, fp16)
+        entries.measure(f"{name}: plain, {'fp16' if fp16 else 'fp32'}", partial(timed, bench, make), need)
+
+
+def timed(bench: Bench, make: Callable[[], PhasedStep]) -> dict[str, Any]:
+    """The times of a step and its parts, and its peak of memory."""
+    step = make()
+    bench.reset_peak()
+    found = bench.phases(step)
+    return {**found, "peak GiB": bench.peak_gib(), "x head": None}
+
+
+def products_alone(products: Callable[[], float]) -> dict[str, Any]:
+    empty = dict.fromkeys(("forward", "backward", "update", "spread %", "peak GiB", "x head"))
+    return {"ms": products(), **empty}
+
+
+def add_ratios(entries: Entries, mode: str | None) -> None:
+    """Enter how much longer than the head each takes at the same size; below 1 it is faster."""
+    for name, entry in entries.items():
+        size = name.split(":")[0]
+        head = entries.get(f"{size}: head{f', {mode}' if mode else ''}", {})
+        if "ms" in entry and "ms" in head:
+            entry["x head"] = entry["ms"] / head["ms"]
