@@ -121,7 +121,7 @@ class Checkpoints:
             raise Diverged(f"the loss jumped again and again after going back to {path} {most} times; lower optim.lr")
         self.state.load(path)
         self.state.head.step.fill_(step)  # its samples, negatives and learning rate are not those of the checkpoint
-        self.state.head.forget_step()
+        self.state.head.restart_step()
         return str(path)
 
     def newest_in_words(self) -> str:

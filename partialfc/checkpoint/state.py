@@ -107,7 +107,7 @@ class TrainingState:
                 owner, _, key = name.removeprefix(_HEAD_OPTIMIZER).rpartition(".")
                 assert optimizer is not None
                 optimizer.state[parameters[owner]][key] = value
-        self.head.forget_step()
+        self.head.restart_step()
         return num_classes
 
     def _shapes_of_head(self) -> dict[str, torch.Size]:

@@ -19,7 +19,7 @@ def nearest_classes(head: PartialFC, embeddings: Tensor, classes_per_chunk: int 
     best = torch.full((len(embeddings),), -torch.inf, dtype=torch.float64, device=device)
     found = torch.full((len(embeddings),), head.num_classes, dtype=torch.int64, device=device)
     raw = head.loss.raw_logits
-    head.catch_up()
+    head.apply_deferred_decay()
     for start in range(0, len(head.weight), classes_per_chunk):
         weight = head.weight[start : start + classes_per_chunk].to(head.compute_dtype)
         weight = weight if raw else torch.nn.functional.normalize(weight, dim=-1)

@@ -33,34 +33,34 @@ class CenterLoss(nn.Module):
         self._pending: list[tuple[Tensor, Tensor]] = []  # (rows [n], x − k [n, D]) of each micro-batch
 
     def allocate(self, rows: int, dim: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Make the centers of a shard; called by the head that owns it."""
+        """Create the centers of a shard; called by the head that owns it."""
         if hasattr(self, "centers"):
             raise ConfigError("this CenterLoss already belongs to a head; give each head its own")
         self.register_buffer("centers", torch.zeros(rows, dim, dtype=dtype, device=device))
 
     def accumulate(self, rows: Tensor, offsets: Tensor) -> None:
-        """Remember ``offsets [n, D]`` = x − k of samples whose classes are ``rows [n]`` until the step is applied."""
+        """Add ``offsets [n, D]`` = x − k of samples whose classes are ``rows [n]`` int64 to the step under way."""
         self._pending.append((rows, offsets))
 
     @torch.no_grad()
     def apply_pending(self) -> None:
         """Move the centers of the classes seen since the last step (eq. 4)."""
         if self._pending:
-            rows, samples_class = torch.cat([rows for rows, _ in self._pending]).unique(return_inverse=True)
+            rows, sample_class = torch.cat([rows for rows, _ in self._pending]).unique(return_inverse=True)
             offsets = torch.cat([offsets for _, offsets in self._pending])
             sums = torch.zeros(len(rows), offsets.shape[1], dtype=offsets.dtype, device=offsets.device)
-            sums.index_add_(0, samples_class, offsets)
-            counts = torch.bincount(samples_class, minlength=len(rows)).to(sums.dtype)
+            sums.index_add_(0, sample_class, offsets)
+            counts = torch.bincount(sample_class, minlength=len(rows)).to(sums.dtype)
             self.centers.index_add_(0, rows, (sums / (1 + counts)[:, None]).to(self.centers.dtype), alpha=self.alpha)
-        self.drop_pending()
+        self.discard_pending()
 
     @property
     def pending_offsets(self) -> list[Tensor]:
-        """What the next applied step would move the centers by, [n, D] for each micro-batch."""
+        """Offsets that the next applied step would move the centers by, [n, D] for each micro-batch."""
         return [offsets for _, offsets in self._pending]
 
-    def drop_pending(self) -> None:
-        """Forget what a skipped step has accumulated."""
+    def discard_pending(self) -> None:
+        """Discard the offsets of a skipped step."""
         self._pending.clear()
 
     def extra_repr(self) -> str:

@@ -1,8 +1,8 @@
-"""Every collective of a step, in one place.
+"""All collectives of a step.
 
 A training step of the head does three: ``gather`` (the packed batch), ``sum`` (per-sample statistics) and
 ``start_reduce_scatter`` (the embeddings' gradient); a loss with unbounded logits adds one ``maximum``. Their sizes
-follow the batch, never the number of classes. Without a process group all of them are the identity.
+depend on the batch, never on the number of classes. Without a process group all of them are the identity.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Collectives:
         group: the process group; ``None`` takes the default group if there is one, else a single process.
 
     Raises:
-        RankLost: from every method, where the collective fails because another rank is gone or silent.
+        RankLost: from every collective that fails because another rank is gone or silent.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
@@ -46,7 +46,7 @@ class Collectives:
         return self  # a copied head belongs to the same ranks; a process group cannot be copied
 
     def check_group(self) -> None:
-        """Raise ConfigError if this was made before the process group: every rank would train on its own."""
+        """Raise ConfigError if the process group was made after this object: every rank would train on its own."""
         if self.group is None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             raise ConfigError(
                 "this head was made before torch.distributed.init_process_group, so it is not sharded; make it "
@@ -55,11 +55,11 @@ class Collectives:
 
     @property
     def distributed(self) -> bool:
-        """Whether there is a process group, of whatever size."""
+        """True if there is a process group, of whatever size."""
         return self.group is not None
 
     def gather(self, message: Tensor) -> Tensor:
-        """Messages of all ranks, [world_size, len(message)], in rank order."""
+        """Return the messages of all ranks, [world_size, len(message)], in rank order."""
         if self.group is None:
             return message[None]
         gathered = torch.empty(self.world_size * len(message), dtype=message.dtype, device=message.device)
@@ -67,19 +67,19 @@ class Collectives:
         return gathered.view(self.world_size, len(message))
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sum ``values`` over ranks, in place."""
+        """Sum ``values`` over ranks, in place, and return them."""
         if self.group is not None:
             self._run("all-reduce of sums", dist.all_reduce, values, op=dist.ReduceOp.SUM, group=self.group)
         return values
 
     def maximum(self, values: Tensor) -> Tensor:
-        """Maximum of ``values`` over ranks, in place."""
+        """Take the maximum of ``values`` over ranks, in place, and return it."""
         if self.group is not None:
             self._run("all-reduce of maxima", dist.all_reduce, values, op=dist.ReduceOp.MAX, group=self.group)
         return values
 
     def start_reduce_scatter(self, values: Tensor) -> Callable[[], Tensor]:
-        """Begin to sum ``values [world_size·n, …]`` over ranks; the returned function waits and gives rank's [n, …]."""
+        """Start to sum ``values [world_size·n, …]`` over ranks; the returned function waits for this rank's [n, …]."""
         if self.group is None:
             return lambda: values
         share = torch.empty_like(values[: len(values) // self.world_size])

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class DeferredRead:
-    """A tensor on its way to the host."""
+    """A copy of a tensor that is on its way to the host."""
 
     def __init__(self, values: Tensor) -> None:
         self._event: Any = None
@@ -22,7 +22,7 @@ class DeferredRead:
             self._host = values.cpu()
 
     def read(self) -> list[Any]:
-        """Its values. Waits for the copy only, not for the work queued behind it."""
+        """Return the values. Waits for the copy only, not for the work queued behind it."""
         if self._event is not None:
             self._event.synchronize()
         return self._host.tolist()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -13,28 +13,27 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from partialfc.errors import BatchMismatch, ConfigError, LabelOutOfRange
-from partialfc.head import message as packing
 from partialfc.head.center_loss import CenterLoss
 from partialfc.head.collectives import Collectives
-from partialfc.head.deferred_read import DeferredRead
-from partialfc.head.optim import sparse_grads as gradients
-from partialfc.head.optim.step_hooks import follow
+from partialfc.head.gather import BatchGather, GlobalBatch, LocalBatch
+from partialfc.head.optim.deferred_decay import apply_deferred_decay
+from partialfc.head.optim.sparse_grads import all_finite, squared_norm
 from partialfc.head.partition import ClassPartition
-from partialfc.head.random import normal_rows, stream_key
-from partialfc.head.softmax.sampling import active_rows
-from partialfc.head.softmax.sharded_softmax import ShardedSoftmax, ShardStep
-from partialfc.head.validation import check_loss, check_options, check_sizes, claim
+from partialfc.head.random import RandomStream, normal_rows, stream_key
+from partialfc.head.softmax.sampling import active_rows, owned_samples
+from partialfc.head.softmax.sharded_softmax import ShardStep, sharded_softmax
+from partialfc.head.step_state import MicroBatch, StepState
+from partialfc.head.validation import check_loss, check_options, check_sizes, register_owner
 from partialfc.losses import Loss
 
-_INITIAL_WEIGHT = 2  # the purpose that tells this stream of random numbers from the others
 _INITIAL_STD = 0.01
 
 
 @dataclass(frozen=True)
 class HeadOutput:
-    """What a step of the head gives. All but ``active_rows`` are equal on all ranks, and all but ``loss`` detached."""
+    """The result of a call. All but ``active_rows`` are equal on all ranks, and all but ``loss`` are detached."""
 
-    loss: Tensor  # []: mean over the samples of the global batch that count, center loss included
+    loss: Tensor  # []: mean over the valid samples of the global batch, center loss included
     softmax_loss: Tensor  # []
     center_loss: Tensor  # []: its weight included; 0 without one
     target_cosine: Tensor  # []: mean cosine between an embedding and its own class
@@ -51,19 +50,19 @@ class PartialFC(nn.Module):
     Args:
         num_classes: C, classes of all shards together; ≥ 1. It may be smaller than the number of ranks.
         embedding_dim: D.
-        loss: e.g. ``losses.ArcFace(scale=64.0, margin=0.5)``. One with a state or parameters belongs to this head from
-            now on.
+        loss: e.g. ``losses.ArcFace(scale=64.0, margin=0.5)``. A loss with a state or parameters belongs to this head
+            from now on.
         sample_rate: share of the classes, in (0, 1], drawn as negatives in a step, besides the batch's own classes; or
             a function of the step. Evaluation always uses all classes.
         seed: of the initial weights and the negatives. Both are functions of the class id, whatever the world size.
         center_loss: e.g. ``CenterLoss(weight=0.003, alpha=0.5)``; owned by this head from now on.
         filter_threshold: negatives whose cosine exceeds it, in [-1, 1], are left out of the denominator (interclass
-            filtering, for data sets in which one identity occurs under several ids); also for raw logits.
-        correct_sampling: weight classes that take part only because they were drawn by 1/sample_rate in the
-            denominator, so that its expectation is that of all classes.
+            filtering, for data sets in which one identity has several class ids); also for raw logits.
+        correct_sampling: give classes that take part only because they were sampled the weight 1/sample_rate in the
+            denominator, so that its expectation equals the sum over all classes.
         on_nonfinite: ``"raise"`` checks embeddings for NaN and Inf and raises NonFiniteEmbeddings on every rank;
             ``"propagate"`` lets them through, and makes loss and gradients NaN on every rank, so that loss scalers
-            and the like decide alike everywhere.
+            decide alike everywhere.
         weight_dtype: of the weight, float32, float64 or bfloat16 (which the ``Row*`` optimizers round stochastically).
         compute_dtype: of logits, gradients and centers, float32 or float64; default: ``weight_dtype``, for bfloat16
             float32.
@@ -120,15 +119,10 @@ class PartialFC(nn.Module):
             self.bias = nn.Parameter(torch.zeros(rows, dtype=compute_dtype, device=device))
         if center_loss is not None:
             center_loss.allocate(rows, embedding_dim, compute_dtype, self.weight.device)
-        claim(loss, self)
+        register_owner(loss, self)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
-        self._next_step: int | None = None  # what `step` holds, where reading the buffer would wait for a device
-        self._batch_format: packing.BatchFormat | None = None
-        self._in_step = False  # a backward has run since the last optimizer step
-        # Of the step's micro-batches that have run backward: samples passed, and the loss's statistics.
-        self._samples_passed: int | Tensor = 0
-        self._loss_statistics: Tensor | None = None
-        self._unread: DeferredRead | None = None  # headers on their way to the host
+        self._gatherer = BatchGather(self.collectives, num_classes, embedding_dim)
+        self._step_state = StepState(self)
         self.register_state_dict_pre_hook(_before_saving)
         self.register_load_state_dict_pre_hook(_before_loading)
         self.register_load_state_dict_post_hook(_after_loading)
@@ -137,26 +131,28 @@ class PartialFC(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw the weight, N(0, 0.01²), a function of (seed, class id); set all else to its initial value."""
-        if not self.weight.is_meta:
-            self.catch_up()
-            for zero in (self.bias, self.step, None if self.center_loss is None else self.center_loss.centers):
-                if zero is not None:
-                    zero.zero_()
-            self.forget_step()
-            ids = torch.arange(self.first_class, self.first_class + len(self.weight), device=self.weight.device)
-            if self.loss.sub_centers is not None:
-                ids = ids[:, None] * self.loss.sub_centers + torch.arange(self.loss.sub_centers, device=ids.device)
-            rows = self.weight.view(-1, self.embedding_dim)
-            normal_rows(stream_key(self.seed, _INITIAL_WEIGHT), ids.flatten(), self.embedding_dim, _INITIAL_STD, rows)
-            self.loss.reset(self.num_classes, self._rate_at(0))
+        if self.weight.is_meta:
+            return
+        self.apply_deferred_decay()
+        for zero in (self.bias, self.step, None if self.center_loss is None else self.center_loss.centers):
+            if zero is not None:
+                zero.zero_()
+        self.restart_step()
+        ids = torch.arange(self.first_class, self.first_class + len(self.weight), device=self.weight.device)
+        if self.loss.sub_centers is not None:
+            ids = ids[:, None] * self.loss.sub_centers + torch.arange(self.loss.sub_centers, device=ids.device)
+        key = stream_key(self.seed, RandomStream.INITIAL_WEIGHT)
+        rows = self.weight.view(-1, self.embedding_dim)
+        normal_rows(key, ids.flatten(), self.embedding_dim, _INITIAL_STD, rows)
+        self.loss.reset(self.num_classes, self._rate_at(0))
 
     def forward(self, embeddings: Tensor, labels: Tensor, step: int | None = None) -> HeadOutput:
-        """The loss of the global batch. A collective: every rank calls it, in the same mode.
+        """Compute the loss of the global batch. A collective: every rank calls it, in the same mode.
 
         Args:
             embeddings: [B_local, D], float32, float64, float16 or bfloat16; need not be normalised. B_local may differ
                 between ranks and steps, and be 0, up to the largest of the first call.
-            labels: [B_local] int64 in [0, num_classes), or -1 for a sample that does not count.
+            labels: [B_local] int64 in [0, num_classes), or -1 for a sample to ignore.
             step: seeds the negatives; default: the head's own counter.
 
         Returns:
@@ -168,60 +164,83 @@ class PartialFC(nn.Module):
                 the next call of the head or of its optimizer's ``step()``, and nothing is updated until then.
             RankLost: another rank has died or cannot be reached.
         """
+        local = self._begin(embeddings, labels, step)
+        batch = self._gather(local)  # collective 1
+        shard = self._sample(local, batch)
+        softmax = sharded_softmax(local.embeddings, self.weight, self.bias, shard)  # collective 2; 3 in backward
+        if local.wants_grad and local.training:
+            micro_batch = MicroBatch(
+                softmax.num_samples, softmax.loss_statistics, shard.owned.rows, softmax.center_offsets
+            )
+            self._step_state.track(softmax.loss, micro_batch)
+        return HeadOutput(
+            softmax.loss,
+            softmax.softmax_loss,
+            softmax.center_loss,
+            softmax.target_cosine,
+            softmax.num_samples,
+            shard.active.count,
+        )
+
+    def _begin(self, embeddings: Tensor, labels: Tensor, step: int | None) -> LocalBatch:
+        """Close what earlier calls have left open, and describe this one."""
         self.collectives.check_group()
-        self._raise_unread()
+        self._step_state.raise_deferred()
         if self.training:
-            self._close_skipped_step()
-        # What is no tensor at all is refused like a tensor of the wrong shape: on every rank, after the exchange.
+            self._step_state.close_skipped()
+        step = self._step_state.number if step is None else int(step)
+        # Anything but a tensor is refused like a tensor of the wrong shape: on every rank, after the exchange.
         embeddings = embeddings if isinstance(embeddings, Tensor) else torch.empty(())
         labels = labels if isinstance(labels, Tensor) else torch.empty(())
-        step = self._current_step() if step is None else int(step)
-        rate = self._rate(step)
-        parameters = list(self.loss.parameters())
-        trained = (embeddings, self.weight, *parameters)
+        trained = (embeddings, self.weight, *self.loss.parameters())
         wants_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in trained)
+        rate = self._rate_at(step) if self.training else 1.0
+        return LocalBatch(embeddings, labels, step, rate, self.training, wants_grad, self.on_nonfinite == "raise")
 
-        x, y, counts = self._gather(embeddings, labels, step, rate, wants_grad)  # collective 1: [B, D], [B], [W]
-        last = self.first_class + len(self.weight)
+    def _gather(self, local: LocalBatch) -> GlobalBatch:
+        """Gather the samples of all ranks; raise their errors, at once or later."""
+        device = self.weight.device
+        if self._gatherer.format is None and self.collectives.distributed:
+            self._gatherer.agree_on_format(local.embeddings, self._settings(), device)
+        batch = self._gatherer.gather(local, device)
+        self._step_state.defer(batch.check)
+        return batch
+
+    def _sample(self, local: LocalBatch, batch: GlobalBatch) -> ShardStep:
+        """Choose this shard's active rows, and bring them up to date."""
+        start, stop = self.first_class, self.first_class + len(self.weight)
+        owned = owned_samples(batch.labels, start, stop)
         active = active_rows(
-            y, self.first_class, last, rate, self.seed, step, self.correct_sampling, self.compute_dtype
+            owned.rows, start, stop, local.rate, self.seed, local.step, self.correct_sampling, self.compute_dtype
         )
-        self.catch_up(active.rows)
+        self.apply_deferred_decay(active.rows)
         if self.weight.dtype is torch.bfloat16:
             self.weight.grad_dtype = self.compute_dtype  # rows' gradients are not to be rounded
-        shard = ShardStep(
+        return ShardStep(
             loss=self.loss,
             collectives=self.collectives,
-            embeddings=x.to(self.compute_dtype),
-            labels=y,
-            positions=self._positions(counts, len(y)),
-            local_count=len(embeddings),
-            first_class=self.first_class,
+            embeddings=batch.embeddings.to(self.compute_dtype),
+            labels=batch.labels,
+            positions=batch.positions + self._step_state.samples_passed,
+            local_count=len(local.embeddings),
+            owned=owned,
             active=active,
-            step=step,
+            step=local.step,
             seed=self.seed,
             filter_threshold=self.filter_threshold,
             memory_budget=int(self.memory_budget_mb * 2**20),
             center_loss=self.center_loss,
-            earlier_statistics=self._loss_statistics,
-            wants_grad=wants_grad,
-            training=self.training,
-        )
-        # Collectives 2 and, backward, 3.
-        loss = ShardedSoftmax.apply(embeddings, self.weight, self.bias, shard, *parameters)
-        found = shard.statistics
-        assert found is not None
-        if wants_grad and self.training:
-            follow(self)
-            loss.register_hook(partial(self._enter_step, [(found.num_samples, found.of_loss)]))
-        return HeadOutput(
-            loss, found.softmax_loss, found.center_loss, found.target_cosine, found.num_samples, active.count
+            earlier_statistics=self._step_state.loss_statistics,
+            wants_grad=local.wants_grad,
+            training=local.training,
         )
 
     @torch.no_grad()
     def rows(self, class_ids: Tensor) -> Tensor:
-        """Weights of any classes, [n, D] or [n, K, D], on every rank. A collective: every rank passes the same
-        ``class_ids``.
+        """Return the weights of any classes, [n, D] or [n, K, D], on every rank. A collective.
+
+        Args:
+            class_ids: [n] int64 in [0, num_classes), the same on every rank; may repeat.
 
         Raises:
             LabelOutOfRange: an id is outside [0, num_classes), on any rank.
@@ -231,50 +250,59 @@ class PartialFC(nn.Module):
         ids = torch.as_tensor(class_ids, dtype=torch.int64, device=self.weight.device).flatten()
         outside = ids[(ids < 0) | (ids >= self.num_classes)]
         digest = zlib.crc32(ids.cpu().numpy().tobytes())
-        mine = torch.tensor([len(ids), digest, len(outside), int(outside[0]) if len(outside) else 0])
-        asked = self.collectives.gather(mine.to(ids.device)).tolist()
-        for rank, (_, _, wrong, example) in enumerate(asked):
+        request = torch.tensor([len(ids), digest, len(outside), int(outside[0]) if len(outside) else 0])
+        requests = self.collectives.gather(request.to(ids.device)).tolist()
+        for rank, (_, _, wrong, example) in enumerate(requests):
             if wrong:
                 raise LabelOutOfRange(f"rank {rank}: class id {example} is outside [0, {self.num_classes})")
-        if any(other[:2] != asked[0][:2] for other in asked):
+        if any(other[:2] != requests[0][:2] for other in requests):
             raise BatchMismatch("rows() needs the same class ids on every rank; gather them first")
         local = ids - self.first_class
-        mine_too = (local >= 0) & (local < len(self.weight))
-        self.catch_up(local[mine_too])
-        found = self.weight.new_zeros(len(ids), *self.weight.shape[1:])
-        found[mine_too] = self.weight[local[mine_too]]
-        return self.collectives.sum(found)
+        owned = (local >= 0) & (local < len(self.weight))
+        self.apply_deferred_decay(local[owned])
+        rows = self.weight.new_zeros(len(ids), *self.weight.shape[1:])
+        rows[owned] = self.weight[local[owned]]
+        return self.collectives.sum(rows)
 
     @torch.no_grad()
     def grad_norm(self) -> Tensor:
-        """Euclidean norm of the weight's gradient over all shards, []. A collective."""
+        """Return the Euclidean norm of the weight's gradient over all shards, bias included, []. A collective."""
         of_classes = [self.weight, self.bias]  # not the loss's own parameters
-        return self.collectives.sum(gradients.squared_norm(of_classes, self.weight.device)).sqrt()
+        return self.collectives.sum(squared_norm(of_classes, self.weight.device)).sqrt()
 
     @torch.no_grad()
     def gradient_is_finite(self) -> Tensor:
-        """Whether all that the next update takes in is, [] bool: the gradients of this shard, and what its centers move
-        by. No collective: the ranks have to agree before one of them skips the step.
+        """Return a bool [], true if the next update is free of NaN and Inf: gradients and centers of this shard.
+
+        No collective: the ranks have to agree before one of them skips the step.
         """
         pending = [] if self.center_loss is None else self.center_loss.pending_offsets
-        return gradients.all_finite(self.parameters(), pending, self.weight.device)
+        return all_finite(self.parameters(), pending, self.weight.device)
+
+    def apply_deferred_decay(self, rows: Tensor | None = None) -> None:
+        """Bring ``rows`` [n] int64 of this shard up to date, all by default.
+
+        ``RowSGD(unsampled_rows="decayed")`` defers the decay of rows without a gradient. The head applies it to the
+        rows that it uses, returns or saves; call this before reading ``weight`` in other ways.
+        """
+        apply_deferred_decay(self.weight, rows)
+        apply_deferred_decay(self.bias, rows)
 
     def catch_up(self, rows: Tensor | None = None) -> None:
-        """Have the optimizer apply what it owes to ``rows [n]`` of this shard, all by default (``RowSGD`` with decayed
-        rows owes something). The head does so for what it uses or saves; call it before reading ``weight`` otherwise.
-        """
-        for parameter in (self.weight, self.bias):
-            owed = getattr(parameter, "catch_up", None)
-            if owed is not None:
-                owed(rows)
+        """Call :meth:`apply_deferred_decay` by its deprecated name."""
+        warnings.warn("head.catch_up() is now apply_deferred_decay()", DeprecationWarning, stacklevel=2)
+        self.apply_deferred_decay(rows)
 
-    def __getstate__(self) -> dict[str, Any]:
-        self.catch_up()
-        return self.__dict__.copy()
+    def restart_step(self) -> None:
+        """Discard the micro-batches of the current step, and read the counter anew.
+
+        Call this after changing the head's buffers in place, as loading a checkpoint does.
+        """
+        self._step_state.restart()
 
     def reset_batch_format(self) -> None:
-        """Forget the largest batch and the dtype agreed at the first call: the next one, on every rank, agrees anew."""
-        self._batch_format = None
+        """Forget the largest batch and the dtype that the ranks agreed on. The next call on every rank agrees anew."""
+        self._gatherer.format = None
 
     def extra_repr(self) -> str:
         rate = self.sample_rate if isinstance(self.sample_rate, float | int) else "schedule"
@@ -284,74 +312,9 @@ class PartialFC(nn.Module):
             f"of {self.collectives.world_size}"
         )
 
-    # --- the batch -------------------------------------------------------------------------------------------------
-
-    def _gather(
-        self, embeddings: Tensor, labels: Tensor, step: int, rate: float, wants_grad: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The global batch, [B, D] and [B], and each rank's samples of it, [W]; raises the same error on every rank if
-        any rank's part is wrong.
-        """
-        device = self.weight.device
-        flags = packing.FLAG_TRAINING * self.training | packing.FLAG_BACKWARD * wants_grad
-        agreed = self._agree_on_format(embeddings)
-        problem = packing.find_problem(embeddings, labels, self.embedding_dim, device, agreed)
-        header = packing.make_header(embeddings, problem, flags, step, rate, device)
-        found_by_host = problem[0] is not packing.Problem.NONE
-        if not found_by_host:
-            packing.check_values(header, embeddings, labels, self.num_classes, self.on_nonfinite == "raise")
-        if agreed is None:  # a single process: nothing to send
-            headers, x, y = header[None], embeddings.detach(), labels
-        else:
-            message = packing.pack(header, embeddings, labels, agreed, found_by_host)
-            headers, y, x = packing.unpack(self.collectives.gather(message), agreed)
-        if (agreed is None and found_by_host) or not self._errors_are_deferred():
-            packing.raise_problem(headers.tolist(), self.num_classes, self.embedding_dim, agreed)
-        else:
-            self._unread = DeferredRead(headers)
-            failed = packing.any_problem(headers)  # then no sample counts, and nothing is updated
-            y = torch.where(failed, torch.full_like(y, -1), y)
-        x = x.masked_fill((y < 0)[:, None], 0.0)  # what is ignored has no influence, not even as NaN
-        return x, y, headers[:, packing.Field.COUNT]
-
-    def _positions(self, counts: Tensor, batch: int) -> Tensor:
-        """[B]: positions of the gathered samples in the step's batch, in rank order, after earlier micro-batches."""
-        within = torch.arange(batch // len(counts), device=counts.device)
-        return ((counts.cumsum(0) - counts)[:, None] + within).flatten() + self._samples_passed
-
-    def _agree_on_format(self, embeddings: Tensor) -> packing.BatchFormat | None:
-        """At the first call: check that the ranks' heads are the same, and agree on batch size and dtype."""
-        if self._batch_format is None and self.collectives.distributed:
-            settings = (self.num_classes, self.embedding_dim, self.seed, self.loss, self.center_loss)
-            filters = (self.filter_threshold, self.correct_sampling, self.on_nonfinite)
-            dtypes = (self.weight.dtype, self.compute_dtype)
-            identity = zlib.crc32(repr(settings + filters + dtypes).encode())
-            count = embeddings.shape[0] if embeddings.dim() else 0
-            mine = torch.tensor([count, packing.dtype_code(embeddings.dtype), identity], device=self.weight.device)
-            ranks = self.collectives.gather(mine).tolist()
-            for rank, (_, dtype, other) in enumerate(ranks):
-                if other != ranks[0][2]:
-                    raise BatchMismatch(
-                        f"the heads of rank 0 and rank {rank} differ: num_classes, embedding_dim, loss, "
-                        "seed and all other arguments must be the same on every rank"
-                    )
-                if dtype != ranks[0][1]:
-                    raise BatchMismatch(f"embeddings of rank 0 and rank {rank} differ in dtype; use one dtype")
-            capacity = max(1, *(count for count, _, _ in ranks))
-            dtype = ranks[0][1]
-            # A dtype that is no float is refused right after, from the headers; any float will do to carry them.
-            carried = packing.dtype_of(dtype) if dtype >= 0 and packing.dtype_of(dtype).is_floating_point else None
-            agreed = packing.BatchFormat(capacity, self.embedding_dim, carried or torch.float32)
-            if carried is None:
-                return agreed
-            self._batch_format = agreed
-        return self._batch_format
-
-    def _rate(self, step: int) -> float:
-        """The sample rate of this step; 1 in evaluation."""
-        if not self.training:
-            return 1.0
-        return self._rate_at(step)
+    def __getstate__(self) -> dict[str, Any]:
+        self.apply_deferred_decay()
+        return self.__dict__.copy()
 
     def _rate_at(self, step: int) -> float:
         rate = self.sample_rate(step) if callable(self.sample_rate) else self.sample_rate
@@ -359,94 +322,21 @@ class PartialFC(nn.Module):
             raise ConfigError(f"sample_rate must lie in (0, 1], got {rate} at step {step}")
         return rate
 
-    # --- the step counter, and errors that arrive late ---------------------------------------------------------------
-
-    def _current_step(self) -> int:
-        if self._next_step is None:
-            self._next_step = int(self.step)
-        return self._next_step
-
-    def forget_step(self) -> None:
-        """Another state was loaded: read the step from its buffer, and drop what micro-batches have left behind."""
-        self._next_step = None
-        self._drop_pending()
-
-    def _drop_pending(self) -> None:
-        """Forget what the micro-batches of the current step have left behind."""
-        self._in_step, self._samples_passed, self._loss_statistics = False, 0, None
-        if self.center_loss is not None:
-            self.center_loss.drop_pending()
-
-    def _enter_step(self, news: list[tuple[Tensor, Tensor | None]], grad: Tensor) -> None:
-        self._close_skipped_step()  # here too: zero_grad() may stand between forward and backward
-        if self._in_step and self._sparse_sums_concatenate():
-            self._merge_gradients()
-        self._in_step = True
-        while news:  # a second backward through a retained graph sees the same samples
-            samples, statistics = news.pop()
-            self._samples_passed = self._samples_passed + samples
-            if statistics is not None:
-                earlier = self._loss_statistics
-                self._loss_statistics = statistics if earlier is None else earlier + statistics
-
-    def _sparse_sums_concatenate(self) -> bool:
-        """Whether torch appends the rows of a second sparse gradient; on a CPU it merges sorted ones."""
-        return self.weight.device.type != "cpu"
-
-    @torch.no_grad()
-    def _merge_gradients(self) -> None:
-        """Merge what earlier micro-batches have left: memory is to follow the union of their rows, not the sum."""
-        for parameter in (self.weight, self.bias):
-            if parameter is not None and parameter.grad is not None and parameter.grad.is_sparse:
-                parameter.grad = parameter.grad.coalesce()
-
-    def _close_skipped_step(self) -> None:
-        """A backward whose gradient was cleared without an optimizer step (a loss scaler does that) ends its step."""
-        if self._in_step and self.weight.grad is None:
-            self._end_step(applied=False)
-
-    def _end_step(self, applied: bool) -> None:
-        if applied:
-            if self.center_loss is not None:
-                self.center_loss.apply_pending()
-            state = self.loss.stateful.state
-            if state is not None and self._loss_statistics is not None:
-                state.copy_(self.loss.next_state(state, self._loss_statistics))
-        self._drop_pending()
-        self._next_step = self._current_step() + 1
-        self.step.fill_(self._next_step)
-
-    def before_optimizer_step(self) -> None:
-        """Called before the step of the optimizer that holds the weight: raises what a GPU has found meanwhile."""
-        self._raise_unread()
-
-    def after_optimizer_step(self) -> None:
-        """Called after that step: moves the centers and advances the counter."""
-        if self._in_step:
-            self._end_step(applied=True)
-
-    def _errors_are_deferred(self) -> bool:
-        return self.weight.device.type != "cpu"
-
-    def _raise_unread(self) -> None:
-        """Raise what the headers of the last call report, where nobody has looked yet."""
-        if self._unread is not None:
-            headers, self._unread = self._unread.read(), None
-            try:
-                packing.raise_problem(headers, self.num_classes, self.embedding_dim, self._batch_format)
-            except Exception:
-                self._drop_pending()
-                raise
+    def _settings(self) -> str:
+        """Return the arguments that must be the same on every rank."""
+        settings = (self.num_classes, self.embedding_dim, self.seed, self.loss, self.center_loss)
+        filters = (self.filter_threshold, self.correct_sampling, self.on_nonfinite)
+        return repr(settings + filters + (self.weight.dtype, self.compute_dtype))
 
 
 def _before_saving(head: PartialFC, prefix: str, keep_vars: bool) -> None:
-    head._close_skipped_step()
-    head.catch_up()
+    head._step_state.close_skipped()
+    head.apply_deferred_decay()
 
 
 def _before_loading(head: PartialFC, *_: Any) -> None:
-    head.catch_up()  # what is owed to the rows that are replaced must not fall on the new ones
+    head.apply_deferred_decay()  # decay deferred for the replaced rows must not fall on the new ones
 
 
 def _after_loading(head: PartialFC, incompatible_keys: Any) -> None:
-    head.forget_step()
+    head.restart_step()

@@ -1,25 +1,39 @@
-"""Random numbers that are functions of what they are for, the same on every device, rank and world size.
+"""Random numbers that are functions of their purpose, the same on every device, rank and world size.
 
 A class's initial weight depends on (seed, class id), the negatives of a step on (seed, step, class id). A counter-based
-generator gives that without any state: each number is a hash of its own coordinates.
+generator provides that without any state: each number is a hash of its own coordinates.
 """
 
 from __future__ import annotations
 
 import math
+from enum import IntEnum
 
 import torch
 from torch import Tensor
 
-# splitmix64 (Steele, Lea, Flood: "Fast splittable pseudorandom number generators", OOPSLA 2014), as signed int64.
+# splitmix64 (Steele, Lea, Flood: "Fast splittable pseudorandom number generators", OOPSLA 2014), as signed int64:
+# torch has no unsigned 64-bit arithmetic. `data/order.py` hashes on the host, on numpy's uint64; the head needs the
+# same function on any device.
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15
 _MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
 _WORD = 1 << 64
 
 
+class RandomStream(IntEnum):
+    """Purposes of random numbers: a coordinate that keeps their streams independent. Runs depend on the values."""
+
+    NEGATIVES = 1  # classes sampled in a step
+    INITIAL_WEIGHT = 2
+    NOISE = 3  # margins drawn for each sample
+    ROUNDING = 4  # stochastic rounding in an optimizer step
+    DEFERRED_DECAY = 5  # stochastic rounding when deferred decay is applied
+    BACKBONE = 6  # dropout and the like
+
+
 def mix(values: Tensor) -> Tensor:
-    """splitmix64's finaliser on int64 ``values``: every input bit changes half of the output bits."""
+    """Apply splitmix64's finaliser to int64 ``values``: every input bit changes half of the output bits."""
     # Shifts of int64 are arithmetic: the mask makes them logical.
     values = (values ^ ((values >> 30) & ((1 << 34) - 1))) * _MIX_1
     values = (values ^ ((values >> 27) & ((1 << 37) - 1))) * _MIX_2
@@ -27,7 +41,7 @@ def mix(values: Tensor) -> Tensor:
 
 
 def stream_key(*coordinates: int) -> int:
-    """One int64 that stands for ``coordinates`` (seed, purpose, step …), mixed one after the other."""
+    """Mix ``coordinates`` (seed, :class:`RandomStream`, step …) one after the other into one int64."""
     key = 0
     for coordinate in coordinates:
         key = int(mix(torch.tensor(_signed(key + coordinate * _GOLDEN + _GOLDEN)))) % _WORD
@@ -35,7 +49,7 @@ def stream_key(*coordinates: int) -> int:
 
 
 def hash64(key: int, ids: Tensor) -> Tensor:
-    """Uniform int64 values, one for each of the int64 ``ids``, under ``key`` (see :func:`stream_key`)."""
+    """Return a uniform int64 value for each of the int64 ``ids``, under ``key`` (see :func:`stream_key`)."""
     return mix(ids * _GOLDEN + key)
 
 

@@ -1,4 +1,4 @@
-"""What a head refuses to be made with."""
+"""Checks of a head's constructor arguments."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def check_options(
     weight_dtype: torch.dtype,
     compute_dtype: torch.dtype,
 ) -> None:
-    """Raise ConfigError for an option that is out of range, or that ``loss`` cannot have."""
+    """Raise ConfigError for an option that is out of range, or that does not fit ``loss``."""
     if not callable(sample_rate) and not 0.0 < sample_rate <= 1.0:
         raise ConfigError(f"sample_rate must lie in (0, 1], got {sample_rate}")
     if filter_threshold is not None and not -1.0 <= filter_threshold <= 1.0:
@@ -44,7 +44,7 @@ def check_options(
 
 
 def check_loss(loss: Loss) -> None:
-    """Raise ConfigError unless ``loss`` keeps the contract of :class:`~partialfc.losses.Loss`: it is tried out."""
+    """Raise ConfigError unless ``loss`` keeps the contract of :class:`~partialfc.losses.Loss`, in a trial run."""
     if not isinstance(loss, Loss):
         raise ConfigError(f"loss must be a partialfc.losses.Loss, e.g. losses.ArcFace(), got {loss!r}")
     name = type(loss).__name__
@@ -52,50 +52,73 @@ def check_loss(loss: Loss) -> None:
         raise ConfigError(f"{name}.needs may hold {sorted(NEEDS)}, got {sorted(loss.needs)}")
     if loss.raw_logits and (loss.sub_centers is not None or not loss.negatives_are_linear):
         raise ConfigError(f"{name} works on raw logits: it cannot have sub-centers or negative_logits of its own")
-    state = loss.stateful.state
-    held = [*loss.parameters(), *loss.buffers()]
-    if any(tensor.is_meta for tensor in held):
+    tensors = [*loss.parameters(), *loss.buffers()]
+    if any(tensor.is_meta for tensor in tensors):
         return
-    cosine = torch.tensor([0.3, 0.6], dtype=torch.float64, device=held[0].device if held else None)
-    ones = torch.ones_like(cosine)
-    counted = ones.bool()
-    norms = (10 * ones).requires_grad_("norms" in loss.needs)
-    first, noise = "target_cosine_first" in loss.needs, "noise" in loss.needs
-    samples = Samples(norms, counted, counted.long(), 0, 0, cosine if first else None, ones if noise else None, state)
+    cosine = torch.tensor([0.3, 0.6], dtype=torch.float64, device=tensors[0].device if tensors else None)
+    samples = _trial_samples(loss, cosine)
     with torch.enable_grad():
-        _check_shape(f"{name}.target_logit", loss.target_logit(cosine.clone().requires_grad_(), samples), (2,))
-        chunk = torch.zeros(2, 3, device=cosine.device, requires_grad=True)
-        negatives = loss.negative_logits(chunk, samples)
-        _check_shape(f"{name}.negative_logits", negatives, (2, 3))
-        _check_shape(f"{name}.objective", loss.objective(ones, ones, ones), (2,))
-        penalty = loss.penalty(samples)
-        if penalty is not None:
-            _check_shape(f"{name}.penalty", penalty, (2,))
-        held = [tensor for tensor in (*loss.parameters(), norms) if tensor.requires_grad]
-        if held and negatives.requires_grad:
-            found = torch.autograd.grad(negatives.sum(), held, allow_unused=True)
-            if any(gradient is not None for gradient in found):
-                raise ConfigError(
-                    f"{name}.negative_logits depends on a parameter of the loss or on samples.norms, whose gradient "
-                    "would be lost; they may enter target_logit, objective and penalty, parameters also logit_offset"
-                )
-    if state is not None:
+        _check_logits(name, loss, cosine, samples)
+    _check_state(name, loss, samples)
+
+
+def _trial_samples(loss: Loss, cosine: Tensor) -> Samples:
+    """Return two samples with everything that ``loss`` needs."""
+    ones = torch.ones_like(cosine)
+    return Samples(
+        norms=(10 * ones).requires_grad_("norms" in loss.needs),
+        valid=ones.bool(),
+        positions=ones.long(),
+        step=0,
+        seed=0,
+        target_cosine=cosine if "target_cosine_first" in loss.needs else None,
+        noise=ones if "noise" in loss.needs else None,
+        state=loss.stateful.state,
+    )
+
+
+def _check_logits(name: str, loss: Loss, cosine: Tensor, samples: Samples) -> None:
+    ones = torch.ones_like(cosine)
+    _check_shape(f"{name}.target_logit", loss.target_logit(cosine.clone().requires_grad_(), samples), (2,))
+    chunk = torch.zeros(2, 3, device=cosine.device, requires_grad=True)
+    negatives = loss.negative_logits(chunk, samples)
+    _check_shape(f"{name}.negative_logits", negatives, (2, 3))
+    _check_shape(f"{name}.objective", loss.objective(ones, ones, ones), (2,))
+    penalty = loss.penalty(samples)
+    if penalty is not None:
+        _check_shape(f"{name}.penalty", penalty, (2,))
+    variables = [tensor for tensor in (*loss.parameters(), samples.norms) if tensor.requires_grad]
+    if variables and negatives.requires_grad:
+        grads = torch.autograd.grad(negatives.sum(), variables, allow_unused=True)
+        if any(grad is not None for grad in grads):
+            raise ConfigError(
+                f"{name}.negative_logits depends on a parameter of the loss or on samples.norms, whose gradient "
+                "would be lost; they may enter target_logit, objective and penalty, parameters also logit_offset"
+            )
+
+
+def _check_state(name: str, loss: Loss, samples: Samples) -> None:
+    if samples.state is not None:
         statistics = loss.statistics(samples)
         if statistics is None:
             raise ConfigError(f"{name} has a state but no statistics() for it to follow")
-        _check_shape(f"{name}.next_state", loss.next_state(state, statistics), tuple(state.shape))
+        _check_shape(f"{name}.next_state", loss.next_state(samples.state, statistics), tuple(samples.state.shape))
 
 
-def _check_shape(what: str, found: Tensor, expected: tuple[int, ...]) -> None:
-    if tuple(found.shape) != expected:
-        raise ConfigError(f"{what} must keep the shape {list(expected)} of what it is given, got {list(found.shape)}")
+def _check_shape(name: str, result: Tensor, expected: tuple[int, ...]) -> None:
+    if tuple(result.shape) != expected:
+        raise ConfigError(f"{name} must keep the shape {list(expected)} of its input, got {list(result.shape)}")
 
 
 _owners: WeakKeyDictionary[Loss, ref[nn.Module]] = WeakKeyDictionary()
 
 
-def claim(loss: Loss, head: Any) -> None:
-    """Take ``loss`` to the head's device; raise ConfigError if it follows the batches of another head already."""
+def register_owner(loss: Loss, head: Any) -> None:
+    """Make ``head`` the owner of ``loss``, and move ``loss`` to its device.
+
+    Raises:
+        ConfigError: the loss has a state or parameters, and another head owns it.
+    """
     if loss.stateful.state is not None or any(True for _ in loss.parameters()):
         holder = loss.stateful
         owner: Any = _owners[holder]() if holder in _owners else None

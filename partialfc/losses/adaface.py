@@ -53,9 +53,9 @@ class AdaFace(MarginLoss):
         return shifted - self.margin * (1.0 + quality)
 
     def statistics(self, samples: Samples) -> Tensor:
-        counted = samples.counted.double()
+        valid = samples.valid.double()
         norms = samples.norms.detach()
-        return torch.stack((counted.sum(), (counted * norms).sum(), (counted * norms.square()).sum()))
+        return torch.stack((valid.sum(), (valid * norms).sum(), (valid * norms.square()).sum()))
 
     def next_state(self, state: Tensor, statistics: Tensor) -> Tensor:
         count, total, squares = statistics

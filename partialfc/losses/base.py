@@ -1,4 +1,4 @@
-"""What a loss is to the sharded head.
+"""The interface between a loss and the sharded head.
 
 For a sample with target class y the head forms ``log Σ_{j≠y} exp(z_j)`` over all shards and hands the loss
 ``d = log Σ_{j≠y} exp(z_j) − z_y``; softmax cross-entropy is then ``softplus(d)``. A loss says how the target's cosine
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -20,19 +21,19 @@ from partialfc.errors import ConfigError
 
 MarginGradient = Literal["exact", "straight_through"]
 
-#: What a loss may list in ``needs``.
+#: Everything that a loss may list in ``needs``.
 NEEDS = frozenset({"norms", "target_cosine_first", "raw_logits", "noise", "mean_logit"})
 
 
 @dataclass(frozen=True)
 class Samples:
-    """What a loss may know of the samples of the global batch, besides the cosines that it is given.
+    """The samples of the global batch, as a loss sees them besides their cosines.
 
-    All of it is detached, except ``norms`` where the loss ``needs`` them.
+    All of it is detached, except ``norms`` if the loss ``needs`` them.
     """
 
     norms: Tensor  # [B] float64: lengths of the raw embeddings
-    counted: Tensor  # [B] bool: whether the sample counts (its label is not -1)
+    valid: Tensor  # [B] bool: false for an ignored sample (label -1)
     positions: Tensor  # [B] int64: the samples' positions in the global batch
     step: int  # the head's step
     seed: int
@@ -40,11 +41,17 @@ class Samples:
     noise: Tensor | None = None  # [B] float64, if "noise": N(0, 1), a function of (seed, step, position)
     state: Tensor | None = None  # the loss's state as of this batch; None for a loss without one
 
+    @property
+    def counted(self) -> Tensor:
+        """Deprecated name of ``valid``."""
+        warnings.warn("samples.counted is now samples.valid", DeprecationWarning, stacklevel=2)
+        return self.valid
+
 
 class Loss(nn.Module):
     """Base of all losses: scaled cosines, softmax cross-entropy, no margin.
 
-    Subclasses override :meth:`target_logit`, and the rest only where they are more than that.
+    Subclasses override :meth:`target_logit`, and other methods only where they differ from this.
 
     Args:
         scale: s, the inverse temperature; > 0.
@@ -52,18 +59,18 @@ class Loss(nn.Module):
     Buffer ``state``: None, or a float64 tensor that follows the batches (see :meth:`statistics`); equal on all ranks.
     """
 
-    #: What the head must provide beyond cosines. "norms": gradients with respect to the embeddings' lengths.
+    #: Inputs beyond cosines that the head must provide. "norms": gradients with respect to the embeddings' lengths.
     #: "target_cosine_first": the targets' cosines before any negative (one more collective). "raw_logits": inner
-    #: products ``w·x + b`` in place of cosines. "noise": a normal number a sample. "mean_logit": see `objective`.
+    #: products ``w·x + b`` in place of cosines. "noise": a normal number per sample. "mean_logit": see `objective`.
     needs: frozenset[str] = frozenset()
 
     #: K if each class has a weight [K, embedding_dim] and its cosine is the largest of K; None for a weight [D].
     sub_centers: int | None = None
 
-    #: Whether each class has a bias beside its weight (with "raw_logits").
+    #: Gives each class a bias beside its weight (with "raw_logits").
     class_bias: bool = False
 
-    #: Whether the negatives enter as ``log Σ exp(z_j)``; otherwise each is a loss of its own, ``Σ softplus(z_j)``.
+    #: If true, the negatives enter as ``log Σ exp(z_j)``; else each is a loss of its own, ``Σ softplus(z_j)``.
     shared_denominator: bool = True
 
     state: Tensor | None
@@ -76,32 +83,35 @@ class Loss(nn.Module):
     # --- logits -------------------------------------------------------------------------------------------------------
 
     def target_logit(self, cosine: Tensor, samples: Samples) -> Tensor:
-        """The target class's logit z_y, [B] float64, from its ``cosine``, [B] float64; differentiable in it."""
+        """Return the target class's logit z_y, [B] float64, from its ``cosine``, [B] float64; differentiable in it."""
         return self.scale * cosine
 
     def negative_logits(self, cosine: Tensor, samples: Samples) -> Tensor:
-        """The other classes' logits z_j, [B, classes of a chunk], from their cosines; differentiable in them.
+        """Return the other classes' logits z_j, [B, classes of a chunk], from their cosines; differentiable in them.
 
-        The default is known to be linear, which the head uses: an override costs a few more passes over each chunk.
+        The head knows that the default is linear and saves passes over each chunk; an override costs them.
         """
         return self.scale * cosine
 
     def logit_offset(self) -> Tensor | None:
-        """What is added to every negative's logit, [] or [1], differentiable in the loss's parameters."""
+        """Return a number to add to every negative's logit, [] or [1], differentiable in the loss's parameters."""
         return None
 
     def logit_bound(self) -> float:
-        """The largest |z_j| a negative can have; ``math.inf`` if there is none, which costs one more collective."""
+        """Return the largest |z_j| of a negative; ``math.inf`` if there is no bound.
+
+        Without a bound, or beyond 660, the ranks first agree on a maximum: one more collective.
+        """
         return self.scale if self.negatives_are_linear and not self.raw_logits else math.inf
 
     # --- from logits to a loss ----------------------------------------------------------------------------------------
 
     def sample_loss(self, d: Tensor) -> Tensor:
-        """The loss of each sample, [B] float64, from ``d = log Σ exp(z_j) − z_y``; differentiable in it."""
+        """Return the loss of each sample, [B] float64, from ``d = log Σ exp(z_j) − z_y``; differentiable in it."""
         return torch.logaddexp(d, torch.zeros_like(d))
 
     def objective(self, negatives: Tensor, target_logit: Tensor, mean_logit: Tensor | None) -> Tensor:
-        """The loss of each sample, [B] float64; differentiable in all of its arguments.
+        """Return the loss of each sample, [B] float64; differentiable in all of its arguments.
 
         Args:
             negatives: [B] log Σ_{j≠y} exp(z_j); Σ_{j≠y} softplus(z_j) without a shared denominator.
@@ -111,17 +121,17 @@ class Loss(nn.Module):
         return self.sample_loss(negatives - target_logit)
 
     def penalty(self, samples: Samples) -> Tensor | None:
-        """What is added to the loss of each sample whatever its logits, [B] float64; differentiable in the norms."""
+        """Return a term of each sample's loss that ignores its logits, [B] float64; differentiable in the norms."""
         return None
 
     # --- state --------------------------------------------------------------------------------------------------------
 
     def statistics(self, samples: Samples) -> Tensor | None:
-        """Sums over the samples that count, [k] float64: what :meth:`next_state` needs of a batch."""
+        """Return sums over the valid samples, [k] float64, from which :meth:`next_state` follows the batch."""
         return None
 
     def next_state(self, state: Tensor, statistics: Tensor) -> Tensor:
-        """The state after a step over samples with these ``statistics`` (of all its micro-batches together).
+        """Return the state after a step over samples with these ``statistics`` (of all its micro-batches together).
 
         The logits of a training batch see the state that takes this batch in; it is kept if the step is applied.
         """
@@ -135,7 +145,7 @@ class Loss(nn.Module):
         """The loss that holds the ``state``: this one, or the one that it wraps."""
         return self
 
-    # --- what follows from the above ----------------------------------------------------------------------------------
+    # --- derived properties -------------------------------------------------------------------------------------------
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         state = self.state
@@ -150,17 +160,17 @@ class Loss(nn.Module):
 
     @property
     def raw_logits(self) -> bool:
-        """Whether this loss works on inner products instead of cosines."""
+        """True if this loss works on inner products instead of cosines."""
         return "raw_logits" in self.needs
 
     @property
     def negatives_are_linear(self) -> bool:
-        """Whether :meth:`negative_logits` is ``scale·cosine``."""
+        """True if :meth:`negative_logits` is ``scale·cosine``."""
         return type(self).negative_logits is Loss.negative_logits
 
     @property
     def is_cross_entropy(self) -> bool:
-        """Whether the loss of a sample is −log p_y of a softmax over its logits."""
+        """True if the loss of a sample is −log p_y of a softmax over its logits."""
         kind = type(self)
         return self.shared_denominator and kind.sample_loss is Loss.sample_loss and kind.objective is Loss.objective
 
@@ -181,7 +191,7 @@ class MarginLoss(Loss):
         self.margin_gradient = margin_gradient
 
     def with_margin(self, cosine: Tensor, samples: Samples) -> Tensor:
-        """ψ(cos θ_y), [B] float64."""
+        """Return ψ(cos θ_y), [B] float64."""
         raise TypeError(f"{type(self).__name__} must define with_margin(cosine, samples)")
 
     def target_logit(self, cosine: Tensor, samples: Samples) -> Tensor:
@@ -193,7 +203,7 @@ class MarginLoss(Loss):
 
 
 class Wrapper(Loss):
-    """A loss that changes one thing about another, ``base``, and is that other in everything else."""
+    """A loss that changes one thing about another, ``base``, and otherwise behaves like it."""
 
     def __init__(self, base: Loss) -> None:
         if not isinstance(base, Loss):
@@ -204,7 +214,7 @@ class Wrapper(Loss):
         self.base = base
 
     def extra_repr(self) -> str:
-        """What is its own; the rest is shown with ``base``."""
+        """Return the wrapper's own settings; the others are shown with ``base``."""
         own = vars(self).keys() - {"scale", "shared_denominator", "class_bias", "training"}
         return ", ".join(f"{name}={vars(self)[name]}" for name in sorted(own) if name[0] != "_" and name != "needs")
 
@@ -257,19 +267,19 @@ _SMALLEST_SINE = 1e-4
 
 
 def angle(cosine: Tensor) -> Tensor:
-    """θ = arccos(cosine) in [0, π], with dθ/dcos = −1/sin θ bounded by 1e4 at the ends.
+    """Return θ = arccos(cosine) in [0, π], with dθ/dcos = −1/sin θ bounded by 1e4 at the ends.
 
     The bound sits where sin θ < 1e-4 (cosines within 5e-9 of ±1): below the resolution of float32 embeddings, and far
     from any angle where the derivative matters.
     """
     fixed = cosine.detach()
     value = torch.acos(fixed.clamp(-1.0, 1.0))
-    slope = -1.0 / torch.sin(value).clamp_min(_SMALLEST_SINE)
-    return value + slope * (cosine - fixed)  # the value is exact, the derivative is `slope`
+    grad = -1.0 / torch.sin(value).clamp_min(_SMALLEST_SINE)
+    return value + grad * (cosine - fixed)  # the value is exact, the derivative is `grad`
 
 
 def cos_of_sum(cosine: Tensor, margin: float | Tensor) -> Tensor:
-    """cos(θ + m), monotone in the ``cosine`` of θ for every m in radians, one for all samples or one each.
+    """Return cos(θ + m), monotone in the ``cosine`` of θ for every m in radians, one for all samples or one each.
 
     Where θ + m > π the cosine would rise again: there it is ``cos θ − m·sin m`` (Deng et al., ArcFace), for m beyond
     2.3 ``cos θ − (1 − cos m)``, as the former would be too high. Where θ + m < 0 (a negative m) it would fall again:
@@ -281,16 +291,18 @@ def cos_of_sum(cosine: Tensor, margin: float | Tensor) -> Tensor:
     if isinstance(margin, Tensor):
         cos_m, sin_m = torch.cos(margin), torch.sin(margin)
         drop = torch.maximum(margin * sin_m, 1.0 - cos_m)
-    else:  # no tensor is made of it: that would wait for a device
+    else:  # plain numbers: reading a tensor would wait for a device
         cos_m, sin_m = math.cos(margin), math.sin(margin)
         drop = max(margin * sin_m, 1.0 - cos_m)
     shifted = torch.acos(cosine.detach().clamp(-1.0, 1.0)) + margin
-    inside = cosine * cos_m - _sine(cosine) * sin_m  # the addition theorem: at m = 0 the slope is 1 also at the ends
+    inside = (
+        cosine * cos_m - _sine(cosine) * sin_m
+    )  # the addition theorem: at m = 0 the derivative is 1 at the ends too
     return torch.where(shifted > math.pi, cosine - drop, torch.where(shifted < 0, torch.ones_like(cosine), inside))
 
 
 def _sine(cosine: Tensor) -> Tensor:
-    """sin θ ≥ 0, with a derivative that is bounded like that of :func:`angle`."""
+    """Return sin θ ≥ 0, with a derivative bounded as in :func:`angle`."""
     fixed = cosine.detach().clamp(-1.0, 1.0)
     value = torch.sqrt((1.0 - fixed) * (1.0 + fixed))
     return value - fixed / value.clamp_min(_SMALLEST_SINE) * (cosine - cosine.detach())

@@ -51,8 +51,8 @@ class CurricularFace(ArcFace):
 
     def statistics(self, samples: Samples) -> Tensor:
         assert samples.target_cosine is not None
-        counted = samples.counted.double()
-        return torch.stack((counted.sum(), (counted * samples.target_cosine).sum()))
+        valid = samples.valid.double()
+        return torch.stack((valid.sum(), (valid * samples.target_cosine).sum()))
 
     def next_state(self, state: Tensor, statistics: Tensor) -> Tensor:
         count, total = statistics

@@ -75,8 +75,8 @@ def elastic_margin(mean: float, std: float, plus: bool, cosine: Tensor, samples:
     if not plus:
         return draws
     # Samples that do not count come last in both orders: neither their draws nor their cosines matter.
-    hardest_first = cosine.detach().masked_fill(~samples.counted, torch.inf).argsort(stable=True)
-    largest_first = draws.masked_fill(~samples.counted, -torch.inf).sort(descending=True).values
+    hardest_first = cosine.detach().masked_fill(~samples.valid, torch.inf).argsort(stable=True)
+    largest_first = draws.masked_fill(~samples.valid, -torch.inf).sort(descending=True).values
     dealt = torch.empty_like(draws)
     dealt[hardest_first] = largest_first
-    return torch.where(samples.counted, dealt, mean)
+    return torch.where(samples.valid, dealt, mean)

@@ -25,7 +25,7 @@ from partialfc.engines.base import Engine
 from partialfc.errors import ConfigError, Interrupted, PartialFCError, RankLost
 from partialfc.evaluate.runner import Evaluation, describe_results
 from partialfc.head import HeadOutput
-from partialfc.head.random import stream_key
+from partialfc.head.random import RandomStream, stream_key
 from partialfc.planning.describe import describe_memory, describe_rate
 from partialfc.runs.folder import (
     GivenUp,
@@ -47,7 +47,6 @@ from partialfc.train.pretrained import start_pretrained
 from partialfc.train.schedule import lr_factor
 from partialfc.train.step_check import Diverged, StepCheck, StepDecision, StepFlags, find_faults
 
-_DRAWS = 6  # the purpose that tells this stream of random numbers from the others
 _MOST_ROLL_BACKS = 3  # to one checkpoint
 _INTERRUPTED = "a second Ctrl-C has ended the run at once; start again to go on from its newest checkpoint"
 
@@ -269,7 +268,7 @@ class Trainer:
         self.engine.begin_step(lr)
         _set_lr(self.head_optimizer, lr)
         # What a backbone draws (dropout) is a function of the step too: a run that goes on draws the same.
-        torch.manual_seed(stream_key(self.config.run.seed, _DRAWS, self.step, self.process.rank) % 2**63)
+        torch.manual_seed(stream_key(self.config.run.seed, RandomStream.BACKBONE, self.step, self.process.rank) % 2**63)
         images = batch.images.to(self.process.device, non_blocking=True)
         labels = batch.labels.to(self.process.device, non_blocking=True)
         check, outputs = StepCheck(self.process.device), []

@@ -38,7 +38,7 @@ def _save_and_train_on(group: Any, folder: Path, asynchronous: bool) -> tuple[li
     for save in range(1, 4):
         saver.save(folder / f"step-{save * 3:08d}", state.tensors(), {"step": save * 3, "samples": 0})
         curves.append(train_a_little(state))
-        state.head.catch_up()
+        state.head.apply_deferred_decay()
     saver.wait()
     assert [ended.error for ended in saver.ended()] == [None] * 3
     assert saver.ended() == []

@@ -79,7 +79,7 @@ def arc(c: Tensor, m: Tensor | float) -> Tensor:
     return torch.where(torch.acos(c.detach()) + m > math.pi, c - m * torch.sin(m), inside)
 
 
-def target_cosine_with_margin(spec: Spec, c: Tensor, norms: Tensor, counted: Tensor, extras: Extras) -> Tensor:
+def target_cosine_with_margin(spec: Spec, c: Tensor, norms: Tensor, valid: Tensor, extras: Extras) -> Tensor:
     """ψ(c) of the target's cosine, [B]."""
     name, get = spec["name"], spec.get
     if name in ("normface",):
@@ -116,8 +116,8 @@ def target_cosine_with_margin(spec: Spec, c: Tensor, norms: Tensor, counted: Ten
     if name in ("elastic_arcface", "elastic_cosface"):
         draws = get("margin", 0.5 if name == "elastic_arcface" else 0.35) + get("std", 0.0125) * extras.noise
         if get("plus", False):
-            order = sorted((float(cosine), i) for i, cosine in enumerate(c.detach()) if counted[i])
-            dealt = sorted((float(draw) for i, draw in enumerate(draws) if counted[i]), reverse=True)
+            order = sorted((float(cosine), i) for i, cosine in enumerate(c.detach()) if valid[i])
+            dealt = sorted((float(draw) for i, draw in enumerate(draws) if valid[i]), reverse=True)
             draws = draws.clone()
             for (_, i), draw in zip(order, dealt, strict=True):
                 draws[i] = draw  # the smallest cosine gets the largest margin
@@ -138,7 +138,7 @@ def advance(spec: Spec, state: Tensor | None, cosine: Tensor, norms: Tensor) -> 
 
 
 def logits_of(
-    spec: Spec, cosines: Tensor, own: Tensor, norms: Tensor, counted: Tensor, extras: Extras
+    spec: Spec, cosines: Tensor, own: Tensor, norms: Tensor, valid: Tensor, extras: Extras
 ) -> tuple[Tensor, Tensor]:
     """Target logits [B] and all logits as negatives [B, C]."""
     name = spec["name"]
@@ -150,7 +150,7 @@ def logits_of(
         return target, s * (cosines + m).clamp(min=0).detach() * (cosines - m)
     if name == "uce":
         return s * (c - spec.get("margin", 0.4)) - extras.bias, s * cosines - extras.bias
-    target = s * target_cosine_with_margin(spec, c, norms, counted, extras)
+    target = s * target_cosine_with_margin(spec, c, norms, valid, extras)
     if spec.get("margin_gradient") == "straight_through":
         target = s * c + (target - s * c).detach()
     if name == "curricularface":
@@ -212,39 +212,37 @@ def dense_head(
     x = embeddings.double().clone().requires_grad_()
     w = weight.double().clone().requires_grad_()
     b = None if bias is None else bias.double().clone().requires_grad_()
-    counted = labels >= 0
-    y = labels[counted]
-    n = max(1, int(counted.sum()))
+    valid = labels >= 0
+    y = labels[valid]
+    n = max(1, int(valid.sum()))
     norms = x.norm(dim=1)
     cosines = F.normalize(x) @ F.normalize(w.flatten(0, -2)).T
     if w.dim() == 3:
         cosines = cosines.unflatten(1, w.shape[:2]).max(dim=2).values
     own = F.one_hot(labels.clamp(min=0), len(w)).bool()
-    own_cosines = (cosines.detach() * own).sum(1)[counted]
-    state = advance(base, extras.state, own_cosines, norms.detach()[counted])
+    own_cosines = (cosines.detach() * own).sum(1)[valid]
+    state = advance(base, extras.state, own_cosines, norms.detach()[valid])
     extras = Extras(state, extras.noise, extras.bias, extras.step)
     if base["name"] == "softmax":
         logits = x @ w.T + (0 if b is None else b)
         target = (logits * own).sum(1)
     else:
-        target, logits = logits_of(base, cosines, own, norms, counted, extras)
+        target, logits = logits_of(base, cosines, own, norms, valid, extras)
     part = ~own if negatives.active is None else negatives.active & ~own
     if negatives.filter_threshold is not None:
         part = part & (cosines <= negatives.filter_threshold)
     present = torch.zeros(len(w), dtype=torch.bool)
     present[y] = True
     weights = part * torch.where(present, 1.0, negatives.hashed_only_weight)
-    softmax_loss = (
-        sample_losses(spec, target[counted], logits[counted], weights[counted].double(), norms[counted]).sum() / n
-    )
+    softmax_loss = sample_losses(spec, target[valid], logits[valid], weights[valid].double(), norms[valid]).sum() / n
     center_loss = torch.zeros((), dtype=torch.float64)
     moved = None
     if center.centers is not None:
         k = center.centers.double().clone()
-        center_loss = 0.5 * center.weight * (x[counted] - k[y]).square().sum() / n
+        center_loss = 0.5 * center.weight * (x[valid] - k[y]).square().sum() / n
         moved = k.clone()
         for j in y.unique():
-            mine = x.detach()[counted][y == j]
+            mine = x.detach()[valid][y == j]
             moved[j] = k[j] - center.alpha * (k[j] - mine).sum(0) / (1 + len(mine))
     loss = softmax_loss + center_loss
     leaves = [x, w] + [leaf for leaf in (b, extras.bias) if leaf is not None]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from partialfc import (
     RowSGD,
     losses,
 )
+from partialfc.head import gather
 from tests.harness.ranks import Ranks
 
 DIM, CLASSES, BATCH = 8, 20, 4
@@ -176,15 +178,13 @@ def test_ranks_that_disagree_are_told_so(ranks: Ranks, about: str, words: str) -
     assert words in messages[0]
 
 
-class Deferring(PartialFC):
-    """A head that treats the CPU as the GPU path treats its device: errors arrive late."""
-
-    def _errors_are_deferred(self) -> bool:
-        return True
-
-
 def _late_error(group: dist.ProcessGroup, through_optimizer: bool) -> dict[str, Any]:
-    head = Deferring(CLASSES, DIM, losses.ArcFace(), center_loss=CenterLoss(), process_group=group)
+    with patch.object(gather, "errors_are_deferred", return_value=True):  # as on a GPU
+        return _find_error_late(group, through_optimizer)
+
+
+def _find_error_late(group: dist.ProcessGroup, through_optimizer: bool) -> dict[str, Any]:
+    head = PartialFC(CLASSES, DIM, losses.ArcFace(), center_loss=CenterLoss(), process_group=group)
     optimizer = RowSGD(head.parameters())
     x, y = _batch()
     head(x.requires_grad_(), y).loss.backward()

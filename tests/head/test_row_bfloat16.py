@@ -13,7 +13,7 @@ import torch.distributed as dist
 from partialfc import CenterLoss, RowAdagrad, RowAdamW, RowSGD
 from partialfc.head.optim.rounding import round_stochastically
 from tests.harness.ranks import Ranks
-from tests.harness.rows import CLASSES, _batch, _head, sparse
+from tests.harness.rows import CLASSES, small_batch, small_head, sparse
 
 
 def test_stochastic_rounding_is_right_in_the_mean_and_leaves_exact_numbers_alone() -> None:
@@ -82,12 +82,12 @@ def test_state_in_bfloat16_is_saved_and_loaded_as_it_is() -> None:
 
 
 def _bf16_head(group: dist.ProcessGroup | None, unsampled: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
-    head = _head(weight_dtype=dtype, sample_rate=0.5, process_group=group)
+    head = small_head(weight_dtype=dtype, sample_rate=0.5, process_group=group)
     optimizer = RowSGD(head.parameters(), lr=0.02, state_dtype=dtype, unsampled_rows=unsampled)
     rank, world_size = (dist.get_rank(group), dist.get_world_size(group)) if group else (0, 1)
     curve = []
     for step in range(60):
-        x, y = _batch(step % 4)
+        x, y = small_batch(step % 4)
         out = head(x.detach().tensor_split(world_size)[rank].requires_grad_(), y.tensor_split(world_size)[rank])
         out.loss.backward()
         assert head.weight.grad.dtype is torch.float32, "rows' gradients are not rounded"
@@ -106,5 +106,5 @@ def test_a_head_with_bfloat16_weights_learns_like_one_in_float32(ranks: Ranks, u
     in_float32 = _bf16_head(None, unsampled, torch.float32)["curve"]
     assert in_float32[-1] < 0.5 * in_float32[0]
     assert results[0]["curve"] == pytest.approx(in_float32, rel=0.1, abs=0.1)
-    head = _head(weight_dtype=torch.bfloat16, center_loss=CenterLoss())
+    head = small_head(weight_dtype=torch.bfloat16, center_loss=CenterLoss())
     assert head.center_loss.centers.dtype is torch.float32

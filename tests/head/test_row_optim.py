@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import math
 import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -16,19 +18,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from partialfc import CenterLoss, ConfigError, PartialFC, RowAdagrad, RowAdamW, RowSGD, losses
+from partialfc import CenterLoss, ConfigError, RowAdagrad, RowAdamW, RowSGD
+from partialfc.head import step_state
+from partialfc.head.optim.deferred_decay import apply_deferred_decay, deferred_decay_of
 from tests.harness.ranks import Ranks
-from tests.harness.rows import CLASSES, DIM, _batch, _head, sparse
+from tests.harness.rows import CLASSES, small_batch, small_head, sparse
 
 
 @pytest.mark.parametrize(("momentum", "weight_decay"), [(0.0, 0.0), (0.9, 0.0), (0.9, 0.01), (0.0, 0.1)])
 def test_row_sgd_at_rate_one_is_torch_sgd(momentum: float, weight_decay: float) -> None:
-    head = _head(weight_dtype=torch.float64)
+    head = small_head(weight_dtype=torch.float64)
     dense = head.weight.detach().clone().requires_grad_()
     ours = RowSGD(head.parameters(), lr=0.1, momentum=momentum, weight_decay=weight_decay)
     theirs = torch.optim.SGD([dense], lr=0.1, momentum=momentum, weight_decay=weight_decay)
     for seed in range(5):
-        head(*_batch(seed)).loss.backward()
+        head(*small_batch(seed)).loss.backward()
         dense.grad = head.weight.grad.to_dense()
         ours.step()
         theirs.step()
@@ -122,8 +126,7 @@ def decaying_run(
             if step > 20:
                 rows = rows[rows != 7]  # one row that waits for the rest of the run
             values = torch.randn(len(rows), *shape[1:], generator=generator, dtype=torch.float64)
-            if hasattr(parameter, "catch_up"):  # what the head does in its forward pass
-                parameter.catch_up(rows)
+            apply_deferred_decay(parameter, rows)  # as the head does in its forward pass
             wait = (parameter.detach().double() - reference.detach())[rows].abs()
             errors.append(float(wait.max()) if len(rows) else 0.0)
             parameter.grad = sparse(parameter, rows, values.to(dtype))
@@ -138,7 +141,7 @@ def decaying_run(
             ours = [torch.nn.Parameter(value) for value in saved["weights"]]
             optimizer = make()
             optimizer.load_state_dict(saved["optimizer"])
-    optimizer.catch_up_all()
+    optimizer.apply_deferred_decay()
     return torch.stack([p.detach() for p in ours]), torch.stack([p.detach() for p in dense]), errors
 
 
@@ -167,7 +170,7 @@ def test_frozen_rows_would_have_been_something_else() -> None:
         weight.grad = sparse(weight, torch.tensor([1]), torch.zeros(1, 2))
         frozen.step()
     assert weight.detach()[[0, 2]].tolist() == [[1, 1], [1, 1]]
-    assert not hasattr(weight, "catch_up")
+    assert deferred_decay_of(weight) is None
 
 
 @settings(max_examples=50, deadline=None)
@@ -177,7 +180,7 @@ def test_frozen_rows_would_have_been_something_else() -> None:
     momentum=st.floats(0, 0.99),
     decay=st.floats(0, 0.5),
 )
-def test_any_pattern_of_rows_and_constants_is_caught_up_with(
+def test_deferred_decay_is_exact_for_any_pattern_of_rows_and_constants(
     touched: list[set[int]], lr: float, momentum: float, decay: float
 ) -> None:
     weight = torch.nn.Parameter(torch.linspace(-1, 1, 12, dtype=torch.float64).view(6, 2))
@@ -191,19 +194,21 @@ def test_any_pattern_of_rows_and_constants_is_caught_up_with(
         reference.grad = torch.zeros_like(reference).index_add_(0, index, values)
         ours.step()
         theirs.step()
-    ours.catch_up_all()
+    ours.apply_deferred_decay()
     torch.testing.assert_close(weight, reference, rtol=1e-9, atol=1e-11)
 
 
 def _decayed_steps(group: dist.ProcessGroup, unsampled: str) -> dict[str, Any]:
     """Sampled training on this rank; at the end everything that can be read is read."""
     rank, world_size = dist.get_rank(group), dist.get_world_size(group)
-    head = _head(sample_rate=0.2, weight_dtype=torch.float64, process_group=group, center_loss=CenterLoss(0.1), seed=1)
+    head = small_head(
+        sample_rate=0.2, weight_dtype=torch.float64, process_group=group, center_loss=CenterLoss(0.1), seed=1
+    )
     optimizer = RowSGD(head.parameters(), lr=0.3, momentum=0.9, weight_decay=0.01, unsampled_rows=unsampled)
     dense = torch.cat([head.weight.detach()]).clone().requires_grad_()
     theirs = torch.optim.SGD([dense], lr=0.3, momentum=0.9, weight_decay=0.01)
     for seed in range(30):
-        x, y = _batch(seed)
+        x, y = small_batch(seed)
         mine = x.detach().double().tensor_split(world_size)[rank].requires_grad_()
         head(mine, y.tensor_split(world_size)[rank]).loss.backward()
         dense.grad = head.weight.grad.to_dense()
@@ -221,7 +226,7 @@ def _decayed_steps(group: dist.ProcessGroup, unsampled: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-def test_the_head_catches_up_with_what_it_uses_gives_and_saves(ranks: Ranks, world_size: int) -> None:
+def test_the_head_applies_deferred_decay_to_rows_that_it_uses_returns_and_saves(ranks: Ranks, world_size: int) -> None:
     for result in ranks.run(world_size, _decayed_steps, "decayed"):
         torch.testing.assert_close(result["saved"], result["dense"], rtol=1e-10, atol=1e-12)
     frozen = ranks.run(world_size, _decayed_steps, "frozen")
@@ -230,15 +235,18 @@ def test_the_head_catches_up_with_what_it_uses_gives_and_saves(ranks: Ranks, wor
     )
 
 
-def test_catching_up_between_forward_and_backward_disturbs_nobody() -> None:
+def test_deferred_decay_applied_between_forward_and_backward_disturbs_nobody() -> None:
     def run(evaluate: bool) -> Tensor:
-        head = _head(sample_rate=0.2)
+        head = small_head(sample_rate=0.2)
         optimizer = RowSGD(head.parameters(), lr=0.5, unsampled_rows="decayed")
         for seed in range(6):
-            first, second = head(*_batch(seed)), head(*_batch(seed + 100))  # two forward passes, then both backward
+            first, second = (
+                head(*small_batch(seed)),
+                head(*small_batch(seed + 100)),
+            )  # two forward passes, then both backward
             if evaluate:
                 head.eval()
-                head(*_batch(3))  # all rows
+                head(*small_batch(3))  # all rows
                 head.state_dict()
                 head.train()
             (first.loss + second.loss).backward()
@@ -249,26 +257,28 @@ def test_catching_up_between_forward_and_backward_disturbs_nobody() -> None:
     torch.testing.assert_close(run(True), run(False), rtol=1e-4, atol=1e-5)
 
 
-def test_copies_and_loaded_heads_owe_nothing() -> None:
-    head = _head(sample_rate=0.2)
+def test_copied_and_loaded_heads_have_nothing_deferred() -> None:
+    head = small_head(sample_rate=0.2)
     optimizer = RowSGD(head.parameters(), lr=0.5, weight_decay=0.1, unsampled_rows="decayed")
     for seed in range(4):
-        head(*_batch(seed)).loss.backward()
+        head(*small_batch(seed)).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     for other in (copy.deepcopy(head), pickle.loads(pickle.dumps(head))):
         before = other.weight.detach().clone()
-        other.catch_up()
+        other.apply_deferred_decay()
         assert torch.equal(other.weight, before)
         assert torch.equal(before, head.weight)
-    head(*_batch(9)).loss.backward()
+    head(*small_batch(9)).loss.backward()
     optimizer.step()
     fresh = {name: torch.full_like(value, 2) for name, value in head.state_dict().items()}
-    head(*_batch(10)).loss.backward()
+    head(*small_batch(10)).loss.backward()
     optimizer.step()
     head.load_state_dict(fresh)
-    head.catch_up()
-    assert torch.equal(head.weight.detach(), fresh["weight"]), "what was owed is not taken from what was loaded"
+    head.apply_deferred_decay()
+    assert torch.equal(head.weight.detach(), fresh["weight"]), (
+        "decay deferred before loading does not fall on the loaded rows"
+    )
     again = pickle.loads(pickle.dumps(optimizer))
     assert again.param_groups[0]["unsampled_rows"] == "decayed"
 
@@ -296,25 +306,56 @@ def test_another_optimizer_takes_over_where_the_first_one_stands() -> None:
             theirs.step()
     RowAdagrad([weight], lr=0.0).step()
     torch.testing.assert_close(weight, reference, rtol=1e-10, atol=1e-12)
-    assert not hasattr(weight, "catch_up")
+    assert deferred_decay_of(weight) is None
+
+
+@pytest.mark.parametrize(("first", "second"), [(0.9, 0.9), (0.0, 0.9), (0.9, 0.0)])
+def test_decay_deferred_by_a_discarded_optimizer_is_still_applied(first: float, second: float) -> None:
+    weight = torch.nn.Parameter(torch.linspace(-1, 1, 12, dtype=torch.float64).view(6, 2))
+    reference = torch.nn.Parameter(weight.detach().clone())
+    for momentum in (first, second):
+        ours = RowSGD([weight], 0.1, momentum, 0.1, unsampled_rows="decayed")
+        theirs = torch.optim.SGD([reference], 0.1, momentum, weight_decay=0.1)
+        for step in range(5):
+            rows = torch.tensor([step])
+            weight.grad = sparse(weight, rows, torch.ones(1, 2, dtype=torch.float64))
+            reference.grad = weight.grad.to_dense()
+            ours.step()
+            theirs.step()
+        del ours
+        gc.collect()
+    apply_deferred_decay(weight)
+    torch.testing.assert_close(weight, reference, rtol=1e-10, atol=1e-12)
+
+
+def test_a_record_of_deferred_decay_keeps_nothing_alive() -> None:
+    weight = torch.nn.Parameter(torch.ones(6, 2))
+    optimizer = RowSGD([weight], 0.1, unsampled_rows="decayed")
+    weight.grad = sparse(weight, torch.tensor([1]), torch.ones(1, 2))
+    optimizer.step()
+    parameter, record = weakref.ref(weight), weakref.ref(deferred_decay_of(weight))
+    del weight, optimizer
+    gc.collect()
+    assert parameter() is None
+    assert record() is None
 
 
 def test_a_skipped_step_decays_nothing() -> None:
-    head = _head(sample_rate=0.2)
+    head = small_head(sample_rate=0.2)
     optimizer = RowSGD(head.parameters(), lr=0.5, weight_decay=0.1, unsampled_rows="decayed")
     for seed in range(3):
-        head(*_batch(seed)).loss.backward()
+        head(*small_batch(seed)).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     before = head.state_dict()["weight"].clone()
-    head(*_batch(5)).loss.backward()
+    head(*small_batch(5)).loss.backward()
     optimizer.zero_grad()  # what a loss scaler does after an overflow
-    head(*_batch(6))
+    head(*small_batch(6))
     assert int(head.step) == 4
     assert torch.equal(head.state_dict()["weight"], before)
 
 
-def test_the_past_is_kept_only_as_far_as_a_row_still_owes_it() -> None:
+def test_past_steps_are_kept_only_as_long_as_a_row_needs_them() -> None:
     weight = torch.nn.Parameter(torch.ones(200, 2))
     optimizer = RowSGD([weight], lr=0.1, unsampled_rows="decayed")
     generator = torch.Generator().manual_seed(0)
@@ -323,8 +364,8 @@ def test_the_past_is_kept_only_as_far_as_a_row_still_owes_it() -> None:
         rows = (torch.rand(200, generator=generator) < 0.2).nonzero().flatten()
         weight.grad = sparse(weight, rows, torch.zeros(len(rows), 2))
         optimizer.step()
-        lengths.append(len(optimizer._pending[weight]._products))
-    assert max(lengths) < 200, "about ln(200)/0.2 = 26 steps are owed"
+        lengths.append(deferred_decay_of(weight).steps_kept)
+    assert max(lengths) < 200, "about ln(200)/0.2 = 26 steps are needed"
 
 
 # --- adaptive ---------------------------------------------------------------------------------------------------------
@@ -394,11 +435,11 @@ def test_row_adagrad_keeps_one_number_a_row() -> None:
 )
 def test_a_grad_scaler_unscales_and_skips(make: Callable[[Any], Any]) -> None:
     def run(scaled: bool) -> Tensor:
-        head = _head(sample_rate=0.5, on_nonfinite="propagate")
+        head = small_head(sample_rate=0.5, on_nonfinite="propagate")
         optimizer = make(head.parameters())
         scaler = torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=1000, enabled=scaled)
         for seed in range(5):
-            x, y = _batch(seed)
+            x, y = small_batch(seed)
             if scaled and seed == 2:  # an overflow: the step is skipped, and taken again with the same negatives
                 broken = torch.where(torch.arange(10)[:, None] == 3, torch.inf, x.detach()).requires_grad_()
                 before = [value.clone() for value in head.state_dict().values()]
@@ -421,11 +462,11 @@ def test_a_grad_scaler_unscales_and_skips(make: Callable[[Any], Any]) -> None:
 
 
 def test_micro_batches_cost_the_union_of_their_rows() -> None:
-    head = _head(sample_rate=0.3)
+    head = small_head(sample_rate=0.3)
     RowSGD(head.parameters())
     rows = set()
     for seed in range(4):
-        head(*_batch(seed)).loss.backward()
+        head(*small_batch(seed)).loss.backward()
         rows |= set(head.weight.grad._indices()[0].tolist())
         assert head.weight.grad._nnz() == len(rows)
 
@@ -451,31 +492,21 @@ def test_wrong_constants_are_refused(make: Callable[[Any], Any], words: str) -> 
         make([torch.nn.Parameter(torch.zeros(2, 2))])
 
 
-class Concatenating(PartialFC):
-    """A head on a device where torch appends the rows of sparse gradients."""
-
-    merged = 0
-
-    def _sparse_sums_concatenate(self) -> bool:
-        return True
-
-    def _merge_gradients(self) -> None:
-        rows = self.weight.grad._indices()[0]
-        values = self.weight.grad._values()
-        # What such a device would have left: every row twice, with half of its gradient.
-        doubled = torch.cat((rows, rows))[None], torch.cat((values / 2, values / 2))
-        self.weight.grad = torch.sparse_coo_tensor(*doubled, self.weight.shape, check_invariants=True)
-        super()._merge_gradients()
-        assert len(self.weight.grad._indices()[0].unique()) == self.weight.grad._nnz()
-        self.merged += 1
+def _accumulated(double_rows: bool) -> Tensor:
+    """The gradient of four micro-batches; with every row twice between them, as a GPU's sums of sparse tensors have."""
+    head = small_head(sample_rate=0.3)
+    for seed in range(4):
+        if double_rows and head.weight.grad is not None:
+            rows, halves = head.weight.grad._indices()[0], head.weight.grad._values() / 2
+            doubled = torch.cat((rows, rows))[None], torch.cat((halves, halves))
+            head.weight.grad = torch.sparse_coo_tensor(*doubled, head.weight.shape, check_invariants=True)
+        head(*small_batch(seed)).loss.backward()
+    return head.weight.grad
 
 
-def test_appended_gradients_of_micro_batches_are_merged() -> None:
-    found = []
-    for kind in (PartialFC, Concatenating):
-        head = kind(CLASSES, DIM, losses.ArcFace(scale=16.0), sample_rate=0.3)
-        for seed in range(4):
-            head(*_batch(seed)).loss.backward()
-        found.append(head.weight.grad.to_dense())
-    assert head.merged == 3
-    torch.testing.assert_close(found[0], found[1])
+def test_appended_gradients_of_micro_batches_are_merged(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, appended = _accumulated(double_rows=False), _accumulated(double_rows=True)
+    monkeypatch.setattr(step_state, "sparse_sums_concatenate", lambda device: True)
+    merged = _accumulated(double_rows=True)
+    assert merged._nnz() == plain._nnz() < appended._nnz()
+    torch.testing.assert_close(merged.to_dense(), plain.to_dense())

@@ -11,45 +11,33 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from partialfc import CenterLoss, PartialFC, RowSGD, losses
 from tests.harness.ranks import Ranks
-
-CLASSES, DIM = 50, 12
-
-
-def _head(**arguments: Any) -> PartialFC:
-    return PartialFC(CLASSES, DIM, losses.ArcFace(scale=16.0), **arguments)
-
-
-def _batch(seed: int = 0, batch: int = 10) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(batch, DIM, generator=generator)
-    return x.requires_grad_(), torch.randint(0, CLASSES, (batch,), generator=generator)
+from tests.harness.rows import CLASSES, DIM, small_batch, small_head
 
 
 def test_counter_advances_once_per_optimizer_step_and_never_in_evaluation() -> None:
-    head = _head(sample_rate=0.3)
+    head = small_head(sample_rate=0.3)
     optimizer = RowSGD(head.parameters())
     for step in range(3):
         assert int(head.step) == step
         for micro_batch in range(2):
-            head(*_batch(micro_batch)).loss.backward()
+            head(*small_batch(micro_batch)).loss.backward()
             assert int(head.step) == step, "micro-batches share the step"
         optimizer.step()
         optimizer.zero_grad()
     head.eval()
-    head(*_batch()).loss.backward()
+    head(*small_batch()).loss.backward()
     optimizer.step()
     assert int(head.step) == 3
     assert head.state_dict()["step"] == 3
 
 
 def test_micro_batches_of_one_step_share_their_negatives_and_steps_do_not() -> None:
-    head = _head(sample_rate=0.3)
+    head = small_head(sample_rate=0.3)
     optimizer = RowSGD(head.parameters())
-    x, y = _batch()
+    x, y = small_batch()
     drawn = []
     for _ in range(2):
         for _ in range(2):
@@ -65,39 +53,39 @@ def test_micro_batches_of_one_step_share_their_negatives_and_steps_do_not() -> N
 
 
 def test_evaluation_uses_all_classes_without_accumulating_centers() -> None:
-    head = _head(sample_rate=0.1, center_loss=CenterLoss()).eval()
-    out = head(*_batch())
+    head = small_head(sample_rate=0.1, center_loss=CenterLoss()).eval()
+    out = head(*small_batch())
     assert out.active_rows == CLASSES
     out.loss.backward()
     assert head.center_loss._pending == []
 
 
 def test_a_skipped_step_advances_the_counter_once_and_drops_the_centers() -> None:
-    head = _head(center_loss=CenterLoss(alpha=0.5), sample_rate=0.5)
+    head = small_head(center_loss=CenterLoss(alpha=0.5), sample_rate=0.5)
     optimizer = RowSGD(head.parameters())
-    head(*_batch()).loss.backward()
+    head(*small_batch()).loss.backward()
     optimizer.zero_grad()  # what a loss scaler does after an overflow: no step
     centers, weight = head.center_loss.centers.clone(), head.weight.detach().clone()
-    head(*_batch(1)).loss.backward()
+    head(*small_batch(1)).loss.backward()
     assert int(head.step) == 1
     assert torch.equal(head.center_loss.centers, centers)
     assert torch.equal(head.weight, weight)
     optimizer.step()
     optimizer.zero_grad()
     assert int(head.step) == 2
-    reference = _head(center_loss=CenterLoss(alpha=0.5), sample_rate=0.5)
-    reference(*_batch(1)).loss.backward()
+    reference = small_head(center_loss=CenterLoss(alpha=0.5), sample_rate=0.5)
+    reference(*small_batch(1)).loss.backward()
     RowSGD(reference.parameters()).step()
     assert torch.equal(head.center_loss.centers, reference.center_loss.centers), "only the applied step's samples"
 
 
 @pytest.mark.parametrize("place", ["before forward", "before backward", "after step"])
 def test_a_step_skipped_by_a_loss_scaler_counts_once_wherever_gradients_are_cleared(place: str) -> None:
-    head, plain = (_head(center_loss=CenterLoss(), on_nonfinite="propagate", sample_rate=0.5) for _ in range(2))
+    head, plain = (small_head(center_loss=CenterLoss(), on_nonfinite="propagate", sample_rate=0.5) for _ in range(2))
     optimizer, plain_optimizer = RowSGD(head.parameters(), lr=0.01), RowSGD(plain.parameters(), lr=0.01)
     scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
     for seed in range(4):
-        x, y = _batch(seed)
+        x, y = small_batch(seed)
         broken = x.detach().clone()
         if seed == 1:
             broken[0, 0] = float("inf")
@@ -130,7 +118,7 @@ def test_weight_and_compute_dtype_may_differ(
     results = []
     for weight, compute in ((weight_dtype, compute_dtype), (torch.float64, torch.float64)):
         head = PartialFC(CLASSES, DIM, loss, 0.5, weight_dtype=weight, compute_dtype=compute, center_loss=CenterLoss())
-        x, y = _batch()
+        x, y = small_batch()
         out = head(x, y)
         out.loss.backward()
         assert (out.loss.dtype, head.weight.grad.dtype) == (compute, weight)
@@ -142,9 +130,9 @@ def test_weight_and_compute_dtype_may_differ(
 
 
 def test_loading_forgets_what_the_batches_before_it_accumulated() -> None:
-    head = _head(center_loss=CenterLoss())
+    head = small_head(center_loss=CenterLoss())
     saved = copy.deepcopy(head.state_dict())
-    head(*_batch()).loss.backward()
+    head(*small_batch()).loss.backward()
     head.load_state_dict(saved)
     RowSGD(head.parameters(), lr=0.0).step()
     assert float(head.center_loss.centers.abs().sum()) == 0.0
@@ -163,16 +151,16 @@ def test_a_head_made_on_the_meta_device_can_be_filled_later() -> None:
 
 
 def test_heads_can_be_pickled_and_copied() -> None:
-    head = _head(center_loss=CenterLoss())
+    head = small_head(center_loss=CenterLoss())
     for other in (copy.deepcopy(head), pickle.loads(pickle.dumps(head))):
-        other(*_batch()).loss.backward()
+        other(*small_batch()).loss.backward()
         RowSGD(other.parameters()).step()
         assert (int(other.step), int(head.step)) == (1, 0)
 
 
 def _copy_distributed_head(group: dist.ProcessGroup) -> bool:
-    head = _head(process_group=group)
-    x, y = _batch()
+    head = small_head(process_group=group)
+    x, y = small_batch()
     return torch.equal(copy.deepcopy(head)(x, y).loss, head(x, y).loss)
 
 
@@ -181,9 +169,9 @@ def test_a_sharded_head_can_be_copied(ranks: Ranks) -> None:
 
 
 def test_two_heads_in_one_model_keep_their_own_steps_and_centers() -> None:
-    first, second = _head(center_loss=CenterLoss()), _head(center_loss=CenterLoss(), seed=1)
+    first, second = small_head(center_loss=CenterLoss()), small_head(center_loss=CenterLoss(), seed=1)
     optimizer = RowSGD([*first.parameters(), *second.parameters()])
-    x, y = _batch()
+    x, y = small_batch()
     (first(x, y).loss + second(x, y).loss).backward()
     optimizer.step()
     optimizer.zero_grad()
@@ -193,20 +181,20 @@ def test_two_heads_in_one_model_keep_their_own_steps_and_centers() -> None:
 
 
 def test_a_saved_head_knows_of_a_skipped_step() -> None:
-    head = _head()
-    head(*_batch()).loss.backward()
+    head = small_head()
+    head(*small_batch()).loss.backward()
     head.zero_grad()
     assert head.state_dict()["step"] == 1
 
 
 def test_grad_scaler_steps_and_skips() -> None:
-    head = _head(center_loss=CenterLoss(), on_nonfinite="propagate")
+    head = small_head(center_loss=CenterLoss(), on_nonfinite="propagate")
     optimizer = RowSGD(head.parameters(), lr=0.01)
     scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
     plain = copy.deepcopy(head)
     plain_optimizer = RowSGD(plain.parameters(), lr=0.01)
     for seed in range(4):
-        x, y = _batch(seed)
+        x, y = small_batch(seed)
         broken = x.detach().clone()
         if seed == 2:
             broken[0, 0] = float("inf")
@@ -229,26 +217,26 @@ def test_grad_scaler_steps_and_skips() -> None:
 
 
 def test_the_head_follows_foreign_optimizers_too() -> None:
-    head = _head(center_loss=CenterLoss())
+    head = small_head(center_loss=CenterLoss())
     optimizer = torch.optim.SGD(head.parameters(), lr=0.1)
-    head(*_batch()).loss.backward()
+    head(*small_batch()).loss.backward()
     optimizer.step()
     assert int(head.step) == 1
     assert float(head.center_loss.centers.abs().sum()) > 0
 
 
 def test_an_optimizer_of_other_parameters_does_not_move_the_counter() -> None:
-    head = _head()
+    head = small_head()
     other = torch.nn.Linear(2, 2)
     optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
-    head(*_batch()).loss.backward()
+    head(*small_batch()).loss.backward()
     optimizer.step()
     assert int(head.step) == 0
 
 
 def test_micro_batches_give_the_gradient_and_centers_of_one_large_batch() -> None:
-    whole, parts = _head(center_loss=CenterLoss()), _head(center_loss=CenterLoss())
-    x, y = _batch(batch=12)
+    whole, parts = small_head(center_loss=CenterLoss()), small_head(center_loss=CenterLoss())
+    x, y = small_batch(batch=12)
     whole(x, y).loss.backward()
     for start, stop in ((0, 3), (3, 12)):
         out = parts(x[start:stop], y[start:stop])
@@ -260,8 +248,8 @@ def test_micro_batches_give_the_gradient_and_centers_of_one_large_batch() -> Non
 
 
 def test_autocast_does_not_reach_into_the_head() -> None:
-    head = _head()
-    x, y = _batch()
+    head = small_head()
+    x, y = small_batch()
     plain = head(x, y)
     plain.loss.backward()
     expected = x.grad.clone()
@@ -274,11 +262,11 @@ def test_autocast_does_not_reach_into_the_head() -> None:
 
 
 def _bfloat16_embeddings(group: dist.ProcessGroup) -> tuple[float, float, torch.dtype]:
-    x, y = _batch()
+    x, y = small_batch()
     low = x.detach().bfloat16().requires_grad_()
     losses_of = []
     for embeddings in (low, low.detach().float().requires_grad_()):
-        head = _head(process_group=group)
+        head = small_head(process_group=group)
         out = head(embeddings, y)
         out.loss.backward()
         losses_of.append(float(out.loss))
@@ -292,9 +280,9 @@ def test_embeddings_in_bfloat16_are_computed_with_in_float32(ranks: Ranks) -> No
 
 
 def test_a_frozen_head_gives_gradients_to_the_backbone_only() -> None:
-    head, free = _head(sample_rate=0.5), _head(sample_rate=0.5)
+    head, free = small_head(sample_rate=0.5), small_head(sample_rate=0.5)
     head.weight.requires_grad_(False)
-    x, y = _batch()
+    x, y = small_batch()
     head(x, y).loss.backward()
     frozen = x.grad.clone()
     assert head.weight.grad is None
@@ -304,23 +292,23 @@ def test_a_frozen_head_gives_gradients_to_the_backbone_only() -> None:
 
 
 def test_a_frozen_backbone_trains_the_head() -> None:
-    head = _head()
-    x, y = _batch()
+    head = small_head()
+    x, y = small_batch()
     head(x.detach(), y).loss.backward()
     assert float(head.weight.grad.to_dense().abs().sum()) > 0
 
 
 def test_no_gradient_work_without_gradients() -> None:
-    head = _head(center_loss=CenterLoss())
+    head = small_head(center_loss=CenterLoss())
     with torch.no_grad():
-        out = head(*_batch())
+        out = head(*small_batch())
     assert not out.loss.requires_grad
     assert head.center_loss._pending == []
 
 
 def test_backward_twice_through_a_retained_graph_doubles_the_gradient() -> None:
-    head = _head()
-    out = head(*_batch())
+    head = small_head()
+    out = head(*small_batch())
     out.loss.backward(retain_graph=True)
     once = head.weight.grad.to_dense().clone()
     out.loss.backward()
@@ -328,8 +316,8 @@ def test_backward_twice_through_a_retained_graph_doubles_the_gradient() -> None:
 
 
 def test_weights_changed_between_forward_and_backward_are_noticed() -> None:
-    head = _head()
-    out = head(*_batch())
+    head = small_head()
+    out = head(*small_batch())
     with torch.no_grad():
         head.weight.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -337,8 +325,8 @@ def test_weights_changed_between_forward_and_backward_are_noticed() -> None:
 
 
 def _norms(group: dist.ProcessGroup) -> float:
-    head = _head(process_group=group, seed=1)
-    x, y = _batch()
+    head = small_head(process_group=group, seed=1)
+    x, y = small_batch()
     parts = x.tensor_split(dist.get_world_size(group))[dist.get_rank(group)]
     labels = y.tensor_split(dist.get_world_size(group))[dist.get_rank(group)]
     head(parts, labels).loss.backward()
@@ -353,15 +341,15 @@ def test_grad_norm_is_that_of_all_shards(ranks: Ranks) -> None:
 
 
 def test_state_dict_restores_weights_centers_and_counter() -> None:
-    head = _head(center_loss=CenterLoss(), sample_rate=0.3)
+    head = small_head(center_loss=CenterLoss(), sample_rate=0.3)
     optimizer = RowSGD(head.parameters())
-    head(*_batch()).loss.backward()
+    head(*small_batch()).loss.backward()
     optimizer.step()
     optimizer.zero_grad()
-    other = _head(center_loss=CenterLoss(), sample_rate=0.3, seed=0)
+    other = small_head(center_loss=CenterLoss(), sample_rate=0.3, seed=0)
     other.load_state_dict(head.state_dict())
     with torch.no_grad():
-        assert torch.equal(other(*_batch(1)).loss, head(*_batch(1)).loss)
+        assert torch.equal(other(*small_batch(1)).loss, head(*small_batch(1)).loss)
     assert int(other.step) == 1
 
 

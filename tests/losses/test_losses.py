@@ -257,12 +257,12 @@ SEEDS = [(0, 0), (0, 0), (0, 1), (1, 0)]
 def test_the_plus_form_gives_the_largest_margin_to_the_hardest_sample() -> None:
     cosine = torch.tensor([0.9, 0.1, 0.5, -0.3, 0.7], dtype=torch.float64)
     noise = torch.tensor([0.0, 1.0, -1.0, 3.0, 2.0], dtype=torch.float64)
-    counted = torch.tensor([True, True, True, False, True])
-    samples = describe(5, noise=noise, counted=counted)
+    valid = torch.tensor([True, True, True, False, True])
+    samples = describe(5, noise=noise, valid=valid)
     loss = losses.ElasticCosFace(1.0, margin=0.5, std=0.1, plus=True)
     margins = cosine - loss.target_logit(cosine, samples)
-    # The draws of those that count are 0.5, 0.6, 0.4, 0.7; the hardest of them has cosine 0.1.
-    assert margins[counted].tolist() == pytest.approx([0.4, 0.7, 0.6, 0.5])
+    # The draws of the valid samples are 0.5, 0.6, 0.4, 0.7; the hardest of them has cosine 0.1.
+    assert margins[valid].tolist() == pytest.approx([0.4, 0.7, 0.6, 0.5])
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
@@ -357,7 +357,7 @@ def test_a_loss_that_breaks_its_contract_is_refused_when_the_head_is_made() -> N
         (FromNorms, r"FromNorms.negative_logits depends on a parameter of the loss or on samples.norms"),
         (Scalar, r"Scalar.objective must keep the shape \[2\]"),
         (Unknown, r"Unknown.needs may hold .* got \['labels'\]"),
-        (Mean, r"Mean.target_logit must keep the shape \[2\] of what it is given, got \[\]"),
+        (Mean, r"Mean.target_logit must keep the shape \[2\] of its input, got \[\]"),
         (Hidden, "Hidden.negative_logits depends on a parameter of the loss"),
         (Forgetful, r"Forgetful has a state but no statistics\(\)"),
     ):

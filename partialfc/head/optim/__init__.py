@@ -1,1 +1,1 @@
-"""Optimizers that touch only the rows that have a gradient."""
+"""Optimizers that update only the rows that have a gradient."""

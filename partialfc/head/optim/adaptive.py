@@ -24,7 +24,7 @@ class RowAdamW(RowOptimizer):
         betas: decay of the two moments, in [0, 1).
         eps: > 0.
         weight_decay: λ of ``w ← w − lr·λ·w``; ≥ 0.
-        state_dtype: of the moments; default: the parameter's.
+        state_dtype: of the moments; default: the parameter's dtype.
 
     Raises:
         ConfigError: an argument is out of its range.
@@ -68,8 +68,8 @@ class RowAdamW(RowOptimizer):
 class RowAdagrad(RowOptimizer):
     """Row-wise Adagrad: one number a row, ``G ← G + mean(g²); w ← w − lr·g/(√G + ε)`` with ``g ← g + λ·w``.
 
-    The optimizer with the least state, as FBGEMM has it for embedding tables (``EXACT_ROWWISE_ADAGRAD``); after Duchi
-    et al., JMLR 2011. Rows without a gradient are left as they are.
+    The optimizer with the least state, like FBGEMM's ``EXACT_ROWWISE_ADAGRAD`` (Duchi et al., JMLR 2011). Rows without
+    a gradient are left as they are.
 
     Args:
         params: as for any torch optimizer.

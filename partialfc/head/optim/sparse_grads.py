@@ -1,4 +1,4 @@
-"""Gradients that may be sparse: their values, their norm, whether they are finite."""
+"""Values, norm and finiteness of gradients that may be sparse."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def coalesced(gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """Sorted unique rows [A] and their values [A, …] of a sparse gradient."""
+    """Return the sorted unique rows [A] of a sparse gradient and their values [A, …]."""
     rows = gradient._indices()[0]
     # Autograd drops the mark that the rows are sorted and unique; looking costs far less than sorting values.
     if gradient.is_coalesced() or bool((rows[1:] > rows[:-1]).all()):
@@ -20,7 +20,7 @@ def coalesced(gradient: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def squared_norm(parameters: Iterable[Tensor | None], device: torch.device) -> Tensor:
-    """Sum of the squares of all gradients that there are, [] float64."""
+    """Return the sum of the squares of all gradients present, [] float64."""
     total = torch.zeros((), dtype=torch.float64, device=device)
     for gradient in _gradients(parameters):
         values = coalesced(gradient)[1] if gradient.is_sparse else gradient
@@ -29,8 +29,9 @@ def squared_norm(parameters: Iterable[Tensor | None], device: torch.device) -> T
 
 
 def all_finite(parameters: Iterable[Tensor | None], others: Iterable[Tensor], device: torch.device) -> Tensor:
-    """Whether all gradients, and the ``others``, are free of NaN and Inf, [] bool. One pass, no copy, no wait for a
-    device.
+    """Return a bool [], true if all gradients and the ``others`` are free of NaN and Inf.
+
+    Takes one pass and no copy, and does not wait for a device.
     """
     values = [gradient._values() if gradient.is_sparse else gradient for gradient in _gradients(parameters)]
     finite = torch.ones((), dtype=torch.bool, device=device)

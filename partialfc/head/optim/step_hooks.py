@@ -1,7 +1,7 @@
-"""How a head learns that an optimizer has stepped.
+"""Callbacks around the optimizer step, for modules that follow the optimizer of their weight.
 
 The head's counter, its centers and its deferred errors follow the optimizer's step, whatever the optimizer's class. Two
-hooks on all optimizers of the process do that; a head follows the optimizer that holds its weight.
+hooks on all optimizers of the process make that possible; a head listens to the optimizer that holds its weight.
 """
 
 from __future__ import annotations
@@ -9,47 +9,46 @@ from __future__ import annotations
 from typing import Any, Protocol
 from weakref import WeakSet
 
-from torch import nn
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 
-class Follower(Protocol):
-    """A module that follows the optimizer of its ``weight``."""
+class StepListener(Protocol):
+    """Listens to the steps of the optimizer that holds its ``weight``."""
 
-    weight: nn.Parameter
+    @property
+    def weight(self) -> Tensor: ...
 
     def before_optimizer_step(self) -> None: ...
 
     def after_optimizer_step(self) -> None: ...
 
 
-_followers: WeakSet[Any] = WeakSet()
+_listeners: WeakSet[Any] = WeakSet()
+_hooks: list[Any] = []  # handles, once registered
 
 
-def follow(head: Follower) -> None:
-    """From now on call ``head``'s two methods around each step of the optimizer that holds ``head.weight``."""
-    if not _hooks_installed:
-        _hooks_installed.append(register_optimizer_step_pre_hook(_before))
-        _hooks_installed.append(register_optimizer_step_post_hook(_after))
-    _followers.add(head)
+def add_step_listener(listener: StepListener) -> None:
+    """Call the two methods of ``listener`` around each step of the optimizer that holds its weight, from now on."""
+    if not _hooks:
+        _hooks.append(register_optimizer_step_pre_hook(_before))
+        _hooks.append(register_optimizer_step_post_hook(_after))
+    _listeners.add(listener)
 
 
-_hooks_installed: list[Any] = []
-
-
-def _heads_of(optimizer: Optimizer) -> list[Follower]:
-    if not _followers:
+def _listeners_of(optimizer: Optimizer) -> list[StepListener]:
+    if not _listeners:
         return []
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    return [head for head in _followers if id(head.weight) in held]
+    return [listener for listener in _listeners if id(listener.weight) in held]
 
 
 def _before(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    for head in _heads_of(optimizer):
-        head.before_optimizer_step()
+    for listener in _listeners_of(optimizer):
+        listener.before_optimizer_step()
 
 
 def _after(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    for head in _heads_of(optimizer):
-        head.after_optimizer_step()
+    for listener in _listeners_of(optimizer):
+        listener.after_optimizer_step()

@@ -1,1 +1,1 @@
-"""The sharded softmax: sampled classes, logits by chunk, targets, and what the negatives add up to."""
+"""The sharded softmax: sampled classes, logits by chunk, target logits, and the reduction of the negatives."""

@@ -15,7 +15,7 @@ from partialfc.head.softmax.sampling import ActiveRows
 from partialfc.losses import Loss, Samples
 
 NORM_EPS = 1e-12  # as torch.nn.functional.normalize
-_CPU_CHUNK_ELEMENTS = 1 << 18  # logits of a chunk on a CPU: 1 MiB in float32, what its second-level cache holds
+_CPU_CHUNK_ELEMENTS = 1 << 18  # logits of a chunk on a CPU: 1 MiB in float32, the size of a second-level cache
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Chunk:
     index: int
     start: int
     stop: int
-    directions: Tensor  # [K, n, D]: normalised weights; the weights themselves for raw logits
+    unit_weights: Tensor  # [K, n, D]: normalised weights; the weights themselves for raw logits
     inverse_norms: Tensor | None  # [K, n]: 1/‖w‖; None for raw logits
 
 
@@ -34,17 +34,24 @@ class Logits:
     """Logits of the batch against a chunk. Negatives that are left out, and each sample's own class, have −∞."""
 
     values: Tensor  # [B, n]
-    slopes: Tensor | None  # [B, n] dz/dcos; None where it is `ClassChunks.slope` for all
-    nearest: Tensor | None  # [B, n] uint8: the sub-center that the class's cosine comes from; None for K = 1
+    cosine_grads: Tensor | None = None  # [B, n] dz/dcos; None where it is `ClassChunks.cosine_grad` for all
+    nearest: Tensor | None = None  # [B, n] uint8: the nearest sub-center of each class; None for K = 1
+
+    def grad_by_cosine(self, grad: Tensor) -> Tensor:
+        """Turn ∂loss/∂z [B, n] into ∂loss/∂cos, up to `ClassChunks.cosine_grad` where all share it."""
+        return grad if self.cosine_grads is None else grad * self.cosine_grads
 
 
 class ClassChunks:
     """Walks the active rows of ``weight`` and forms logits against a batch.
 
     Args:
-        embeddings: [B, D], normalised unless the loss takes raw logits.
+        loss: turns cosines into logits.
+        samples: of the batch.
+        unit_embeddings: [B, D], normalised; raw ones for a loss on raw logits.
         weight: [rows of the shard, D], or [rows of the shard, K, D].
         bias: [rows of the shard] or None.
+        active: the A rows to walk.
         target_rows: [B] int64: position of each sample's class among the active rows; -1 if it is not in this shard.
             These logits are left out (set to −∞).
         filter_threshold: negatives with a cosine above it are left out.
@@ -55,7 +62,7 @@ class ClassChunks:
         self,
         loss: Loss,
         samples: Samples,
-        embeddings: Tensor,
+        unit_embeddings: Tensor,
         weight: Tensor,
         bias: Tensor | None,
         active: ActiveRows,
@@ -67,44 +74,44 @@ class ClassChunks:
         self.active, self.target_rows, self.filter_threshold = active, target_rows, filter_threshold
         self.raw, self.linear = loss.raw_logits, loss.negatives_are_linear
         #: dz/dcos of linear negatives. It is applied to the embeddings once: that saves a pass over the logits.
-        self.slope = loss.scale if self.linear else 1.0
-        self.embeddings = embeddings
-        self.scaled = embeddings if self.slope == 1.0 else embeddings * self.slope
+        self.cosine_grad = loss.scale if self.linear else 1.0
+        self.unit_embeddings = unit_embeddings
+        #: [B, D] unit embeddings times `cosine_grad`
+        self.scaled_embeddings = unit_embeddings if self.cosine_grad == 1.0 else unit_embeddings * self.cosine_grad
         offset = loss.logit_offset()
-        self.offset = None if offset is None else offset.detach().to(embeddings.dtype)
+        self.offset = None if offset is None else offset.detach().to(unit_embeddings.dtype)
         self.sub_centers = weight.shape[1] if weight.dim() == 3 else 1
-        batch, dim = embeddings.shape
-        buffers = (2 if self.linear else 8) + 3 * (self.sub_centers > 1) + 6 * ("mean_logit" in loss.needs)
-        copies = 2 + (weight.dim() == 3) + (weight.dtype is not embeddings.dtype)
-        rows = dim * self.sub_centers * copies
-        bytes_per_row = embeddings.element_size() * (batch * buffers + rows)
-        affordable = memory_budget // bytes_per_row
-        preferred = max(256, _CPU_CHUNK_ELEMENTS // max(batch, 1)) if weight.device.type == "cpu" else affordable // 2
-        self.rows_per_chunk = max(1, min(affordable, preferred, active.count))
-        spare = memory_budget - self.rows_per_chunk * bytes_per_row
-        #: How many chunks' exponentials the rest of the budget holds, so that backward need not form them again.
-        self.chunks_to_keep = max(0, spare // max(1, self.rows_per_chunk * batch * embeddings.element_size()))
-        if not self.linear or self.sub_centers > 1:
-            self.chunks_to_keep = 0  # slopes and nearest sub-centers would have to be kept too
+        self._plan_chunks(memory_budget)
         self._logits: Tensor | None = None
 
+    def _plan_chunks(self, memory_budget: int) -> None:
+        """Choose the size of a chunk, and how many chunks to keep, so that all buffers fit the budget, in bytes."""
+        batch, dim = self.unit_embeddings.shape
+        element_size = self.unit_embeddings.element_size()
+        buffers = 2 if self.linear else 8
+        buffers += 3 * (self.sub_centers > 1) + 6 * ("mean_logit" in self.loss.needs)
+        copies = 2 + (self.weight.dim() == 3) + (self.weight.dtype is not self.unit_embeddings.dtype)
+        bytes_per_row = element_size * (batch * buffers + dim * self.sub_centers * copies)
+        affordable = memory_budget // bytes_per_row
+        on_cpu = self.weight.device.type == "cpu"
+        preferred = max(256, _CPU_CHUNK_ELEMENTS // max(batch, 1)) if on_cpu else affordable // 2
+        self.rows_per_chunk = max(1, min(affordable, preferred, self.active.count))
+        spare = memory_budget - self.rows_per_chunk * bytes_per_row
+        #: How many chunks' exponentials the rest of the budget holds, so that backward need not form them again.
+        self.chunks_to_keep = max(0, spare // max(1, self.rows_per_chunk * batch * element_size))
+        if not self.linear or self.sub_centers > 1:
+            self.chunks_to_keep = 0  # derivatives and nearest sub-centers would have to be kept too
+
     def __iter__(self) -> Iterator[Chunk]:
-        """Chunks in order. A chunk's tensors are valid until the next one is taken."""
-        dtype, count = self.embeddings.dtype, self.active.count
-        self._logits = self.embeddings.new_empty(len(self.embeddings) * self.rows_per_chunk)
-        shape = self.weight.shape[1:]
-        gathered = self.embeddings.new_empty(self.rows_per_chunk, *shape)
-        # One center a class: normalised where it was gathered. Sub-centers are laid out by k.
+        """Yield the chunks in order. A chunk's tensors are valid until the next one is taken."""
+        embeddings, shape = self.unit_embeddings, self.weight.shape[1:]
+        self._logits = embeddings.new_empty(len(embeddings) * self.rows_per_chunk)
+        gathered = embeddings.new_empty(self.rows_per_chunk, *shape)
+        # One weight a class: normalised where it was gathered. Sub-centers are laid out by k.
         normalised = gathered if self.weight.dim() == 2 else torch.empty_like(gathered)
-        for index, start in enumerate(range(0, count, self.rows_per_chunk)):
-            stop = min(start + self.rows_per_chunk, count)
-            if self.active.rows is None:
-                weight = self.weight[start:stop]
-            else:
-                rows, out = self.active.rows[start:stop], gathered[: stop - start]
-                weight = torch.index_select(self.weight, 0, rows, out=out if self.weight.dtype is dtype else None)
-            weight = weight.to(dtype)
-            weight = weight[None] if weight.dim() == 2 else weight.transpose(0, 1)  # [K, n, D]
+        for index, start in enumerate(range(0, self.active.count, self.rows_per_chunk)):
+            stop = min(start + self.rows_per_chunk, self.active.count)
+            weight = self._gather_weight(start, stop, gathered[: stop - start])
             if self.raw:
                 yield Chunk(index, start, stop, weight, None)
             else:
@@ -113,89 +120,113 @@ class ClassChunks:
                 yield Chunk(index, start, stop, torch.mul(weight, inverse[:, :, None], out=space), inverse)
         self._logits = None  # nothing of this size stays alive between forward and backward
 
+    def _gather_weight(self, start: int, stop: int, space: Tensor) -> Tensor:
+        """Return the weights of active rows [start, stop), [K, n, D] in the compute dtype; may use ``space [n, …]``."""
+        if self.active.rows is None:
+            weight = self.weight[start:stop]
+        else:
+            out = space if self.weight.dtype is space.dtype else None
+            weight = torch.index_select(self.weight, 0, self.active.rows[start:stop], out=out)
+        weight = weight.to(space.dtype)
+        return weight[None] if weight.dim() == 2 else weight.transpose(0, 1)
+
     def logit_bound(self) -> float:
-        """The largest |z + log weight| of a negative; ``math.inf`` if there is none."""
+        """Return the largest |z + log weight| that a negative can have; ``math.inf`` if there is no bound."""
         return self.loss.logit_bound() + self.active.largest_log_weight
 
     def log_weight(self, chunk: Chunk) -> Tensor | None:
-        """[n]: the log of the weights that the chunk's classes have as negatives; None: all weigh 1."""
+        """Return the log of the weights of the chunk's classes as negatives, [n]; None: all weigh 1."""
         return None if self.active.log_weight is None else self.active.log_weight[chunk.start : chunk.stop]
 
     def logits_buffer(self, chunk: Chunk) -> Tensor:
-        """Space for the logits of ``chunk``, [B, n]; the same for every chunk."""
+        """Return space for the logits of ``chunk``, [B, n]; the same for every chunk."""
         assert self._logits is not None, "only while iterating over chunks"
-        batch, classes = len(self.embeddings), chunk.stop - chunk.start
+        batch, classes = len(self.unit_embeddings), chunk.stop - chunk.start
         return self._logits[: batch * classes].view(batch, classes)
 
     def logits(self, chunk: Chunk, keep: bool = False) -> Logits:
-        """The logits against ``chunk``. They live in a buffer that the next call overwrites, unless the caller is to
-        ``keep`` them.
-        """
-        batch, classes = len(self.embeddings), chunk.stop - chunk.start
-        out = self.embeddings.new_empty(batch, classes) if keep else self.logits_buffer(chunk)
-        slopes, threshold = None, self.filter_threshold
+        """Return the logits against ``chunk``, in a buffer that the next call overwrites unless ``keep`` is set."""
+        out = self.logits_buffer(chunk)
+        if keep:
+            out = torch.empty_like(out)
+        cosine_grads = None
         logits, nearest = self._similarity(chunk, out)
         if self.linear:
-            if threshold is not None:
-                logits.masked_fill_(logits > threshold * self.slope * self._lengths(chunk), -torch.inf)
+            if self.filter_threshold is not None:
+                threshold = self.filter_threshold * self.cosine_grad * self._lengths(chunk)
+                logits.masked_fill_(logits > threshold, -torch.inf)
         else:
             cosines = logits
             with torch.enable_grad():
                 variable = cosines.detach().requires_grad_()
                 curved = self.loss.negative_logits(variable, self.samples)
-                (slopes,) = torch.autograd.grad(curved.sum(), variable)
+                (cosine_grads,) = torch.autograd.grad(curved.sum(), variable)
             logits = curved.detach()
-            if threshold is not None:
-                logits = logits.masked_fill(cosines > threshold, -torch.inf)
+            if self.filter_threshold is not None:
+                logits = logits.masked_fill(cosines > self.filter_threshold, -torch.inf)
         if self.bias is not None:
             logits.add_(self._of_chunk(self.bias, chunk))
         if self.offset is not None:
             logits.add_(self.offset)
         self._leave_out_targets(logits, chunk)
-        return Logits(logits, slopes, nearest)
+        return Logits(logits, cosine_grads, nearest)
 
     def _lengths(self, chunk: Chunk) -> Tensor | float:
-        """What the inner products of raw logits are cosines times, [B, n]; 1 for cosines."""
+        """Return the factor ‖x‖·‖w‖ between cosines and raw logits, [B, n]; 1 if the logits are of cosines."""
         if not self.raw:
             return 1.0
-        weights = torch.linalg.vector_norm(chunk.directions[0], dim=1)
-        return self.samples.norms.to(weights.dtype)[:, None] * weights
+        weight_norms = torch.linalg.vector_norm(chunk.unit_weights[0], dim=1)
+        return self.samples.norms.to(weight_norms.dtype)[:, None] * weight_norms
 
     def _similarity(self, chunk: Chunk, out: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Scaled cosines (inner products for raw logits) of the batch with a chunk's classes, and nearest sub-centers.
+        """Return cosines (inner products for raw logits) of the batch with a chunk's classes, and nearest sub-centers.
 
-        ``scaled`` holds the slope of linear negatives, so these are logits already; it is 1 for others.
+        Those of linear negatives are multiplied by their derivative, and so are logits already.
         """
-        best = torch.mm(self.scaled, chunk.directions[0].t(), out=out)
+        best = torch.mm(self.scaled_embeddings, chunk.unit_weights[0].t(), out=out)
         if self.sub_centers == 1:
             return best, None
         nearest = torch.zeros(best.shape, dtype=torch.uint8, device=best.device)
         for k in range(1, self.sub_centers):
-            other = torch.mm(self.scaled, chunk.directions[k].t())
+            other = torch.mm(self.scaled_embeddings, chunk.unit_weights[k].t())
             nearest.masked_fill_(other > best, k)
             torch.maximum(best, other, out=best)
         return best, nearest
 
-    def pull(self, chunk: Chunk, coefficients: Tensor, nearest: Tensor | None, out: Tensor) -> None:
-        """``out [B, D] += Σ_j coefficients[:, j]·(direction of class j)``, of its nearest sub-center."""
-        for k in range(self.sub_centers):
-            of_k = coefficients if nearest is None else coefficients * (nearest == k)
-            out.addmm_(of_k, chunk.directions[k])
+    def add_embedding_grad(self, chunk: Chunk, grad: Tensor, nearest: Tensor | None, out: Tensor) -> None:
+        """Add Σ_j ``grad[:, j]``·(unit weight of class j, of its nearest sub-center) to ``out [B, D]``.
 
-    def push(self, chunk: Chunk, coefficients: Tensor, nearest: Tensor | None, vectors: Tensor, out: Tensor) -> None:
-        """``out [n, D] or [n, K, D] = Σ_i coefficients[i]·vectors[i]``, through the normalisation of the rows.
-
-        The coefficients are derivatives with respect to cosines, up to factors that ``vectors [B, D]`` hold.
+        Args:
+            chunk: the classes j.
+            grad: [B, n] ∂loss/∂cos, up to factors that ``out`` is still to be multiplied by.
+            nearest: as in :class:`Logits`.
+            out: [B, D].
         """
         for k in range(self.sub_centers):
-            of_k = coefficients if nearest is None else coefficients * (nearest == k)
-            gradient = torch.mm(of_k.t(), vectors, out=out if out.dim() == 2 else None)
+            of_k = grad if nearest is None else grad * (nearest == k)
+            out.addmm_(of_k, chunk.unit_weights[k])
+
+    def write_weight_grad(
+        self, chunk: Chunk, grad: Tensor, nearest: Tensor | None, embeddings: Tensor, out: Tensor
+    ) -> None:
+        """Write Σ_i ``grad[i]``·``embeddings[i]`` to ``out [n, D]`` or ``[n, K, D]``, through the rows' normalisation.
+
+        Args:
+            chunk: the n classes.
+            grad: [B, n] ∂loss/∂cos, up to factors that ``embeddings`` hold.
+            nearest: as in :class:`Logits`.
+            embeddings: [B, D] unit embeddings times these factors.
+            out: the rows' gradient.
+        """
+        for k in range(self.sub_centers):
+            of_k = grad if nearest is None else grad * (nearest == k)
+            row_grad = torch.mm(of_k.t(), embeddings, out=out if out.dim() == 2 else None)
             if chunk.inverse_norms is not None:
-                directions = chunk.directions[k]
-                along = torch.linalg.vecdot(directions, gradient)
-                gradient.addcmul_(directions, along[:, None], value=-1).mul_(chunk.inverse_norms[k][:, None])
+                unit_weights = chunk.unit_weights[k]
+                along = torch.linalg.vecdot(unit_weights, row_grad)
+                row_grad.addcmul_(unit_weights, along[:, None], value=-1).mul_(chunk.inverse_norms[k][:, None])
             if out.dim() == 3:
-                out[:, k] = gradient
+                out[:, k] = row_grad
 
     def _of_chunk(self, per_row: Tensor, chunk: Chunk) -> Tensor:
         if self.active.rows is None:

@@ -3,9 +3,6 @@
 With z the logits, lse the log-sum-exp of the negatives of all shards and ``d = lse − z_y``, the loss of a sample is
 ``softplus(d)`` and its derivatives are ``∂/∂lse = σ(d)``, ``∂/∂z_y = −σ(d)``, ``∂/∂z_j = σ(d)·exp(z_j − lse)``. Neither
 ``lse − z_y`` of a sum that holds the target nor ``p_y − 1`` is ever formed: both cancel in float32 once training works.
-
-What the loss makes of lse and of the target's cosine is a matter of B numbers a rank, in float64, once the shards'
-statistics are combined: every rank does all of it, and autograd differentiates it.
 """
 
 from __future__ import annotations
@@ -19,38 +16,28 @@ from torch import Tensor
 
 from partialfc.head.center_loss import CenterLoss
 from partialfc.head.collectives import Collectives
-from partialfc.head.random import normal_rows, stream_key
+from partialfc.head.random import RandomStream, normal_rows, stream_key
 from partialfc.head.softmax.class_chunks import NORM_EPS, ClassChunks
-from partialfc.head.softmax.negatives import Combined, LogSumExp, SoftplusSum
-from partialfc.head.softmax.sampling import ActiveRows
+from partialfc.head.softmax.log_sum_exp import log_sum_exp
+from partialfc.head.softmax.reduction import CombinedNegatives, NegativesForward
+from partialfc.head.softmax.sample_losses import SampleGrads, batch_loss
+from partialfc.head.softmax.sampling import ActiveRows, OwnedSamples
+from partialfc.head.softmax.softplus_sum import softplus_sum
 from partialfc.head.softmax.targets import Targets, find_targets
 from partialfc.losses import Loss, Samples
 
-_NOISE = 3  # the purpose that tells this stream of random numbers from the others
 
-
-@dataclass
-class Statistics:
-    """What the forward pass found, equal on all ranks; detached."""
-
-    softmax_loss: Tensor  # []
-    center_loss: Tensor  # [], weight included
-    target_cosine: Tensor  # [], mean over the samples that count
-    num_samples: Tensor  # [] int64
-    of_loss: Tensor | None  # [k] float64: what the loss's state is to learn of this batch
-
-
-@dataclass
+@dataclass(frozen=True)
 class ShardStep:
     """One step as one shard sees it."""
 
     loss: Loss
     collectives: Collectives
-    embeddings: Tensor  # [B, D] the global batch, raw, in compute dtype
-    labels: Tensor  # [B] int64, -1 = does not count
+    embeddings: Tensor  # [B, D] the global batch, raw, in the compute dtype
+    labels: Tensor  # [B] int64, -1 = ignored
     positions: Tensor  # [B] int64 of the samples in the step's global batch
     local_count: int  # samples of this rank
-    first_class: int  # of this shard
+    owned: OwnedSamples
     active: ActiveRows
     step: int
     seed: int
@@ -60,34 +47,77 @@ class ShardStep:
     earlier_statistics: Tensor | None  # of the loss, from earlier micro-batches of this step
     wants_grad: bool
     training: bool
-    statistics: Statistics | None = None
 
 
-@dataclass
-class _Slopes:
-    """Derivatives of the mean loss by each sample's statistics, [B] float64; None where it does not depend on them."""
+@dataclass(frozen=True)
+class SoftmaxOutput:
+    """The loss of the global batch, equal on all ranks. All but ``loss`` is detached."""
 
-    negatives: Tensor
-    similarity: Tensor
-    logit_sum: Tensor | None
-    norms: Tensor | None
-    parameters: list[Tensor | None]  # of the loss
+    loss: Tensor  # []
+    softmax_loss: Tensor  # []
+    center_loss: Tensor  # [], weight included
+    target_cosine: Tensor  # [], mean over the valid samples
+    num_samples: Tensor  # [] int64
+    loss_statistics: Tensor | None  # [k] float64, of this batch, for the loss's state
+    center_offsets: Tensor | None  # [n, D] x − k of the samples that this shard owns
 
 
-class ShardedSoftmax(torch.autograd.Function):
-    """``apply(local_embeddings, weight, bias, step, *loss_parameters) -> loss``; see the module's text.
+def sharded_softmax(local_embeddings: Tensor, weight: Tensor, bias: Tensor | None, step: ShardStep) -> SoftmaxOutput:
+    """Compute the loss of the global batch, differentiable if ``step.wants_grad``. A collective.
 
     Gradients: ``world_size · ∂loss/∂local_embeddings`` (so that averaging over ranks gives the backbone's exact
     gradient), sparse rows for ``weight`` and ``bias``, unscaled, and the same full gradient of the loss's parameters
     on every rank.
+
+    Args:
+        local_embeddings: [b, D], this rank's part of the batch: receives its gradient.
+        weight: [rows of the shard, D] or [rows, K, D].
+        bias: [rows] or None.
+        step: the global batch and everything else.
     """
+    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+        output, gradients = _forward(local_embeddings, weight, bias, step)
+    if gradients is None:
+        return output
+    loss = _AttachGradients.apply(local_embeddings, weight, bias, output.loss, gradients, *step.loss.parameters())
+    return dataclasses.replace(output, loss=loss)
+
+
+@dataclass(frozen=True)
+class _Gradients:
+    """The gradients that the forward pass knows, and what backward needs to compute the others."""
+
+    embeddings: Tensor  # [B, D] this shard's part of ∂loss/∂(raw embeddings)
+    of_targets: Tensor  # [n, D] ∂loss/∂weight through the owned samples' own classes
+    targets: Tensor  # [n] int64: these classes among the active rows
+    nearest: Tensor | None  # [n] int64: their sub-centers
+    by_sample: SampleGrads
+    by_target: Tensor  # [n] float64 ∂loss/∂similarity of the owned samples
+    negatives: CombinedNegatives
+    kept: tuple[Tensor, ...]  # see NegativesForward
+    collectives: Collectives
+    local_count: int
+    local_dtype: torch.dtype
+    has_bias: bool
+
+
+class _AttachGradients(torch.autograd.Function):
+    """``apply(local_embeddings, weight, bias, loss, gradients, *loss_parameters)`` returns ``loss``, differentiable."""
 
     @staticmethod
     def forward(
-        ctx: Any, local_embeddings: Tensor, weight: Tensor, bias: Tensor | None, step: ShardStep, *parameters: Tensor
+        ctx: Any,
+        local_embeddings: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        loss: Tensor,
+        gradients: _Gradients,
+        *parameters: Tensor,
     ) -> Tensor:
-        with torch.autocast(weight.device.type, enabled=False):
-            return _forward(ctx, local_embeddings, weight, bias, step)
+        # Saved tensors are freed by backward; the rest stays as long as the graph does.
+        ctx.save_for_backward(weight, *gradients.kept)
+        ctx.gradients = dataclasses.replace(gradients, kept=())
+        return loss.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -96,227 +126,175 @@ class ShardedSoftmax(torch.autograd.Function):
             return _backward(ctx, grad_loss)
 
 
-def _forward(ctx: Any, local_embeddings: Tensor, weight: Tensor, bias: Tensor | None, step: ShardStep) -> Tensor:
-    loss, x, labels = step.loss, step.embeddings, step.labels
-    norms = torch.linalg.vector_norm(x, dim=1, dtype=torch.float64).clamp_min_(NORM_EPS)  # [B]
-    unit = x if loss.raw_logits else x / norms.to(x.dtype)[:, None]
+def _forward(
+    local_embeddings: Tensor, weight: Tensor, bias: Tensor | None, step: ShardStep
+) -> tuple[SoftmaxOutput, _Gradients | None]:
+    loss, embeddings, owned = step.loss, step.embeddings, step.owned
+    norms = torch.linalg.vector_norm(embeddings, dim=1, dtype=torch.float64).clamp_min_(NORM_EPS)  # [B]
+    unit_embeddings = embeddings if loss.raw_logits else embeddings / norms.to(embeddings.dtype)[:, None]
+    targets = find_targets(owned, embeddings, norms, weight, bias, loss.raw_logits)
+    samples, loss_statistics = _describe_samples(step, norms, targets)
 
-    targets = find_targets(x, labels, weight, bias, step.first_class, loss.raw_logits)
-    samples = _describe_samples(step, norms, targets)
-    target_rows = torch.full_like(labels, -1)
-    target_rows[targets.samples] = _positions(step.active, targets.rows)
-    chunks = ClassChunks(
-        loss, samples, unit, weight, bias, step.active, target_rows, step.filter_threshold, step.memory_budget
-    )
-    negatives = LogSumExp(chunks, "mean_logit" in loss.needs) if loss.shared_denominator else SoftplusSum(chunks)
-    negatives.sum_shard(step.wants_grad, keep=ctx.needs_input_grad[1])
-
-    offsets = None
+    negatives = _sum_negatives(step, samples, unit_embeddings, weight, bias)
+    center_offsets = None
     if step.center_loss is not None:
-        offsets = x[targets.samples] - step.center_loss.centers[targets.rows].to(x.dtype)  # x − k, [n, D]
-    message = torch.cat((negatives.columns(step.collectives), _columns(len(x), targets, offsets)), dim=1)
-    step.collectives.sum(message)
-    split = message.shape[1] - (2 if offsets is None else 3)
-    combined = negatives.combine(message[:, :split])
-    total, slopes = _finish_loss(step, samples, combined, *message[:, split:].unbind(1))
+        center_offsets = embeddings[owned.samples] - step.center_loss.centers[owned.rows].to(embeddings.dtype)
+    stats = torch.cat((negatives.sample_stats, _target_stats(len(embeddings), targets, center_offsets)), dim=1)
+    step.collectives.sum(stats)
+    of_negatives, of_targets = stats.tensor_split([negatives.sample_stats.shape[1]], dim=1)
+
+    combined = negatives.combine(of_negatives)
+    center_weight = 0.0 if step.center_loss is None else step.center_loss.weight
+    batch = batch_loss(loss, samples, combined, center_weight, *of_targets.unbind(1))
+    output = SoftmaxOutput(
+        loss=batch.total.to(embeddings.dtype),
+        softmax_loss=batch.softmax_loss.to(embeddings.dtype),
+        center_loss=batch.center_loss.to(embeddings.dtype),
+        target_cosine=batch.target_cosine.to(embeddings.dtype),
+        num_samples=samples.valid.sum(),
+        loss_statistics=loss_statistics,
+        center_offsets=center_offsets,
+    )
     if not step.wants_grad:
-        return total.to(x.dtype)
+        return output, None
 
-    pull = negatives.embedding_pull(slopes.negatives, slopes.logit_sum)
-    ctx.grad_embeddings = _embedding_gradient(step, pull, unit, norms, targets, slopes, offsets)
-    owned_slope = slopes.similarity[targets.samples]
-    target_gradient = targets.row_gradient(owned_slope).to(x.dtype)
-    ctx.step, ctx.negatives, ctx.offsets, ctx.has_bias = step, negatives, offsets, bias is not None
-    ctx.local_dtype, ctx.parameter_slopes = local_embeddings.dtype, slopes.parameters
-    kept, negatives.kept = negatives.kept, []
-    nearest = torch.zeros_like(targets.rows) if targets.nearest is None else targets.nearest
-    ctx.save_for_backward(
-        weight, targets.rows, target_rows[targets.samples], nearest, owned_slope, target_gradient, *kept
+    grad = negatives.finish_embedding_grad(combined, batch.grads.negatives, batch.grads.logit_sum)  # [B, D]
+    if not loss.raw_logits:  # through the normalisation
+        along = (unit_embeddings * grad).sum(dim=1, keepdim=True)
+        grad.addcmul_(unit_embeddings, along, value=-1).div_(norms.to(grad.dtype)[:, None])
+    of_owned = _owned_embedding_grad(targets, batch.grads, center_offsets, center_weight, output.num_samples)
+    grad.index_add_(0, owned.samples, of_owned.to(grad.dtype))
+    by_target = batch.grads.similarity[owned.samples]
+    return output, _Gradients(
+        embeddings=grad,
+        of_targets=targets.weight_grad(by_target).to(embeddings.dtype),
+        targets=step.active.index(owned.rows),
+        nearest=targets.nearest,
+        by_sample=batch.grads,
+        by_target=by_target,
+        negatives=combined,
+        kept=negatives.kept,
+        collectives=step.collectives,
+        local_count=step.local_count,
+        local_dtype=local_embeddings.dtype,
+        has_bias=bias is not None,
     )
-    return total.to(x.dtype)
 
 
-def _describe_samples(step: ShardStep, norms: Tensor, targets: Targets) -> Samples:
-    """What the loss may know of the batch; where it needs the targets' cosines first, one collective."""
-    loss = step.loss
-    samples = Samples(norms, step.labels >= 0, step.positions, step.step, step.seed)
-    if "noise" in loss.needs:
-        noise = torch.empty(len(norms), 1, dtype=torch.float32, device=norms.device)
-        normal_rows(stream_key(step.seed, _NOISE, step.step), step.positions, 1, 1.0, noise)
-        samples = dataclasses.replace(samples, noise=noise[:, 0].double())
-    if "target_cosine_first" in loss.needs:
-        cosines = torch.zeros_like(norms)
-        cosines[targets.samples] = targets.cosines
-        samples = dataclasses.replace(samples, target_cosine=step.collectives.sum(cosines))
-    state = loss.stateful.state
-    if state is not None and step.training:
-        state = loss.next_state(state, _statistics_so_far(step, samples))
-    return dataclasses.replace(samples, state=state)
-
-
-def _statistics_so_far(step: ShardStep, samples: Samples) -> Tensor:
-    """The loss's statistics of the step's micro-batches, this one included."""
-    found = step.loss.statistics(samples)
-    assert found is not None, "a loss with a state must define statistics()"
-    return found if step.earlier_statistics is None else found + step.earlier_statistics
-
-
-def _columns(batch: int, targets: Targets, offsets: Tensor | None) -> Tensor:
-    """What is known of each sample on one shard only, to be summed over ranks, [B, k] float64.
-
-    Columns: what the loss sees of the target, its cosine, and with center loss ‖x − k‖².
-    """
-    columns = targets.cosines.new_zeros(batch, 2 if offsets is None else 3)
-    columns[targets.samples, 0] = targets.similarity
-    columns[targets.samples, 1] = targets.cosines
-    if offsets is not None:
-        columns[targets.samples, 2] = offsets.double().square().sum(dim=1)
-    return columns
-
-
-def _finish_loss(
-    step: ShardStep,
-    samples: Samples,
-    combined: Combined,
-    similarity: Tensor,
-    cosine: Tensor,
-    center_distance: Tensor | None = None,
-) -> tuple[Tensor, _Slopes]:
-    """The total loss, [], and its derivatives, all float64; the same on every rank."""
-    counted = samples.counted
-    count = counted.sum()
-    mean = counted.double() / count.clamp_min(1)
-    sample_losses, slopes = _differentiate(step.loss, samples, combined, similarity, mean)
-    softmax_loss = (sample_losses * mean).sum()
-    center_loss = torch.zeros_like(softmax_loss)
-    if step.center_loss is not None and center_distance is not None:
-        center_loss = 0.5 * step.center_loss.weight * (center_distance * mean).sum()
-    total = softmax_loss + center_loss
-    # A loss that is not finite makes every gradient of every rank so: all of them then skip the step, or none.
-    slopes.negatives.add_(total - total)
-    slopes.similarity.add_(total - total)
-    dtype = step.embeddings.dtype
-    step.statistics = Statistics(
-        softmax_loss.to(dtype),
-        center_loss.to(dtype),
-        (cosine * mean).sum().to(dtype),
-        count,
-        step.loss.statistics(samples),
-    )
-    return total, slopes
-
-
-def _differentiate(
-    loss: Loss, samples: Samples, combined: Combined, similarity: Tensor, mean: Tensor
-) -> tuple[Tensor, _Slopes]:
-    """Each sample's loss, [B], 0 where it does not count, and the derivatives of its mean over the batch."""
-
-    def leaf(values: Tensor, elsewhere: float = 0.0) -> Tensor:
-        return torch.where(samples.counted, values, elsewhere).requires_grad_()
-
-    with torch.enable_grad():
-        value, target, norms = leaf(combined.value), leaf(similarity), leaf(samples.norms, 1.0)
-        samples = dataclasses.replace(samples, norms=norms if "norms" in loss.needs else norms.detach())
-        target_logit = loss.target_logit(target, samples)
-        offset, negatives = loss.logit_offset(), value
-        if offset is not None:  # a number of value 0 that carries the offset's gradient
-            negatives = value + combined.offset_slope * (offset - offset.detach())
-        logit_sum = mean_logit = None
-        if combined.logit_sum is not None and combined.count is not None:
-            logit_sum = leaf(combined.logit_sum)
-            carried = 0.0 if offset is None else combined.count * (offset - offset.detach())
-            mean_logit = (target_logit + logit_sum + carried) / (1.0 + combined.count)
-        sample_losses = loss.objective(negatives, target_logit, mean_logit)
-        penalty = loss.penalty(samples)
-        if penalty is not None:
-            sample_losses = sample_losses + penalty
-        sample_losses = torch.where(samples.counted, sample_losses, 0.0)
-        parameters = [parameter for parameter in loss.parameters() if parameter.requires_grad]
-        variables = [value, target, norms, *([] if logit_sum is None else [logit_sum]), *parameters]
-        found = torch.autograd.grad((sample_losses * mean).sum(), variables, allow_unused=True)
-    by_value, by_target, by_norms, *rest = found
-    by_logit_sum = None if logit_sum is None else rest.pop(0)
-    by_parameter = iter(rest)
-    slopes = _Slopes(
-        torch.zeros_like(value) if by_value is None else by_value,
-        torch.zeros_like(value) if by_target is None else by_target,
-        by_logit_sum,
-        by_norms,
-        [next(by_parameter) if parameter.requires_grad else None for parameter in loss.parameters()],
-    )
-    return sample_losses.detach(), slopes
-
-
-def _positions(active: ActiveRows, rows: Tensor) -> Tensor:
-    """Where ``rows`` of the shard lie among its active rows."""
-    return rows if active.rows is None else torch.searchsorted(active.rows, rows)
-
-
-def _embedding_gradient(
-    step: ShardStep,
-    pull: Tensor,
-    unit: Tensor,
-    norms: Tensor,
-    targets: Targets,
-    slopes: _Slopes,
-    offsets: Tensor | None,
+def _owned_embedding_grad(
+    targets: Targets, grads: SampleGrads, center_offsets: Tensor | None, center_weight: float, num_samples: Tensor
 ) -> Tensor:
-    """This shard's part of ∂loss/∂(raw embeddings), [B, D]; overwrites ``pull``, its part from the negatives."""
-    if not step.loss.raw_logits:  # through the normalisation
-        along = (unit * pull).sum(dim=1, keepdim=True)
-        pull.addcmul_(unit, along, value=-1).div_(norms.to(pull.dtype)[:, None])
-    own = targets.samples
-    norm_slope = None if slopes.norms is None else slopes.norms[own]
-    target_part = targets.embedding_gradient(slopes.similarity[own], norm_slope)
-    if offsets is not None and step.center_loss is not None:
-        count = (step.labels >= 0).sum().clamp_min(1).double()
-        target_part = target_part + offsets * (step.center_loss.weight / count)
-    return pull.index_add_(0, own, target_part.to(pull.dtype))
+    """Return ∂loss/∂(raw embeddings) of the owned samples, through their own classes and centers, [n, D] float64."""
+    own = targets.owned.samples
+    grad = targets.embedding_grad(grads.similarity[own], None if grads.norms is None else grads.norms[own])
+    if center_offsets is None:
+        return grad
+    return grad + center_offsets * (center_weight / num_samples.clamp_min(1).double())
+
+
+def _describe_samples(step: ShardStep, norms: Tensor, targets: Targets) -> tuple[Samples, Tensor | None]:
+    """Describe the batch to the loss, and return the statistics of a loss with a state.
+
+    One collective if the loss needs the targets' cosines first.
+    """
+    loss, needs = step.loss, step.loss.needs
+    samples = Samples(norms, step.labels >= 0, step.positions, step.step, step.seed)
+    if "noise" in needs:
+        noise = torch.empty(len(norms), 1, dtype=torch.float32, device=norms.device)
+        normal_rows(stream_key(step.seed, RandomStream.NOISE, step.step), step.positions, 1, 1.0, noise)
+        samples = dataclasses.replace(samples, noise=noise[:, 0].double())
+    if "target_cosine_first" in needs:
+        cosines = torch.zeros_like(norms)
+        cosines[targets.owned.samples] = targets.cosines
+        samples = dataclasses.replace(samples, target_cosine=step.collectives.sum(cosines))
+    state, statistics = loss.stateful.state, None
+    if state is not None and step.training:
+        statistics = loss.statistics(samples)
+        assert statistics is not None, "a loss with a state must define statistics()"
+        earlier = step.earlier_statistics
+        state = loss.next_state(state, statistics if earlier is None else statistics + earlier)
+    return dataclasses.replace(samples, state=state), statistics
+
+
+def _sum_negatives(
+    step: ShardStep, samples: Samples, unit_embeddings: Tensor, weight: Tensor, bias: Tensor | None
+) -> NegativesForward:
+    """Walk this shard's active rows. One collective if logits are unbounded."""
+    loss, keep = step.loss, weight.requires_grad
+    target_rows = torch.full_like(step.labels, -1)
+    target_rows[step.owned.samples] = step.active.index(step.owned.rows)
+    chunks = ClassChunks(
+        loss,
+        samples,
+        unit_embeddings,
+        weight,
+        bias,
+        step.active,
+        target_rows,
+        step.filter_threshold,
+        step.memory_budget,
+    )
+    if loss.shared_denominator:
+        return log_sum_exp(chunks, step.collectives, "mean_logit" in loss.needs, step.wants_grad, keep)
+    return softplus_sum(chunks, step.wants_grad, keep)
+
+
+def _target_stats(batch: int, targets: Targets, center_offsets: Tensor | None) -> Tensor:
+    """Return the statistics that only the owner of a sample's class knows, to be summed over ranks, [B, k] float64.
+
+    Columns: the similarity, the cosine, and with center loss ‖x − k‖².
+    """
+    stats = targets.cosines.new_zeros(batch, 2 if center_offsets is None else 3)
+    stats[targets.owned.samples, 0] = targets.similarity
+    stats[targets.owned.samples, 1] = targets.cosines
+    if center_offsets is not None:
+        stats[targets.owned.samples, 2] = center_offsets.double().square().sum(dim=1)
+    return stats
 
 
 def _backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-    step: ShardStep = ctx.step
-    weight, target_shard_rows, target_rows, nearest, owned_slope, target_gradient, *kept = ctx.saved_tensors
-    world_size = step.collectives.world_size
-    arrived = step.collectives.start_reduce_scatter(ctx.grad_embeddings * (grad_loss * world_size))
-
+    gradients: _Gradients = ctx.gradients
+    weight, *kept = ctx.saved_tensors
+    collectives = gradients.collectives
+    wait_for_share = collectives.start_reduce_scatter(gradients.embeddings * (grad_loss * collectives.world_size))
     grad_weight = grad_bias = None
-    if ctx.needs_input_grad[1]:
-        values, bias_values = _row_gradient(ctx, weight, grad_loss, kept)
-        sub_centers = weight.shape[1] if weight.dim() == 3 else 1
-        values.view(-1, weight.shape[-1]).index_add_(
-            0, target_rows * sub_centers + nearest, target_gradient * grad_loss.to(target_gradient.dtype)
-        )
-        rows = step.active.rows
-        if rows is None:
-            rows = torch.arange(len(weight), device=weight.device)
-        grad_weight = _sparse(rows, values, weight.shape)
-        if bias_values is not None:
-            bias_values.index_add_(0, target_rows, (owned_slope * grad_loss).to(bias_values.dtype))
-            grad_bias = _sparse(rows, bias_values, weight.shape[:1])
-    if step.training and step.center_loss is not None and ctx.offsets is not None:
-        step.center_loss.accumulate(target_shard_rows, ctx.offsets)
-        ctx.offsets = None  # a second backward through a retained graph sees the same samples
-    grad_embeddings = arrived()[: step.local_count].to(ctx.local_dtype)
-    grad_parameters = [None if slope is None else slope * grad_loss for slope in ctx.parameter_slopes]
-    return grad_embeddings, grad_weight, grad_bias, None, *grad_parameters
+    if ctx.needs_input_grad[1]:  # while the embeddings' gradient travels
+        grad_weight, grad_bias = _weight_grad(gradients, weight, grad_loss, tuple(kept))
+    grad_embeddings = wait_for_share()[: gradients.local_count].to(gradients.local_dtype)
+    grad_parameters = (None if grad is None else grad * grad_loss for grad in gradients.by_sample.parameters)
+    return grad_embeddings, grad_weight, grad_bias, None, None, *grad_parameters
 
 
-def _row_gradient(ctx: Any, weight: Tensor, grad_loss: Tensor, kept: list[Tensor]) -> tuple[Tensor, Tensor | None]:
-    """∂loss/∂(active rows) from the negatives, [A, D] or [A, K, D], and of their biases, [A]."""
-    negatives: LogSumExp | SoftplusSum = ctx.negatives
-    chunks = negatives.chunks
-    values = chunks.embeddings.new_empty(chunks.active.count, *weight.shape[1:])
-    bias_values = chunks.embeddings.new_empty(chunks.active.count) if ctx.has_bias else None
-    factors = negatives.start_backward(grad_loss)  # [B]
-    vectors = chunks.scaled * factors[:, None]  # [B, D]
+def _weight_grad(
+    gradients: _Gradients, weight: Tensor, grad_loss: Tensor, kept: tuple[Tensor, ...]
+) -> tuple[Tensor, Tensor | None]:
+    """Return the sparse gradients of the weight and the bias: the negatives' chunk by chunk, plus the targets'."""
+    chunks, by_sample = gradients.negatives.chunks, gradients.by_sample
+    active = chunks.active
+    values = chunks.unit_embeddings.new_empty(active.count, *weight.shape[1:])  # [A, D] or [A, K, D]
+    bias_values = chunks.unit_embeddings.new_empty(active.count) if gradients.has_bias else None  # [A]
+    logit_sum_grad = None if by_sample.logit_sum is None else by_sample.logit_sum * grad_loss
+    negatives = gradients.negatives.backward(by_sample.negatives * grad_loss, logit_sum_grad)
+    weighted_embeddings = chunks.scaled_embeddings * negatives.sample_factors[:, None]  # [B, D]
     for chunk in chunks:
-        coefficients, logits = negatives.coefficients(chunk, kept)
-        by_cosine = coefficients if logits.slopes is None else coefficients * logits.slopes
-        chunks.push(chunk, by_cosine, logits.nearest, vectors, out=values[chunk.start : chunk.stop])
+        part = slice(chunk.start, chunk.stop)
+        by_logit, logits = negatives.logit_grad(chunk, kept)
+        by_cosine = logits.grad_by_cosine(by_logit)
+        chunks.write_weight_grad(chunk, by_cosine, logits.nearest, weighted_embeddings, out=values[part])
         if bias_values is not None:
-            torch.mv(coefficients.t(), factors, out=bias_values[chunk.start : chunk.stop])
-    return values, bias_values
+            torch.mv(by_logit.t(), negatives.sample_factors, out=bias_values[part])
+
+    flat_targets = gradients.targets
+    if gradients.nearest is not None:
+        flat_targets = flat_targets * weight.shape[1] + gradients.nearest
+    of_targets = gradients.of_targets * grad_loss.to(gradients.of_targets.dtype)
+    values.view(-1, weight.shape[-1]).index_add_(0, flat_targets, of_targets)
+    rows = torch.arange(len(weight), device=weight.device) if active.rows is None else active.rows
+    grad_weight = _sparse(rows, values, weight.shape)
+    if bias_values is None:
+        return grad_weight, None
+    bias_values.index_add_(0, gradients.targets, (gradients.by_target * grad_loss).to(bias_values.dtype))
+    return grad_weight, _sparse(rows, bias_values, weight.shape[:1])
 
 
 def _sparse(rows: Tensor, values: Tensor, shape: torch.Size) -> Tensor:

@@ -1,4 +1,4 @@
-"""The samples whose class this shard owns, in float64: one D-vector a sample buys exact margins."""
+"""The targets of the samples whose class this shard owns, in float64: one D-vector a sample buys exact margins."""
 
 from __future__ import annotations
 
@@ -8,56 +8,62 @@ import torch
 from torch import Tensor
 
 from partialfc.head.softmax.class_chunks import NORM_EPS
+from partialfc.head.softmax.sampling import OwnedSamples
 
 
 @dataclass(frozen=True)
 class Targets:
-    """n samples of the global batch and their own classes' weights; of K sub-centers the nearest."""
+    """The n owned samples and the weights of their own classes; of K sub-centers the nearest. All in float64."""
 
-    samples: Tensor  # [n] positions in the gathered batch
-    rows: Tensor  # [n] rows of the shard
-    nearest: Tensor | None  # [n] sub-center
-    embeddings: Tensor  # [n, D] unit length
-    directions: Tensor  # [n, D] unit length
+    owned: OwnedSamples
+    nearest: Tensor | None  # [n] int64, the nearest sub-center; None without sub-centers
+    unit_embeddings: Tensor  # [n, D]
+    unit_weights: Tensor  # [n, D]
     embedding_norms: Tensor  # [n]
     weight_norms: Tensor  # [n]
     cosines: Tensor  # [n]
-    similarity: Tensor  # [n] what the loss sees: the cosines, or w·x + b
-    raw: bool  # whether it is w·x + b
+    similarity: Tensor  # [n] input of the loss: the cosine, or w·x + b for raw logits
+    raw: bool  # w·x + b
 
-    def embedding_gradient(self, slope: Tensor, norm_slope: Tensor | None) -> Tensor:
-        """∂loss/∂(raw embeddings) through the targets, [n, D] float64.
+    def embedding_grad(self, similarity_grad: Tensor, norm_grad: Tensor | None) -> Tensor:
+        """Return ∂loss/∂(raw embeddings) through the targets, [n, D] float64.
 
         Args:
-            slope: [n] ∂loss/∂similarity.
-            norm_slope: [n] ∂loss/∂(length of the embedding), where the loss depends on it.
+            similarity_grad: [n] ∂loss/∂similarity.
+            norm_grad: [n] ∂loss/∂(length of the embedding), if the loss depends on it.
         """
         if self.raw:
-            gradient = self.directions * (slope * self.weight_norms)[:, None]
+            grad = self.unit_weights * (similarity_grad * self.weight_norms)[:, None]
         else:
             # In float64, since w − cos·x cancels in a trained state.
-            tangent = self.directions - self.cosines[:, None] * self.embeddings
-            gradient = tangent * (slope / self.embedding_norms)[:, None]
-        return gradient if norm_slope is None else gradient + self.embeddings * norm_slope[:, None]
+            tangent = self.unit_weights - self.cosines[:, None] * self.unit_embeddings
+            grad = tangent * (similarity_grad / self.embedding_norms)[:, None]
+        return grad if norm_grad is None else grad + self.unit_embeddings * norm_grad[:, None]
 
-    def row_gradient(self, slope: Tensor) -> Tensor:
-        """∂loss/∂(weight of each sample's class) through the targets, [n, D] float64; ``slope`` as above."""
+    def weight_grad(self, similarity_grad: Tensor) -> Tensor:
+        """Return ∂loss/∂(weight of each sample's class) through the targets, [n, D] float64, from [n] as above."""
         if self.raw:
-            return self.embeddings * (slope * self.embedding_norms)[:, None]
-        tangent = self.embeddings - self.cosines[:, None] * self.directions
-        return tangent * (slope / self.weight_norms)[:, None]
+            return self.unit_embeddings * (similarity_grad * self.embedding_norms)[:, None]
+        tangent = self.unit_embeddings - self.cosines[:, None] * self.unit_weights
+        return tangent * (similarity_grad / self.weight_norms)[:, None]
 
 
 def find_targets(
-    embeddings: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | None, first_class: int, raw: bool
+    owned: OwnedSamples, embeddings: Tensor, norms: Tensor, weight: Tensor, bias: Tensor | None, raw: bool
 ) -> Targets:
-    """The targets of the gathered batch, raw ``embeddings [B, D]`` and ``labels [B]``, that this shard owns."""
-    rows = labels - first_class
-    owned = ((rows >= 0) & (rows < len(weight)) & (labels >= 0)).nonzero().flatten()
-    rows = rows[owned]
-    x, w = embeddings[owned].double(), weight[rows].double()
-    x_norms, w_norms = _norms(x), _norms(w)
-    x, w = x / x_norms[..., None], w / w_norms[..., None]
+    """Compare each owned sample with its own class.
+
+    Args:
+        owned: n samples of the batch.
+        embeddings: [B, D] raw.
+        norms: [B] float64, their lengths.
+        weight: [rows of the shard, D] or [rows, K, D].
+        bias: [rows] or None.
+        raw: the loss takes w·x + b, not cosines.
+    """
+    x, w = embeddings[owned.samples].double(), weight[owned.rows].double()
+    x_norms, w_norms = norms[owned.samples], torch.linalg.vector_norm(w, dim=-1).clamp_min(NORM_EPS)
+    x, w = x / x_norms[:, None], w / w_norms[..., None]
     nearest = None
     if w.dim() == 3:  # [n, K, D]
         nearest = torch.linalg.vecdot(w, x[:, None]).argmax(dim=1)
@@ -68,9 +74,5 @@ def find_targets(
     if raw:
         similarity = cosines * x_norms * w_norms
         if bias is not None:
-            similarity = similarity + bias[rows].double()
-    return Targets(owned, rows, nearest, x, w, x_norms, w_norms, cosines, similarity, raw)
-
-
-def _norms(vectors: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(vectors, dim=-1).clamp_min(NORM_EPS)
+            similarity = similarity + bias[owned.rows].double()
+    return Targets(owned, nearest, x, w, x_norms, w_norms, cosines, similarity, raw)

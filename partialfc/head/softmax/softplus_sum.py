@@ -1,0 +1,73 @@
+"""``Σ_j w_j·softplus(z_j)`` over the negatives j of each sample: each is a loss of its own (UCE)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from partialfc.head.softmax.class_chunks import Chunk, ClassChunks, Logits
+from partialfc.head.softmax.reduction import CombinedNegatives, NegativesBackward, NegativesForward
+
+
+def softplus_sum(chunks: ClassChunks, wants_grad: bool, keep: bool) -> SoftplusForward:
+    """Sum this shard's negatives.
+
+    Args:
+        chunks: the shard's classes.
+        wants_grad: sum the embeddings' gradient too.
+        keep: keep derivatives for backward, as many as the memory budget holds.
+    """
+    x = chunks.unit_embeddings
+    sums = torch.zeros(len(x), 2, dtype=torch.float64, device=x.device)
+    embedding_grad = torch.zeros_like(x)
+    kept: list[Tensor] = []
+    for chunk in chunks:
+        keep_this = keep and wants_grad and chunk.index < chunks.chunks_to_keep
+        logits = chunks.logits(chunk, keep_this)
+        terms = torch.logaddexp(logits.values, logits.values.new_zeros(()))
+        derivatives = _derivatives(chunks, chunk, logits)
+        log_weight = chunks.log_weight(chunk)
+        sums[:, 0] += (terms if log_weight is None else terms.mul_(log_weight.exp())).sum(dim=1)
+        sums[:, 1] += derivatives.sum(dim=1)
+        if wants_grad:
+            chunks.add_embedding_grad(chunk, logits.grad_by_cosine(derivatives), logits.nearest, embedding_grad)
+            if keep_this:
+                kept.append(derivatives)
+    return SoftplusForward(chunks, sums, embedding_grad, None, tuple(kept))
+
+
+@dataclass(frozen=True)
+class SoftplusForward(NegativesForward):
+    """Statistics: Σ w_j·softplus(z_j) and its derivative Σ w_j·σ(z_j). Kept are the derivatives."""
+
+    def combine(self, sample_stats: Tensor) -> CombinedNegatives:
+        value, offset_grad = sample_stats[:, 0].clone(), sample_stats[:, 1].clone()
+        return CombinedSoftplus(self.chunks, value, offset_grad, torch.ones_like(value))
+
+
+@dataclass(frozen=True)
+class CombinedSoftplus(CombinedNegatives):
+    """A sum of losses: its derivatives on one shard do not depend on the other shards."""
+
+    def backward(self, value_grad: Tensor, logit_sum_grad: Tensor | None) -> NegativesBackward:
+        return SoftplusBackward(self.chunks, value_grad.to(self.chunks.unit_embeddings.dtype))
+
+
+@dataclass(frozen=True)
+class SoftplusBackward(NegativesBackward):
+    """``logit_grad`` is w_j·σ(z_j)."""
+
+    def logit_grad(self, chunk: Chunk, kept: tuple[Tensor, ...]) -> tuple[Tensor, Logits]:
+        if chunk.index < len(kept):
+            return kept[chunk.index], Logits(kept[chunk.index])
+        logits = self.chunks.logits(chunk)
+        return _derivatives(self.chunks, chunk, logits), logits
+
+
+def _derivatives(chunks: ClassChunks, chunk: Chunk, logits: Logits) -> Tensor:
+    """Turn logits into w_j·σ(z_j), in place."""
+    derivatives = logits.values.sigmoid_()
+    log_weight = chunks.log_weight(chunk)
+    return derivatives if log_weight is None else derivatives.mul_(log_weight.exp())
