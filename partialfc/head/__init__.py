@@ -1,4 +1,4 @@
-"""The sharded classifier: depends on torch and partialfc.losses only."""
+"""The sharded classifier, as a library for any trainer. Imports torch, partialfc.losses and partialfc.errors only."""
 
 from partialfc.head.center_loss import CenterLoss
 from partialfc.head.optim.adaptive import RowAdagrad, RowAdamW

@@ -25,10 +25,10 @@ def _torch(name: str) -> Callable[..., Any]:
 
 
 class Collectives:
-    """The ranks that share a head, and what they exchange.
+    """The ranks that share a head, and the collectives between them.
 
     Args:
-        group: the process group; ``None`` takes the default group if there is one, else a single process.
+        group: the process group; default: the default group if there is one, else a single process.
 
     Raises:
         RankLost: from every collective that fails because another rank is gone or silent.
@@ -83,20 +83,20 @@ class Collectives:
         if self.group is None:
             return lambda: values
         share = torch.empty_like(values[: len(values) // self.world_size])
-        what = "reduce-scatter of the embeddings' gradient"
-        work = self._run(what, _torch("reduce_scatter_single"), share, values, group=self.group, async_op=True)
+        name = "reduce-scatter of the embeddings' gradient"
+        work = self._run(name, _torch("reduce_scatter_single"), share, values, group=self.group, async_op=True)
 
         def wait() -> Tensor:
-            self._run(what, work.wait)
+            self._run(name, work.wait)
             return share
 
         return wait
 
-    def _run(self, what: str, collective: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _run(self, name: str, collective: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         try:
             return collective(*args, **kwargs)
-        except RuntimeError as error:  # what torch raises when a peer is gone or the group's timeout has passed
+        except RuntimeError as error:  # raised by torch when a peer is gone or the group's timeout has passed
             raise RankLost(
-                f"rank {self.rank} of {self.world_size}: the {what} failed; another rank has died, hangs or cannot be "
+                f"rank {self.rank} of {self.world_size}: the {name} failed; another rank has died, hangs or cannot be "
                 f"reached ({type(error).__name__}: {error})"
             ) from error

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from partialfc.errors import BatchMismatch
+from partialfc.errors import BatchMismatch, LabelOutOfRange
 from partialfc.head.batch_errors import Problem, any_problem, check_form, check_values, raise_problem
 from partialfc.head.collectives import Collectives
 from partialfc.head.deferred_read import DeferredRead
@@ -54,8 +54,8 @@ class GlobalBatch:
 class BatchGather:
     """Gathers the global batch, and raises the errors of any rank on every rank.
 
-    On a CPU errors are raised at once. Elsewhere reading them would mean waiting for the device: then no sample of the
-    batch counts, and :attr:`GlobalBatch.check` raises them later.
+    On a CPU errors are raised at once. Elsewhere reading them would mean waiting for the device: a bad batch is then
+    ignored as a whole, and :attr:`GlobalBatch.check` raises its errors later.
 
     Args:
         collectives: of the head.
@@ -111,7 +111,7 @@ class BatchGather:
         check = partial(self._raise_problem, DeferredRead(headers), self.format)
         deferred = errors_are_deferred(device) and (well_formed or self.format is not None)
         if deferred:
-            labels = labels.masked_fill(any_problem(headers), -1)  # then no sample counts, and nothing is updated
+            labels = labels.masked_fill(any_problem(headers), -1)  # ignores the whole batch: nothing is updated
         else:
             check()
         # Ignored samples have no influence, not even as NaN.
@@ -132,3 +132,20 @@ def _positions(counts: Tensor, batch: int) -> Tensor:
     """Return the position [B] int64 of each gathered sample, from the samples [W] that each rank passed."""
     within = torch.arange(batch // len(counts), device=counts.device)
     return ((counts.cumsum(0) - counts)[:, None] + within).flatten()
+
+
+def check_class_ids(ids: Tensor, num_classes: int, collectives: Collectives) -> None:
+    """Check that all ranks pass the same ``ids [n]`` int64, each in [0, num_classes). A collective.
+
+    Raises:
+        LabelOutOfRange, BatchMismatch: on every rank.
+    """
+    outside = ids[(ids < 0) | (ids >= num_classes)]
+    digest = zlib.crc32(ids.cpu().numpy().tobytes())
+    mine = torch.tensor([len(ids), digest, len(outside), int(outside[0]) if len(outside) else 0])
+    ranks = collectives.gather(mine.to(ids.device)).tolist()
+    for rank, (_, _, wrong, example) in enumerate(ranks):
+        if wrong:
+            raise LabelOutOfRange(f"rank {rank}: class id {example} is outside [0, {num_classes})")
+    if any(other[:2] != ranks[0][:2] for other in ranks):
+        raise BatchMismatch("rows() needs the same class ids on every rank; gather them first")

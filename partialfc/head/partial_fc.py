@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import warnings
-import zlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,17 +10,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from partialfc.errors import BatchMismatch, ConfigError, LabelOutOfRange
 from partialfc.head.center_loss import CenterLoss
 from partialfc.head.collectives import Collectives
-from partialfc.head.gather import BatchGather, GlobalBatch, LocalBatch
+from partialfc.head.gather import BatchGather, GlobalBatch, LocalBatch, check_class_ids
 from partialfc.head.optim.deferred_decay import apply_deferred_decay
 from partialfc.head.optim.sparse_grads import all_finite, squared_norm
 from partialfc.head.partition import ClassPartition
 from partialfc.head.random import RandomStream, normal_rows, stream_key
+from partialfc.head.sample_rate import SampleRate, rate_at
 from partialfc.head.softmax.sampling import active_rows, owned_samples
 from partialfc.head.softmax.sharded_softmax import ShardStep, sharded_softmax
-from partialfc.head.step_state import MicroBatch, StepState
+from partialfc.head.step_state import StepState
 from partialfc.head.validation import check_loss, check_options, check_sizes, register_owner
 from partialfc.losses import Loss
 
@@ -52,8 +50,8 @@ class PartialFC(nn.Module):
         embedding_dim: D.
         loss: e.g. ``losses.ArcFace(scale=64.0, margin=0.5)``. A loss with a state or parameters belongs to this head
             from now on.
-        sample_rate: share of the classes, in (0, 1], drawn as negatives in a step, besides the batch's own classes; or
-            a function of the step. Evaluation always uses all classes.
+        sample_rate: share of the classes, in (0, 1], sampled as negatives in a step, besides the batch's own classes;
+            or a function of the step. Evaluation always uses all classes.
         seed: of the initial weights and the negatives. Both are functions of the class id, whatever the world size.
         center_loss: e.g. ``CenterLoss(weight=0.003, alpha=0.5)``; owned by this head from now on.
         filter_threshold: negatives whose cosine exceeds it, in [-1, 1], are left out of the denominator (interclass
@@ -72,8 +70,8 @@ class PartialFC(nn.Module):
         device: of the weight.
 
     Parameters: ``weight [C_local, D]``, or ``[C_local, K, D]`` with K sub-centers; with ``losses.Softmax(bias=True)``
-    ``bias [C_local]``; those of the loss (``losses.UCE``), the same on all ranks. Buffers: ``step``, int64, which
-    advances once per optimizer step, applied or skipped, and the loss's ``state``, if it has one.
+    ``bias [C_local]``; the parameters of the loss (``losses.UCE``), the same on all ranks. Buffers: ``step``, int64,
+    which advances once per optimizer step, applied or skipped, and the loss's ``state``, if it has one.
 
     Raises:
         ConfigError: an argument is out of its range.
@@ -86,7 +84,7 @@ class PartialFC(nn.Module):
         num_classes: int,
         embedding_dim: int,
         loss: Loss,
-        sample_rate: float | Callable[[int], float] = 1.0,
+        sample_rate: SampleRate = 1.0,
         seed: int = 0,
         center_loss: CenterLoss | None = None,
         filter_threshold: float | None = None,
@@ -144,7 +142,7 @@ class PartialFC(nn.Module):
         key = stream_key(self.seed, RandomStream.INITIAL_WEIGHT)
         rows = self.weight.view(-1, self.embedding_dim)
         normal_rows(key, ids.flatten(), self.embedding_dim, _INITIAL_STD, rows)
-        self.loss.reset(self.num_classes, self._rate_at(0))
+        self.loss.reset(self.num_classes, rate_at(self.sample_rate, 0))
 
     def forward(self, embeddings: Tensor, labels: Tensor, step: int | None = None) -> HeadOutput:
         """Compute the loss of the global batch. A collective: every rank calls it, in the same mode.
@@ -167,12 +165,9 @@ class PartialFC(nn.Module):
         local = self._begin(embeddings, labels, step)
         batch = self._gather(local)  # collective 1
         shard = self._sample(local, batch)
-        softmax = sharded_softmax(local.embeddings, self.weight, self.bias, shard)  # collective 2; 3 in backward
+        softmax = sharded_softmax(self.weight, self.bias, shard)  # collective 2; 3 in backward
         if local.wants_grad and local.training:
-            micro_batch = MicroBatch(
-                softmax.num_samples, softmax.loss_statistics, shard.owned.rows, softmax.center_offsets
-            )
-            self._step_state.track(softmax.loss, micro_batch)
+            self._step_state.track(softmax, shard.owned.rows)
         return HeadOutput(
             softmax.loss,
             softmax.softmax_loss,
@@ -183,7 +178,7 @@ class PartialFC(nn.Module):
         )
 
     def _begin(self, embeddings: Tensor, labels: Tensor, step: int | None) -> LocalBatch:
-        """Close what earlier calls have left open, and describe this one."""
+        """Raise deferred errors, close a skipped step, and describe this call."""
         self.collectives.check_group()
         self._step_state.raise_deferred()
         if self.training:
@@ -194,7 +189,7 @@ class PartialFC(nn.Module):
         labels = labels if isinstance(labels, Tensor) else torch.empty(())
         trained = (embeddings, self.weight, *self.loss.parameters())
         wants_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in trained)
-        rate = self._rate_at(step) if self.training else 1.0
+        rate = rate_at(self.sample_rate, step) if self.training else 1.0
         return LocalBatch(embeddings, labels, step, rate, self.training, wants_grad, self.on_nonfinite == "raise")
 
     def _gather(self, local: LocalBatch) -> GlobalBatch:
@@ -215,24 +210,21 @@ class PartialFC(nn.Module):
         )
         self.apply_deferred_decay(active.rows)
         if self.weight.dtype is torch.bfloat16:
-            self.weight.grad_dtype = self.compute_dtype  # rows' gradients are not to be rounded
+            self.weight.grad_dtype = self.compute_dtype  # keeps the rows' gradients from being rounded
         return ShardStep(
-            loss=self.loss,
-            collectives=self.collectives,
+            local=local,
             embeddings=batch.embeddings.to(self.compute_dtype),
             labels=batch.labels,
             positions=batch.positions + self._step_state.samples_passed,
-            local_count=len(local.embeddings),
             owned=owned,
             active=active,
-            step=local.step,
+            loss=self.loss,
+            center_loss=self.center_loss,
+            earlier_statistics=self._step_state.loss_statistics,
+            collectives=self.collectives,
             seed=self.seed,
             filter_threshold=self.filter_threshold,
             memory_budget=int(self.memory_budget_mb * 2**20),
-            center_loss=self.center_loss,
-            earlier_statistics=self._step_state.loss_statistics,
-            wants_grad=local.wants_grad,
-            training=local.training,
         )
 
     @torch.no_grad()
@@ -248,15 +240,7 @@ class PartialFC(nn.Module):
         """
         self.collectives.check_group()
         ids = torch.as_tensor(class_ids, dtype=torch.int64, device=self.weight.device).flatten()
-        outside = ids[(ids < 0) | (ids >= self.num_classes)]
-        digest = zlib.crc32(ids.cpu().numpy().tobytes())
-        request = torch.tensor([len(ids), digest, len(outside), int(outside[0]) if len(outside) else 0])
-        requests = self.collectives.gather(request.to(ids.device)).tolist()
-        for rank, (_, _, wrong, example) in enumerate(requests):
-            if wrong:
-                raise LabelOutOfRange(f"rank {rank}: class id {example} is outside [0, {self.num_classes})")
-        if any(other[:2] != requests[0][:2] for other in requests):
-            raise BatchMismatch("rows() needs the same class ids on every rank; gather them first")
+        check_class_ids(ids, self.num_classes, self.collectives)
         local = ids - self.first_class
         owned = (local >= 0) & (local < len(self.weight))
         self.apply_deferred_decay(local[owned])
@@ -315,12 +299,6 @@ class PartialFC(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         self.apply_deferred_decay()
         return self.__dict__.copy()
-
-    def _rate_at(self, step: int) -> float:
-        rate = self.sample_rate(step) if callable(self.sample_rate) else self.sample_rate
-        if not 0.0 < rate <= 1.0:
-            raise ConfigError(f"sample_rate must lie in (0, 1], got {rate} at step {step}")
-        return rate
 
     def _settings(self) -> str:
         """Return the arguments that must be the same on every rank."""

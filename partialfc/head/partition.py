@@ -1,4 +1,4 @@
-"""Which rank owns which classes."""
+"""The partition of the classes among the ranks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class ClassPartition:
     """Contiguous ranges of classes, as DTensor's ``Shard(0)`` and ``torch.chunk`` cut them.
 
     Every rank gets ceil(num_classes / world_size) classes until none are left: the last non-empty shard may be
-    smaller, and the ones behind it are empty.
+    smaller, and the shards behind it are empty.
 
     >>> [ClassPartition(5, 4).range(rank) for rank in range(4)]
     [(0, 2), (2, 4), (4, 5), (5, 5)]
@@ -34,17 +34,17 @@ class ClassPartition:
         return -(-self.num_classes // self.world_size)
 
     def range(self, rank: int) -> tuple[int, int]:
-        """First class of ``rank`` and one past its last."""
+        """Return the first class of ``rank`` and one past its last."""
         if not 0 <= rank < self.world_size:
             raise ValueError(f"rank must lie in [0, {self.world_size}), got {rank}")
         start = min(rank * self.shard_size, self.num_classes)
         return start, min(start + self.shard_size, self.num_classes)
 
     def size(self, rank: int) -> int:
-        """Number of classes that ``rank`` owns; may be 0."""
+        """Return the number of classes that ``rank`` owns; may be 0."""
         start, stop = self.range(rank)
         return stop - start
 
     def owner(self, class_ids: Tensor) -> Tensor:
-        """Ranks that own ``class_ids`` (int64 of any shape, each in [0, num_classes))."""
+        """Return the ranks that own ``class_ids`` (int64 of any shape, each in [0, num_classes))."""
         return torch.div(class_ids, self.shard_size, rounding_mode="floor")

@@ -12,13 +12,13 @@ SampleRate = float | Callable[[int], float]
 
 
 class StepRate:
-    """``rates[i]`` from step ``starts[i]`` on; ``rates[0]`` before ``starts[1]``.
+    """A rate that changes at certain steps: ``rates[i]`` from step ``starts[i]`` on.
 
     Args:
         rates: each in (0, 1].
-        starts: the steps at which each takes effect; starts at 0 and rises.
+        starts: steps at which the rates take effect; the first is 0, and they rise.
 
-    ``StepRate([0.1, 0.3, 1.0], [0, 10_000, 18_000])`` ends with all classes, as LVFace (ICCV 2025) does.
+    ``StepRate([0.1, 0.3, 1.0], [0, 10_000, 18_000])`` ends with all classes, like LVFace (ICCV 2025).
     """
 
     def __init__(self, rates: Sequence[float], starts: Sequence[int]) -> None:
@@ -43,7 +43,7 @@ class StepRate:
 
 
 class LinearRate:
-    """From ``start`` at step 0 to ``end`` at step ``steps``, and constant from then on."""
+    """A rate that changes linearly from ``start`` at step 0 to ``end`` at step ``steps``, then stays constant."""
 
     def __init__(self, start: float, end: float, steps: int) -> None:
         check_rates([start, end])
@@ -71,8 +71,16 @@ def check_rates(rates: Sequence[float]) -> None:
             raise ConfigError(f"sample_rate must lie in (0, 1], got {rate}")
 
 
+def rate_at(sample_rate: SampleRate, step: int) -> float:
+    """Return the rate at ``step``; raise ConfigError unless it lies in (0, 1]."""
+    rate = sample_rate(step) if callable(sample_rate) else sample_rate
+    if not 0.0 < rate <= 1.0:
+        raise ConfigError(f"sample_rate must lie in (0, 1], got {rate} at step {step}")
+    return rate
+
+
 def largest_rate(sample_rate: SampleRate) -> float:
-    """The largest rate that ``sample_rate`` can give, as far as it tells; 1 for any other function of the step."""
+    """Return the largest rate of all steps; 1 for a function of the step without an attribute ``largest``."""
     if not callable(sample_rate):
         return float(sample_rate)
     return float(getattr(sample_rate, "largest", 1.0))

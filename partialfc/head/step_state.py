@@ -16,18 +16,19 @@ import torch
 from torch import Tensor
 
 from partialfc.head.optim.step_hooks import add_step_listener
+from partialfc.head.softmax.sharded_softmax import SoftmaxOutput
 
 if TYPE_CHECKING:
     from partialfc.head.partial_fc import PartialFC
 
 
 @dataclass(frozen=True)
-class MicroBatch:
+class _MicroBatch:
     """The part of a step that one backward adds."""
 
     num_samples: Tensor  # [] int64
     loss_statistics: Tensor | None  # [k] float64, for the loss's state
-    center_rows: Tensor  # [n] int64, rows of this shard
+    owned_rows: Tensor  # [n] int64, rows of this shard
     center_offsets: Tensor | None  # [n, D] x − k, with center loss
 
 
@@ -77,10 +78,16 @@ class StepState:
                 self._discard()
                 raise
 
-    def track(self, loss: Tensor, micro_batch: MicroBatch) -> None:
-        """Add ``micro_batch`` to the step once backward runs through ``loss``."""
+    def track(self, softmax: SoftmaxOutput, owned_rows: Tensor) -> None:
+        """Add a micro-batch to the step once backward runs through its loss.
+
+        Args:
+            softmax: output of the micro-batch, whose loss has a gradient.
+            owned_rows: [n] int64, rows of the samples that this shard owns.
+        """
         add_step_listener(self)
-        loss.register_hook(partial(self._enter, [micro_batch]))
+        micro_batch = _MicroBatch(softmax.num_samples, softmax.loss_statistics, owned_rows, softmax.center_offsets)
+        softmax.loss.register_hook(partial(self._enter, [micro_batch]))
 
     def close_skipped(self) -> None:
         """End the step if its gradient was cleared without an optimizer step, as a loss scaler does."""
@@ -96,7 +103,7 @@ class StepState:
         if self._under_way:
             self._end(applied=True)
 
-    def _enter(self, new: list[MicroBatch], grad: Tensor) -> None:
+    def _enter(self, new: list[_MicroBatch], grad: Tensor) -> None:
         self.close_skipped()  # here too: zero_grad() may stand between forward and backward
         if self._under_way and sparse_sums_concatenate(self.weight.device):
             self._merge_gradients()
@@ -110,7 +117,7 @@ class StepState:
             added = micro_batch.loss_statistics
             self.loss_statistics = added if earlier is None else earlier + added
         if self._head.center_loss is not None and micro_batch.center_offsets is not None:
-            self._head.center_loss.accumulate(micro_batch.center_rows, micro_batch.center_offsets)
+            self._head.center_loss.accumulate(micro_batch.owned_rows, micro_batch.center_offsets)
 
     @torch.no_grad()
     def _merge_gradients(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from partialfc.errors import ConfigError
+from partialfc.head.sample_rate import SampleRate
 from partialfc.losses import Loss, Samples
 from partialfc.losses.base import NEEDS
 
@@ -24,7 +24,7 @@ def check_sizes(num_classes: int, embedding_dim: int, memory_budget_mb: float) -
 
 def check_options(
     loss: Loss,
-    sample_rate: float | Callable[[int], float],
+    sample_rate: SampleRate,
     filter_threshold: float | None,
     on_nonfinite: str,
     weight_dtype: torch.dtype,

@@ -1,4 +1,4 @@
-"""Objectives for classifiers: pure pieces that read like their papers and know nothing of ranks or shards."""
+"""Objectives for classifiers: small pieces that read like their papers. Import torch and partialfc.errors only."""
 
 from partialfc.losses.adaface import AdaFace
 from partialfc.losses.arcface import ArcFace

@@ -1,4 +1,4 @@
-"""AdaFace: the margin adapts to the image quality that the length of an embedding shows."""
+"""AdaFace: the margin adapts to the image quality, measured by the length of the embedding."""
 
 from __future__ import annotations
 
@@ -70,10 +70,10 @@ class AdaFace(MarginLoss):
 
     @property
     def mean(self) -> float:
-        """μ as of the last applied step."""
+        """μ after the last applied step."""
         return float(self.state[0])
 
     @property
     def std(self) -> float:
-        """σ as of the last applied step."""
+        """σ after the last applied step."""
         return float(self.state[1])

@@ -133,7 +133,7 @@ class Loss(nn.Module):
     def next_state(self, state: Tensor, statistics: Tensor) -> Tensor:
         """Return the state after a step over samples with these ``statistics`` (of all its micro-batches together).
 
-        The logits of a training batch see the state that takes this batch in; it is kept if the step is applied.
+        The logits of a training batch see the state that includes this batch; it is kept if the step is applied.
         """
         return state
 
@@ -180,7 +180,7 @@ class MarginLoss(Loss):
 
     Args:
         scale: s, the inverse temperature; > 0.
-        margin_gradient: ``"exact"`` differentiates ψ. ``"straight_through"`` takes ψ' = 1, which reproduces training
+        margin_gradient: ``"exact"`` differentiates ψ. ``"straight_through"`` uses ψ' = 1, which reproduces training
             code that computes the margin under ``no_grad`` (InsightFace's arcface_torch).
     """
 

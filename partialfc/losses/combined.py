@@ -13,14 +13,14 @@ from partialfc.losses.base import MarginGradient, MarginLoss, Samples, angle, ch
 class CombinedMargin(MarginLoss):
     """``z_y = s(cos(m1·θ_y + m2) − m3)`` (Deng et al., "ArcFace", CVPR 2019, arXiv:1801.07698, eq. 4).
 
-    Where m1·θ_y + m2 > π the curve goes on linearly in cos θ_y with slope 1, from its value −1 − m3 at that point: it
+    Where m1·θ_y + m2 > π the curve continues linearly in cos θ_y with slope 1, from its value −1 − m3 at that point: it
     stays continuous and monotone.
 
     Args:
         scale: s, the inverse temperature; > 0.
         m1: multiplies the angle, in [1, 8] (SphereFace).
         m2: is added to the angle, radians, in [0, π/2] (ArcFace).
-        m3: is taken from the cosine, in [0, 2] (CosFace).
+        m3: is subtracted from the cosine, in [0, 2] (CosFace).
         margin_gradient: see :class:`~partialfc.losses.MarginLoss`.
     """
 

@@ -1,4 +1,4 @@
-"""CurricularFace: hard negatives count more and more as training proceeds."""
+"""CurricularFace: hard negatives gain weight as training proceeds."""
 
 from __future__ import annotations
 
@@ -63,5 +63,5 @@ class CurricularFace(ArcFace):
 
     @property
     def t(self) -> float:
-        """t as of the last applied step."""
+        """t after the last applied step."""
         return float(self.state[0])

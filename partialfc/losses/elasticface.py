@@ -1,4 +1,4 @@
-"""ElasticFace: each sample draws its margin from a normal distribution."""
+"""ElasticFace: the margin of each sample is drawn from a normal distribution."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class ElasticArcFace(ArcFace):
     Args:
         scale: s, the inverse temperature; > 0.
         margin: m in radians, in [0, π/2].
-        std: σ in radians, in [0, 1]; the paper takes 0.0125, and 0.0175 with ``plus``.
+        std: σ in radians, in [0, 1]; the paper uses 0.0125, and 0.0175 with ``plus``.
         plus: give the batch's largest draw to its smallest target cosine, and so on down (ElasticFace-Arc+).
         margin_gradient: see :class:`~partialfc.losses.MarginLoss`.
     """
@@ -46,7 +46,7 @@ class ElasticCosFace(CosFace):
     Args:
         scale: s, the inverse temperature; > 0.
         margin: m in cosine units, in [0, 2].
-        std: σ in cosine units, in [0, 1]; the paper takes 0.0125, and 0.025 with ``plus``.
+        std: σ in cosine units, in [0, 1]; the paper uses 0.0125, and 0.025 with ``plus``.
         plus: give the batch's largest draw to its smallest target cosine, and so on down (ElasticFace-Cos+).
         margin_gradient: see :class:`~partialfc.losses.MarginLoss`.
     """
@@ -69,12 +69,12 @@ class ElasticCosFace(CosFace):
 
 
 def elastic_margin(mean: float, std: float, plus: bool, cosine: Tensor, samples: Samples) -> Tensor:
-    """Each sample's margin, [B]; with ``plus`` the largest draw goes to the smallest target cosine, and so on down."""
+    """Return a margin for each sample, [B]; with ``plus`` the largest goes to the smallest target cosine, and so on."""
     assert samples.noise is not None
     draws = mean + std * samples.noise
     if not plus:
         return draws
-    # Samples that do not count come last in both orders: neither their draws nor their cosines matter.
+    # Ignored samples come last in both orders: neither their draws nor their cosines matter.
     hardest_first = cosine.detach().masked_fill(~samples.valid, torch.inf).argsort(stable=True)
     largest_first = draws.masked_fill(~samples.valid, -torch.inf).sort(descending=True).values
     dealt = torch.empty_like(draws)

@@ -12,8 +12,8 @@ class LabelSmoothing(Wrapper):
     """Cross-entropy against ``(1 − ε)·[j = y] + ε/n`` over the n classes that take part
     (Szegedy et al., "Rethinking the Inception architecture", CVPR 2016, arXiv:1512.00567, section 7).
 
-    That is ``softplus(d) + ε·(z_y − mean_j z_j)``. It makes sense where logits are those of a classifier: around
-    losses whose negatives are the scaled cosines or inner products themselves. Costs one more matrix product.
+    That is ``softplus(d) + ε·(z_y − mean_j z_j)``. It makes sense around losses whose negatives are
+    plain scaled cosines or inner products. Costs one more matrix product.
 
     Args:
         loss: a softmax loss with unmodified negatives, e.g. ``Softmax()``.

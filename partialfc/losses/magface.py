@@ -1,4 +1,4 @@
-"""MagFace: the length of an embedding says how good the sample is, and sets its margin."""
+"""MagFace: the length of an embedding measures the quality of the sample, and sets its margin."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class MagFace(MarginLoss):
         scale: s, the inverse temperature; > 0.
         margin_low, margin_high: m(a_low) and m(a_high), radians; 0 ≤ margin_low ≤ margin_high ≤ π/2.
         norm_low, norm_high: a_low and a_high; 0 < a_low < a_high.
-        penalty_weight: λ; ≥ 0. The paper takes 35; 20 is that of common implementations.
+        penalty_weight: λ; ≥ 0. The paper uses 35, common implementations 20.
         margin_gradient: see :class:`~partialfc.losses.MarginLoss`.
     """
 
@@ -46,8 +46,8 @@ class MagFace(MarginLoss):
 
     def with_margin(self, cosine: Tensor, samples: Samples) -> Tensor:
         a = samples.norms.clamp(self.norm_low, self.norm_high)
-        slope = (self.margin_high - self.margin_low) / (self.norm_high - self.norm_low)
-        return cos_of_sum(cosine, self.margin_low + slope * (a - self.norm_low))
+        rise = (self.margin_high - self.margin_low) / (self.norm_high - self.norm_low)
+        return cos_of_sum(cosine, self.margin_low + rise * (a - self.norm_low))
 
     def penalty(self, samples: Samples) -> Tensor:
         a = samples.norms.clamp(self.norm_low, self.norm_high)

@@ -13,7 +13,7 @@ class Softmax(Loss):
     """``z_j = w_j·x + b_j``: the ordinary linear classifier, for extreme classification without a metric.
 
     Args:
-        bias: whether each class has a bias b_j (sharded like the weight, starts at 0).
+        bias: give each class a bias b_j (sharded like the weight, starts at 0).
     """
 
     needs = frozenset({"raw_logits"})

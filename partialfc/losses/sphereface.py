@@ -12,10 +12,10 @@ from partialfc.losses.base import MarginGradient, MarginLoss, Samples, angle, ch
 
 
 class SphereFace(MarginLoss):
-    """``z_y = s·cos(m1·θ_y)``: the margin of SphereFace as the combined family has it, trained without annealing
+    """``z_y = s·cos(m1·θ_y)``: the margin of SphereFace in the form of the combined family, trained without annealing
     (Liu et al., "SphereFace", CVPR 2017, arXiv:1704.08063; m1 = 1.35 of Deng et al., arXiv:1801.07698, section 2.2).
 
-    Where m1·θ_y > π the curve goes on linearly in cos θ_y with slope 1: it stays continuous and monotone.
+    Where m1·θ_y > π the curve continues linearly in cos θ_y with slope 1: it stays continuous and monotone.
 
     Args:
         scale: s, the inverse temperature; > 0.
@@ -60,7 +60,7 @@ class ASoftmax(MarginLoss):
     ) -> None:
         super().__init__(scale, margin_gradient)
         if margin != int(check_range("margin", margin, 1, 8)):
-            raise ConfigError(f"margin must be a whole number in [1, 8], got {margin}; SphereFace takes fractions")
+            raise ConfigError(f"margin must be a whole number in [1, 8], got {margin}; SphereFace accepts fractions")
         self.margin = int(margin)
         self.annealing_end = check_range("annealing_end", annealing_end, 0.0, 1e9)
         self.annealing_start = check_range("annealing_start", annealing_start, annealing_end, 1e9)

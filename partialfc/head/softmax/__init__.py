@@ -1,1 +1,1 @@
-"""The sharded softmax: sampled classes, logits by chunk, target logits, and the reduction of the negatives."""
+"""The sharded softmax: sampled classes, logits by chunk, targets, reduction of the negatives. For partialfc.head."""

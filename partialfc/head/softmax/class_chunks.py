@@ -181,7 +181,7 @@ class ClassChunks:
     def _similarity(self, chunk: Chunk, out: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return cosines (inner products for raw logits) of the batch with a chunk's classes, and nearest sub-centers.
 
-        Those of linear negatives are multiplied by their derivative, and so are logits already.
+        Cosines of linear negatives are multiplied by their derivative: they are logits already.
         """
         best = torch.mm(self.scaled_embeddings, chunk.unit_weights[0].t(), out=out)
         if self.sub_centers == 1:

@@ -1,7 +1,7 @@
 """From the statistics of the samples to the loss and its derivatives.
 
-That is a matter of B numbers a rank, in float64, once the shards' statistics are combined: every rank does all of it,
-and autograd differentiates it.
+These are B numbers, in float64, once the shards' statistics are combined: every rank computes all of them, and autograd
+differentiates them.
 """
 
 from __future__ import annotations

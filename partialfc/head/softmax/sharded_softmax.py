@@ -16,6 +16,7 @@ from torch import Tensor
 
 from partialfc.head.center_loss import CenterLoss
 from partialfc.head.collectives import Collectives
+from partialfc.head.gather import LocalBatch
 from partialfc.head.random import RandomStream, normal_rows, stream_key
 from partialfc.head.softmax.class_chunks import NORM_EPS, ClassChunks
 from partialfc.head.softmax.log_sum_exp import log_sum_exp
@@ -31,22 +32,19 @@ from partialfc.losses import Loss, Samples
 class ShardStep:
     """One step as one shard sees it."""
 
-    loss: Loss
-    collectives: Collectives
+    local: LocalBatch  # this rank's part of the batch
     embeddings: Tensor  # [B, D] the global batch, raw, in the compute dtype
     labels: Tensor  # [B] int64, -1 = ignored
     positions: Tensor  # [B] int64 of the samples in the step's global batch
-    local_count: int  # samples of this rank
     owned: OwnedSamples
     active: ActiveRows
-    step: int
+    loss: Loss
+    center_loss: CenterLoss | None
+    earlier_statistics: Tensor | None  # of the loss, from earlier micro-batches of this step
+    collectives: Collectives
     seed: int
     filter_threshold: float | None
     memory_budget: int  # bytes
-    center_loss: CenterLoss | None
-    earlier_statistics: Tensor | None  # of the loss, from earlier micro-batches of this step
-    wants_grad: bool
-    training: bool
 
 
 @dataclass(frozen=True)
@@ -62,30 +60,30 @@ class SoftmaxOutput:
     center_offsets: Tensor | None  # [n, D] x − k of the samples that this shard owns
 
 
-def sharded_softmax(local_embeddings: Tensor, weight: Tensor, bias: Tensor | None, step: ShardStep) -> SoftmaxOutput:
-    """Compute the loss of the global batch, differentiable if ``step.wants_grad``. A collective.
+def sharded_softmax(weight: Tensor, bias: Tensor | None, step: ShardStep) -> SoftmaxOutput:
+    """Compute the loss of the global batch, differentiable if ``step.local.wants_grad``. A collective.
 
-    Gradients: ``world_size · ∂loss/∂local_embeddings`` (so that averaging over ranks gives the backbone's exact
+    Gradients: ``world_size · ∂loss/∂(local embeddings)`` (so that averaging over ranks gives the backbone's exact
     gradient), sparse rows for ``weight`` and ``bias``, unscaled, and the same full gradient of the loss's parameters
     on every rank.
 
     Args:
-        local_embeddings: [b, D], this rank's part of the batch: receives its gradient.
         weight: [rows of the shard, D] or [rows, K, D].
         bias: [rows] or None.
-        step: the global batch and everything else.
+        step: the batch and everything else.
     """
     with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-        output, gradients = _forward(local_embeddings, weight, bias, step)
+        output, gradients = _forward(weight, bias, step)
     if gradients is None:
         return output
-    loss = _AttachGradients.apply(local_embeddings, weight, bias, output.loss, gradients, *step.loss.parameters())
+    inputs = (step.local.embeddings, weight, bias)
+    loss = _AttachGradients.apply(*inputs, output.loss, gradients, *step.loss.parameters())
     return dataclasses.replace(output, loss=loss)
 
 
 @dataclass(frozen=True)
 class _Gradients:
-    """The gradients that the forward pass knows, and what backward needs to compute the others."""
+    """Gradients computed by the forward pass, and the inputs from which backward computes the others."""
 
     embeddings: Tensor  # [B, D] this shard's part of ∂loss/∂(raw embeddings)
     of_targets: Tensor  # [n, D] ∂loss/∂weight through the owned samples' own classes
@@ -126,9 +124,7 @@ class _AttachGradients(torch.autograd.Function):
             return _backward(ctx, grad_loss)
 
 
-def _forward(
-    local_embeddings: Tensor, weight: Tensor, bias: Tensor | None, step: ShardStep
-) -> tuple[SoftmaxOutput, _Gradients | None]:
+def _forward(weight: Tensor, bias: Tensor | None, step: ShardStep) -> tuple[SoftmaxOutput, _Gradients | None]:
     loss, embeddings, owned = step.loss, step.embeddings, step.owned
     norms = torch.linalg.vector_norm(embeddings, dim=1, dtype=torch.float64).clamp_min_(NORM_EPS)  # [B]
     unit_embeddings = embeddings if loss.raw_logits else embeddings / norms.to(embeddings.dtype)[:, None]
@@ -155,41 +151,48 @@ def _forward(
         loss_statistics=loss_statistics,
         center_offsets=center_offsets,
     )
-    if not step.wants_grad:
+    if not step.local.wants_grad:
         return output, None
 
-    grad = negatives.finish_embedding_grad(combined, batch.grads.negatives, batch.grads.logit_sum)  # [B, D]
-    if not loss.raw_logits:  # through the normalisation
+    return output, _prepare_backward(step, targets, negatives, combined, batch.grads, output, has_bias=bias is not None)
+
+
+def _prepare_backward(
+    step: ShardStep,
+    targets: Targets,
+    negatives: NegativesForward,
+    combined: CombinedNegatives,
+    grads: SampleGrads,
+    output: SoftmaxOutput,
+    has_bias: bool,
+) -> _Gradients:
+    """Compute the gradients that need no further walk over the classes: the embeddings' and the targets' own."""
+    unit_embeddings, norms = combined.chunks.unit_embeddings, combined.chunks.samples.norms
+    grad = negatives.finish_embedding_grad(combined, grads.negatives, grads.logit_sum)  # [B, D]
+    if not step.loss.raw_logits:  # through the normalisation
         along = (unit_embeddings * grad).sum(dim=1, keepdim=True)
         grad.addcmul_(unit_embeddings, along, value=-1).div_(norms.to(grad.dtype)[:, None])
-    of_owned = _owned_embedding_grad(targets, batch.grads, center_offsets, center_weight, output.num_samples)
-    grad.index_add_(0, owned.samples, of_owned.to(grad.dtype))
-    by_target = batch.grads.similarity[owned.samples]
-    return output, _Gradients(
+    own = step.owned.samples
+    by_target = grads.similarity[own]
+    of_owned = targets.embedding_grad(by_target, None if grads.norms is None else grads.norms[own])
+    if step.center_loss is not None and output.center_offsets is not None:
+        count = output.num_samples.clamp_min(1).double()
+        of_owned = of_owned + output.center_offsets * (step.center_loss.weight / count)
+    grad.index_add_(0, own, of_owned.to(grad.dtype))
+    return _Gradients(
         embeddings=grad,
-        of_targets=targets.weight_grad(by_target).to(embeddings.dtype),
-        targets=step.active.index(owned.rows),
+        of_targets=targets.weight_grad(by_target).to(grad.dtype),
+        targets=step.active.index(step.owned.rows),
         nearest=targets.nearest,
-        by_sample=batch.grads,
+        by_sample=grads,
         by_target=by_target,
         negatives=combined,
         kept=negatives.kept,
         collectives=step.collectives,
-        local_count=step.local_count,
-        local_dtype=local_embeddings.dtype,
-        has_bias=bias is not None,
+        local_count=len(step.local.embeddings),
+        local_dtype=step.local.embeddings.dtype,
+        has_bias=has_bias,
     )
-
-
-def _owned_embedding_grad(
-    targets: Targets, grads: SampleGrads, center_offsets: Tensor | None, center_weight: float, num_samples: Tensor
-) -> Tensor:
-    """Return ∂loss/∂(raw embeddings) of the owned samples, through their own classes and centers, [n, D] float64."""
-    own = targets.owned.samples
-    grad = targets.embedding_grad(grads.similarity[own], None if grads.norms is None else grads.norms[own])
-    if center_offsets is None:
-        return grad
-    return grad + center_offsets * (center_weight / num_samples.clamp_min(1).double())
 
 
 def _describe_samples(step: ShardStep, norms: Tensor, targets: Targets) -> tuple[Samples, Tensor | None]:
@@ -198,17 +201,17 @@ def _describe_samples(step: ShardStep, norms: Tensor, targets: Targets) -> tuple
     One collective if the loss needs the targets' cosines first.
     """
     loss, needs = step.loss, step.loss.needs
-    samples = Samples(norms, step.labels >= 0, step.positions, step.step, step.seed)
+    samples = Samples(norms, step.labels >= 0, step.positions, step.local.step, step.seed)
     if "noise" in needs:
         noise = torch.empty(len(norms), 1, dtype=torch.float32, device=norms.device)
-        normal_rows(stream_key(step.seed, RandomStream.NOISE, step.step), step.positions, 1, 1.0, noise)
+        normal_rows(stream_key(step.seed, RandomStream.NOISE, step.local.step), step.positions, 1, 1.0, noise)
         samples = dataclasses.replace(samples, noise=noise[:, 0].double())
     if "target_cosine_first" in needs:
         cosines = torch.zeros_like(norms)
         cosines[targets.owned.samples] = targets.cosines
         samples = dataclasses.replace(samples, target_cosine=step.collectives.sum(cosines))
     state, statistics = loss.stateful.state, None
-    if state is not None and step.training:
+    if state is not None and step.local.training:
         statistics = loss.statistics(samples)
         assert statistics is not None, "a loss with a state must define statistics()"
         earlier = step.earlier_statistics
@@ -220,7 +223,7 @@ def _sum_negatives(
     step: ShardStep, samples: Samples, unit_embeddings: Tensor, weight: Tensor, bias: Tensor | None
 ) -> NegativesForward:
     """Walk this shard's active rows. One collective if logits are unbounded."""
-    loss, keep = step.loss, weight.requires_grad
+    loss, wants_grad, keep = step.loss, step.local.wants_grad, weight.requires_grad
     target_rows = torch.full_like(step.labels, -1)
     target_rows[step.owned.samples] = step.active.index(step.owned.rows)
     chunks = ClassChunks(
@@ -235,8 +238,8 @@ def _sum_negatives(
         step.memory_budget,
     )
     if loss.shared_denominator:
-        return log_sum_exp(chunks, step.collectives, "mean_logit" in loss.needs, step.wants_grad, keep)
-    return softplus_sum(chunks, step.wants_grad, keep)
+        return log_sum_exp(chunks, step.collectives, "mean_logit" in loss.needs, wants_grad, keep)
+    return softplus_sum(chunks, wants_grad, keep)
 
 
 def _target_stats(batch: int, targets: Targets, center_offsets: Tensor | None) -> Tensor:
