@@ -161,7 +161,7 @@ def run_case(
             active_rows.append(out.active_rows)
         optimizer.step()
         optimizer.zero_grad()
-    head.catch_up()
+    head.apply_deferred_decay()
     return Outcome(torch.stack(found_losses), torch.stack(gradients), head.weight.detach().cpu().double(), active_rows)
 
 
