@@ -50,3 +50,7 @@ class ExportFailed(PartialFCError):
 
 class CheckpointFailed(PartialFCError, OSError):
     """A checkpoint could not be written; what was there before is untouched."""
+
+
+class Diverged(PartialFCError, ArithmeticError):
+    """The numbers are no longer finite, or the loss keeps jumping, and skipping steps does not help."""

@@ -1,4 +1,4 @@
-"""Names and values that people write into a config, for things that take parameters of their own."""
+"""Checks of names and values that people write into a config or a command."""
 
 from __future__ import annotations
 
@@ -9,18 +9,21 @@ from typing import Any
 from partialfc.errors import ConfigError
 
 
-def unknown_name(name: str, known: Iterable[str]) -> str:
-    """What to say of a name that there is not."""
+def describe_unknown(name: str, known: Iterable[str]) -> str:
+    """Return a message about a name that is not ``known``: the nearest known one, or all of them."""
     known = list(known)
     near = difflib.get_close_matches(name, known, n=1)
     return f"unknown name {name!r}" + (f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}")
 
 
-def like_default(where: str, value: Any, default: Any) -> Any:
-    """``value`` in the type that a parameter with this default takes.
+def convert_like(where: str, value: Any, default: Any) -> Any:
+    """Return ``value`` converted to the type of ``default``: bool, str, int or float; None stays None.
+
+    Args:
+        where: config key, for the message.
 
     Raises:
-        ConfigError: it is of another type.
+        ConfigError: the value is of another type.
     """
     for kind, expected in ((bool, "true or false"), (str, "a text")):
         if isinstance(default, kind):

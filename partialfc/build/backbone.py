@@ -1,4 +1,4 @@
-"""The backbone of a run: built, placed, given its first weights and an optimizer."""
+"""The backbone of a run."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ Switch = Literal[True, False, "auto"]
 
 
 def build_backbone(config: Config, process: ProcessContext) -> nn.Module:
-    """The module whose tensors are trained, saved and exported, on this rank's device.
+    """Build the module whose tensors are trained, saved and exported, on this rank's device.
 
     Raises:
-        ConfigError: the config asks for a backbone that there is not, or for what this device cannot do.
-        MissingDependency: it needs a package that is not installed.
+        ConfigError: the backbone is unknown, or the device cannot do what the config asks for.
+        MissingDependency: the backbone needs a package that is not installed.
     """
     model = config.model
     backbone = models.build(
@@ -32,19 +32,19 @@ def build_backbone(config: Config, process: ProcessContext) -> nn.Module:
         model.options,
         model.activation_checkpointing,
     )
-    if synchronizes(config.engine.sync_batchnorm, process.device.type, process.world_size):
-        backbone = synchronized(backbone)
+    if uses_sync_batchnorm(config.engine.sync_batchnorm, process.device.type, process.world_size):
+        backbone = with_sync_batchnorm(backbone)
     backbone = backbone.to(process.device)
     if _on(model.channels_last, process.device.type):
         backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in torch's stubs
     return backbone
 
 
-def synchronizes(switch: Switch, device_type: str, world_size: int) -> bool:
-    """Whether batch normalisation uses the statistics of all ranks' images.
+def uses_sync_batchnorm(switch: Switch, device_type: str, world_size: int) -> bool:
+    """Return True if batch normalisation uses the statistics of all ranks' images.
 
     Raises:
-        ConfigError: it is asked for on a CPU.
+        ConfigError: ``switch`` is True on a CPU.
     """
     if switch is True and device_type != "cuda":
         raise ConfigError(
@@ -54,8 +54,8 @@ def synchronizes(switch: Switch, device_type: str, world_size: int) -> bool:
     return world_size > 1 and _on(switch, device_type)
 
 
-def synchronized(backbone: nn.Module) -> nn.Module:
-    """``backbone`` with every batch normalisation synchronised; its tensors and their names stay."""
+def with_sync_batchnorm(backbone: nn.Module) -> nn.Module:
+    """Return ``backbone`` with every batch normalisation synchronised; its tensors and their names stay."""
     if any(isinstance(module, _BatchNorm) for module in backbone.modules()):
         return nn.SyncBatchNorm.convert_sync_batchnorm(backbone)
     return backbone

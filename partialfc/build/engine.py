@@ -1,4 +1,4 @@
-"""The engine that updates a run's backbone."""
+"""The engine of a run."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from partialfc.runtime.process import ProcessContext
 
 
 def build_engine(module: nn.Module, config: Config, process: ProcessContext) -> Engine:
-    """The engine that ``engine.name`` names, around a backbone that has its first weights. A collective.
+    """Build the engine of the config, with an optimizer, around a backbone that has its initial weights. A collective.
 
     Raises:
-        ConfigError: nothing of the backbone can be trained, or the engine does not take its settings.
+        ConfigError: all parameters of the backbone are frozen, or the engine refuses its settings.
     """
     if not any(parameter.requires_grad for parameter in module.parameters()):
         raise ConfigError(f"model.name: {config.model.name} has no parameter to train: all are frozen")
     optimizer = build_backbone_optimizer(config, module, process.device)
     if config.engine.name == "deepspeed":
-        from partialfc.engines.deepspeed import DeepSpeedEngine  # takes long to import
+        from partialfc.engines.deepspeed import DeepSpeedEngine  # takes ten seconds to import
 
         return DeepSpeedEngine(module, optimizer, config, process)
     return DdpEngine(module, optimizer, config, process)

@@ -1,4 +1,4 @@
-"""The sharded head of a run."""
+"""The head of a run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,12 @@ def build_head(
     device: Any = None,
     on_nonfinite: Literal["raise", "propagate"] = "raise",
 ) -> PartialFC:
-    """The head that a config describes, on this rank; ``steps_per_epoch`` is the unit of a sample rate's schedule."""
+    """Build this rank's shard of the head.
+
+    Args:
+        steps_per_epoch: converts the epochs of a sample rate's schedule to steps.
+        on_nonfinite: as in :class:`PartialFC`.
+    """
     head = config.head
     return PartialFC(
         num_classes,

@@ -1,4 +1,4 @@
-"""The two optimizers of a run: the backbone's, and that of the head's rows."""
+"""The two optimizers of a run: one for the backbone, one for the head."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from partialfc.head.optim.base import RowOptimizer
 
 
 def build_backbone_optimizer(config: Config, backbone: nn.Module, device: torch.device) -> torch.optim.Optimizer:
-    """The backbone's optimizer, at the peak learning rate; on a GPU one kernel updates all tensors."""
+    """Build the backbone's optimizer, at the peak learning rate; on a GPU one kernel updates all tensors."""
     optim = config.optim
     common: dict[str, Any] = {"lr": optim.lr, "weight_decay": optim.weight_decay}
     if device.type == "cuda":
@@ -24,14 +24,14 @@ def build_backbone_optimizer(config: Config, backbone: nn.Module, device: torch.
 
 
 def build_head_optimizer(config: Config, head: PartialFC) -> RowOptimizer:
-    """The head's optimizer, at the peak learning rate. Each group has its factor on it as ``lr_factor``."""
+    """Build the head's optimizer, at the peak learning rate; each group holds its factor on it as ``lr_factor``."""
     optim = config.optim
     rows = [parameter for parameter in (head.weight, head.bias) if parameter is not None]
     groups: list[dict[str, Any]] = [{"params": rows, "lr_factor": optim.head_lr_factor}]
-    # A number that a loss learns (UCE's threshold) is no row: neither decay nor the rows' learning rate suits it.
-    of_loss = list(head.loss.parameters())
-    if of_loss:
-        groups.append({"params": of_loss, "lr_factor": 1.0, "weight_decay": 0.0})
+    # A number that a loss learns (UCE's threshold) is not a row: neither decay nor the rows' learning rate suits it.
+    loss_parameters = list(head.loss.parameters())
+    if loss_parameters:
+        groups.append({"params": loss_parameters, "lr_factor": 1.0, "weight_decay": 0.0})
     state_dtype = torch.bfloat16 if optim.head_state_dtype == "bfloat16" else torch.float32
     common: dict[str, Any] = {"lr": optim.lr, "weight_decay": optim.weight_decay}
     if optim.head_optimizer == "adamw":

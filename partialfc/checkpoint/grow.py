@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from partialfc.config import Config
 from partialfc.data.dataset import TarDataset
-from partialfc.data.loader import plain_batches
+from partialfc.data.loader import LoaderSettings, sample_batches
 from partialfc.data.order import local_slice
 from partialfc.head import PartialFC
 from partialfc.runtime.process import ProcessContext
@@ -32,6 +32,7 @@ def start_at_mean_embeddings(
     new = np.flatnonzero(dataset.labels >= first_class)
     new = new[np.argsort(dataset.labels[new], kind="stable")]
     labels = dataset.labels[new]
+    settings = LoaderSettings.from_config(config, process.rank, process.world_size)
     block = max(1, _ELEMENTS // head.embedding_dim)
     progress = console_progress if process.is_first else no_progress
     with progress("embedding new classes", len(new)) as advance:
@@ -40,13 +41,7 @@ def start_at_mean_embeddings(
             start, stop = np.searchsorted(labels, [first, last]).tolist()
             sums = torch.zeros(2, last - first, head.embedding_dim, dtype=torch.float64, device=process.device)
             mine = slice(*(start + edge for edge in local_slice(stop - start, process.rank, process.world_size)))
-            for indices, images in plain_batches(
-                dataset,
-                new[mine],
-                image_size=config.data.image_size,
-                channels=config.data.channels,
-                batch_size=config.evaluation.batch_size,
-            ):
+            for indices, images in sample_batches(dataset, new[mine], settings, config.evaluation.batch_size):
                 rows = torch.from_numpy(dataset.labels[indices.numpy()] - first).to(process.device)
                 embeddings = backbone(images.to(process.device, non_blocking=True)).double()
                 sums[0].index_add_(0, rows, F.normalize(embeddings))

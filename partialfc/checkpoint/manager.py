@@ -20,12 +20,11 @@ from partialfc.checkpoint.writer import Saver
 from partialfc.config import Config
 from partialfc.data.dataset import TarDataset
 from partialfc.data.order import samples_before, steps_per_epoch
-from partialfc.errors import ConfigError
+from partialfc.errors import ConfigError, Diverged
 from partialfc.runs.folder import RunFolder
-from partialfc.runtime.collectives import run_on_rank0
+from partialfc.runtime.collectives import broadcast_from_rank0, run_on_rank0
 from partialfc.runtime.process import ProcessContext
 from partialfc.tracking.console import log
-from partialfc.train.step_check import Diverged
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ class Checkpoints:
             return ResumePoint()
         found = latest_valid(self.folder)
         if found is None:
-            if run_on_rank0(lambda: step_folders(self.folder)):
+            if broadcast_from_rank0(lambda: step_folders(self.folder)):
                 raise DamagedCheckpoint(
                     f"none of the checkpoints in {self.folder} is whole, and the run would begin at step 0; bring back "
                     "a whole one, choose another run.dir, or begin anew with checkpoint.resume=never, all set aside"
@@ -131,7 +130,7 @@ class Checkpoints:
         return f"the newest checkpoint, of step {self._whole_step:,}, is from before"
 
     def _set_aside(self, after: int) -> None:
-        for place in run_on_rank0(lambda: set_aside(self.folder, after)):
+        for place in broadcast_from_rank0(lambda: set_aside(self.folder, after)):
             if self.process.is_first:
                 log(f"set aside, since its steps are done again: {place}")
 
@@ -158,7 +157,7 @@ class Checkpoints:
                 f"{path} has {manifest.get('num_classes')} classes and no {CLASSES} to compare with the "
                 f"{self.dataset.num_classes} classes of {self.dataset.folder}"
             )
-        return run_on_rank0(lambda: check_class_table(before, now, self.config.checkpoint.grow))
+        return broadcast_from_rank0(lambda: check_class_table(before, now, self.config.checkpoint.grow))
 
     def _check_unchanged(self, path: Path, manifest: dict[str, Any], new_classes: int) -> None:
         """Say what is different from the run that wrote the checkpoint; refuse what cannot be, or not without force."""

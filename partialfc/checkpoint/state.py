@@ -28,7 +28,7 @@ from partialfc.checkpoint.row_planner import RowLoadPlanner, read_tensors
 from partialfc.engines.state import OPTIMIZER, WEIGHTS, BackboneState
 from partialfc.errors import ConfigError
 from partialfc.head import PartialFC
-from partialfc.runtime.collectives import all_gather_object, is_rank0, rank_slice, run_on_rank0
+from partialfc.runtime.collectives import all_gather_object, broadcast_from_rank0, is_rank0, rank_slice
 from partialfc.tracking.console import log
 
 _PER_CLASS = {"weight", "bias", "center_loss.centers"}  # of the head
@@ -97,7 +97,7 @@ class TrainingState:
         first = self.head.first_class
         planner = RowLoadPlanner({name: first for name, value in targets.items() if _has_rows(name, value.dim())})
         read_tensors(reader, targets, planner, self.head.collectives.group)
-        self.backbone.take({name: value for name, value in targets.items() if name.startswith((WEIGHTS, OPTIMIZER))})
+        self.backbone.load({name: value for name, value in targets.items() if name.startswith((WEIGHTS, OPTIMIZER))})
         optimizer = self.head_optimizer
         if optimizer is not None:
             optimizer.state.clear()
@@ -142,9 +142,9 @@ def latest_valid(folder: Path) -> tuple[Path, dict[str, Any]] | None:
 
     Damaged ones are reported and passed over. A collective; the ranks share the reading, and agree.
     """
-    for checkpoint in run_on_rank0(lambda: step_folders(folder)):
+    for checkpoint in broadcast_from_rank0(lambda: step_folders(folder)):
         try:
-            manifest = run_on_rank0(partial(read_manifest, checkpoint))
+            manifest = broadcast_from_rank0(partial(read_manifest, checkpoint))
             files = manifest["files"]
             mine = [check_file(checkpoint, name, files[name]) for name in rank_slice(sorted(files))]
             problems = [problem for part in all_gather_object(mine) for problem in part if problem]

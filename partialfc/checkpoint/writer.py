@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from partialfc.checkpoint.folders import FORMAT, MANIFEST, REPLACED, manifest_digest
 from partialfc.errors import CheckpointFailed
 from partialfc.runtime.collectives import Group, is_rank0, rank_slice, run_on_all_ranks
-from partialfc.runtime.process import PATIENCE
+from partialfc.runtime.process import LONG_TIMEOUT
 
 
 def save_checkpoint(
@@ -146,7 +146,7 @@ class Saver:
         self.asynchronous, self._saved = asynchronous, saved
         self._group: Group = None
         if asynchronous and dist.is_initialized():
-            self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
+            self._group = dist.new_group(backend="gloo", timeout=LONG_TIMEOUT)
         self._copies: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
         self._ended: list[Saved] = []

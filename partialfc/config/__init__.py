@@ -1,4 +1,8 @@
-"""The configuration tree: its schema, and how YAML files and overrides become one."""
+"""The configuration: its schema, reading it from YAML and overrides, and the objects that it names.
+
+Imports ``models``, ``head``, ``losses`` and ``options``, to check their parameters. Everything from ``runtime`` and
+``data`` upwards may import it.
+"""
 
 from partialfc.config.load import load_config, parse_config, require_num_classes, to_yaml, value_of
 from partialfc.config.objects import build_loss, build_sample_rate

@@ -1,4 +1,4 @@
-"""Reading a config: YAML, then overrides from the command line, then validation."""
+"""Reading of a config: YAML, then overrides from the command line, then validation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from partialfc import models
 from partialfc.config.objects import build_loss, build_sample_rate
 from partialfc.config.schema import Config, EngineConfig
 from partialfc.errors import ConfigError
-from partialfc.options import unknown_name
+from partialfc.options import describe_unknown
 
 
 def load_config(path: Path | str, overrides: Iterable[str] = ()) -> Config:
@@ -36,7 +36,11 @@ def load_config(path: Path | str, overrides: Iterable[str] = ()) -> Config:
 
 
 def parse_config(tree: dict[str, Any]) -> Config:
-    """Validate a tree of plain values."""
+    """Validate a tree of plain values.
+
+    Raises:
+        ConfigError: a key is unknown, of the wrong type or out of range, or two do not go together.
+    """
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
@@ -51,7 +55,7 @@ def parse_config(tree: dict[str, Any]) -> Config:
 
 
 def require_num_classes(config: Config, found: int) -> None:
-    """Compare the classes of the data set with ``data.num_classes``.
+    """Compare the data set's number of classes with ``data.num_classes``, if that is set.
 
     Raises:
         ConfigError: they differ.
@@ -69,27 +73,27 @@ def _check_engine(engine: EngineConfig) -> None:
         raise ConfigError("engine.offload: cpu needs engine.name=deepspeed and engine.zero_stage of 1 to 3")
     if engine.compile and on_deepspeed and engine.zero_stage == 3:
         raise ConfigError(
-            "engine.compile does not go with engine.zero_stage=3, which gathers weights layer by layer while Python "
-            "runs; choose a lower stage, or engine.compile=false"
+            "engine.compile does not go with engine.zero_stage=3, which gathers weights layer by layer in Python "
+            "hooks; choose a lower stage, or engine.compile=false"
         )
 
 
 def to_yaml(config: Config) -> str:
-    """The resolved config, every key spelled out; :func:`load_config` reads it back to an equal one."""
+    """Return the resolved config as YAML, with every key; :func:`load_config` reads an equal one from it."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 def value_of(config: Config, key: str) -> Any:
-    """The value at a dotted key, as YAML would have it.
+    """Return the value at a dotted key, as plain YAML types.
 
     Raises:
-        ConfigError: there is no such key.
+        ConfigError: the key is unknown.
     """
     value: Any = config.model_dump(mode="json")
     for depth, name in enumerate(key.split(".")):
         if not isinstance(value, dict) or name not in value:
             known = value if isinstance(value, dict) else []
-            raise ConfigError(f"{'.'.join(key.split('.')[: depth + 1])}: {unknown_name(name, known)}")
+            raise ConfigError(f"{'.'.join(key.split('.')[: depth + 1])}: {describe_unknown(name, known)}")
         value = value[name]
     return value
 
@@ -113,7 +117,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 def _explain(problem: Any) -> str:
     where = ".".join(map(str, problem["loc"]))
     if problem["type"] == "extra_forbidden":
-        return f"{where}: {unknown_name(str(problem['loc'][-1]), _keys_at(problem['loc'][:-1]))}"
+        return f"{where}: {describe_unknown(str(problem['loc'][-1]), _keys_at(problem['loc'][:-1]))}"
     given = "" if problem["type"] == "missing" else f", got {problem['input']!r}"
     return f"{where}: {problem['msg'][0].lower()}{problem['msg'][1:]}{given}"
 

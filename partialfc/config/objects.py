@@ -1,4 +1,4 @@
-"""The objects that a config names: building them is how their parameters are checked."""
+"""Objects that a config names; building them checks their parameters."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from partialfc.config.schema import HeadConfig, LossConfig
 from partialfc.errors import ConfigError
 from partialfc.head import LinearRate, StepRate
 from partialfc.head.sample_rate import SampleRate
-from partialfc.options import like_default, unknown_name
+from partialfc.options import convert_like, describe_unknown
 
 
 def build_loss(config: LossConfig) -> losses.Loss:
-    """The loss that a config names. One that wraps another takes it as ``loss``, again with a name and parameters.
+    """Build the loss that a config names. A loss that wraps another takes it as ``loss``, with a name and parameters.
 
     Raises:
-        ConfigError: there is no such loss, it takes no such parameter, or the value is out of range.
+        ConfigError: the loss or a parameter is unknown, or a value is out of range.
     """
     return _build_loss("head.loss", {"name": config.name, **(config.model_extra or {})})
 
@@ -28,16 +28,16 @@ def _build_loss(where: str, tree: Any) -> losses.Loss:
     options = dict(tree)
     name = options.pop("name")
     if name not in losses.BY_NAME:
-        raise ConfigError(f"{where}.name: {unknown_name(name, losses.BY_NAME)}")
+        raise ConfigError(f"{where}.name: {describe_unknown(name, losses.BY_NAME)}")
     kind = losses.BY_NAME[name]
     accepted = {name: parameter for name, parameter in inspect.signature(kind).parameters.items() if name != "self"}
     for option, value in options.items():
         if option not in accepted:
-            raise ConfigError(f"{where}.{option}: {unknown_name(option, accepted)} of loss {name}")
+            raise ConfigError(f"{where}.{option}: {describe_unknown(option, accepted)} of loss {name}")
         if option == "loss":
             options[option] = _build_loss(f"{where}.loss", value)
         else:
-            options[option] = like_default(f"{where}.{option}", value, accepted[option].default)
+            options[option] = convert_like(f"{where}.{option}", value, accepted[option].default)
     if "loss" in accepted and "loss" not in options:
         raise ConfigError(f"{where}.loss: {name} wraps another loss: give one, such as {{name: arcface}}")
     try:
@@ -47,10 +47,10 @@ def _build_loss(where: str, tree: Any) -> losses.Loss:
 
 
 def build_sample_rate(head: HeadConfig, steps_per_epoch: int) -> SampleRate:
-    """The sample rate that a config describes.
+    """Build the sample rate that a config describes.
 
     Raises:
-        ConfigError: rates or epochs are out of range, or do not fit each other.
+        ConfigError: rates or epochs are out of range, or do not match each other.
     """
     rate = head.sample_rate_schedule
     if rate is None:

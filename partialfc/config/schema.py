@@ -1,7 +1,7 @@
 """The configuration tree: one YAML file, overridden by ``section.key=value`` on the command line.
 
 Every key has a type, a default, a range and one line of documentation. Unknown keys are refused with the nearest name.
-A config names the *global* batch; how many ranks share it is the launcher's business and changes no result.
+A config sets the *global* batch; the number of ranks that share it is up to the launcher and changes no result.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ class Section(BaseModel):
 
 
 class RunConfig(Section):
+    """Folder, seed and supervision of a run."""
+
     dir: Path = Field(Path("runs/run"), description="run folder: metrics, checkpoints, figures")
-    seed: int = Field(0, ge=0, lt=2**31, description="of weights, sample order, augmentation and negatives")
+    seed: int = Field(0, ge=0, lt=2**31, description="seed of weights, sample order, augmentation and negatives")
     timeout: float = Field(120.0, gt=0, description="seconds after which a silent rank ends the run")
     skipped_in_a_row: int = Field(10, ge=1, description="skipped steps in a row that end the run")
     restarts_without_progress: int = Field(
@@ -31,151 +33,179 @@ class RunConfig(Section):
 
 
 class DataConfig(Section):
+    """Data set and loading."""
+
     train: Path = Field(description="data set folder with index.json")
-    num_classes: int | None = Field(None, ge=1, description="what the data set must have; null: whatever it has")
+    num_classes: int | None = Field(None, ge=1, description="number of classes that the data set must have; null: any")
     global_batch_size: int = Field(256, ge=1, description="samples a step, over all ranks")
     image_size: int = Field(32, ge=8, le=1024, description="pixels; images of another size are resized")
     channels: Literal[1, 3] = Field(1, description="1 grey, 3 RGB")
     augment: Literal["none", "light", "flip"] = Field(
-        "light", description="light: random affine maps and noise; flip: mirrored at random, as is usual for faces"
+        "light", description="light: random affine maps and noise; flip: random mirroring, as is usual for faces"
     )
     workers: int = Field(0, ge=0, le=256, description="loader processes a rank; 0 loads in the training process")
 
 
 class ModelConfig(Section):
-    name: str = Field("glyph_net", description="backbone: one of ours, my.module:factory, or timm:NAME")
-    embedding_dim: int = Field(128, ge=2, le=65536, description="D")
-    options: dict[str, Any] = Field({}, description="what the backbone takes besides, e.g. {drop_path: 0.2}")
-    pretrained: Path | None = Field(None, description="weights that the backbone begins with: .pth, .pt, .safetensors")
-    activation_checkpointing: bool = Field(False, description="compute blocks again in backward, to save memory")
-    channels_last: Literal[True, False, "auto"] = Field("auto", description="layout of convolutions; auto: on GPUs")
+    """Backbone."""
+
+    name: str = Field("glyph_net", description="backbone: a name of this package, my.module:factory, or timm:NAME")
+    embedding_dim: int = Field(128, ge=2, le=65536, description="dimension D of the embeddings")
+    options: dict[str, Any] = Field({}, description="further parameters of the backbone, e.g. {drop_path: 0.2}")
+    pretrained: Path | None = Field(None, description="weights that the backbone starts from: .pth, .pt, .safetensors")
+    activation_checkpointing: bool = Field(False, description="recompute blocks in backward, to save memory")
+    channels_last: Literal[True, False, "auto"] = Field(
+        "auto", description="layout of convolutions; auto: True on GPUs"
+    )
 
 
 class LossConfig(BaseModel):
-    """``name`` and whatever that loss takes."""
+    """``name``, and the parameters of that loss."""
 
     model_config = ConfigDict(extra="allow")
     name: str = Field("arcface", description="loss, one of " + ", ".join(losses.BY_NAME))
 
 
 class CenterLossConfig(Section):
+    """Center loss."""
+
     weight: float = Field(0.003, ge=0, description="λ of L = L_s + λ·L_c")
     alpha: float = Field(0.5, ge=0, le=1, description="learning rate of the centers")
 
 
 class SampleRateConfig(Section):
-    schedule: Literal["steps", "linear"] = Field("linear", description="each rate at once, or linear between two")
+    """Schedule of the sample rate."""
+
+    schedule: Literal["steps", "linear"] = Field("linear", description="constant between epochs, or linear")
     rates: list[float] = Field([0.1, 1.0], min_length=2, description="sample rates, each in (0, 1]")
     epochs: list[float] = Field(
-        [0.0, 10.0], min_length=2, description="epochs at which they are reached; the first is 0"
+        [0.0, 10.0], min_length=2, description="epochs at which the rates are reached; the first is 0"
     )
 
 
 class HeadConfig(Section):
+    """Sharded classifier."""
+
     loss: LossConfig = Field(LossConfig(), description="loss and its parameters")
     sample_rate: float = Field(1.0, gt=0, le=1, description="share of the classes drawn as negatives in a step")
-    sample_rate_schedule: SampleRateConfig | None = Field(None, description="a sample rate that changes, instead")
-    filter_threshold: float | None = Field(None, ge=-1, le=1, description="negatives with a cosine above are left out")
+    sample_rate_schedule: SampleRateConfig | None = Field(None, description="a changing rate, instead of sample_rate")
+    filter_threshold: float | None = Field(None, ge=-1, le=1, description="negatives with a larger cosine are left out")
     correct_sampling: bool = Field(False, description="weight drawn classes by 1/sample_rate in the denominator")
     center_loss: CenterLossConfig | None = Field(None, description="center loss beside the softmax loss")
-    weight_dtype: Literal["float32", "bfloat16"] = Field("float32", description="bfloat16 is rounded stochastically")
-    memory_budget_mb: float = Field(256.0, gt=0, description="MiB for logits within a step")
+    weight_dtype: Literal["float32", "bfloat16"] = Field("float32", description="bfloat16: stochastic rounding")
+    memory_budget_mb: float = Field(256.0, gt=0, description="MiB for the logits of a step")
 
 
 class SpikeConfig(Section):
-    factor: float = Field(3.0, gt=1, description="a loss above so many times its running mean is a spike")
-    window: int = Field(100, ge=1, description="steps over which the mean is taken")
+    """Rule by which a loss is a spike."""
+
+    factor: float = Field(3.0, gt=1, description="a loss above this many times its running mean is a spike")
+    window: int = Field(100, ge=1, description="steps of the running mean")
 
 
 class OptimConfig(Section):
+    """Optimizers of backbone and head, and their schedule."""
+
     name: Literal["sgd", "adamw"] = Field("sgd", description="SGD with momentum, or AdamW")
-    head: Literal["same", "sgd", "adamw", "adagrad"] = Field("same", description="the head's; adagrad: row-wise")
-    head_state_dtype: Literal["float32", "bfloat16"] = Field("float32", description="momentum or moments of the head")
+    head: Literal["same", "sgd", "adamw", "adagrad"] = Field("same", description="of the head; adagrad: row-wise")
+    head_state_dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the head's momentum or moments")
     lr: float = Field(0.1, ge=0, description="peak learning rate")
-    momentum: float = Field(0.9, ge=0, lt=1, description="of both optimizers")
-    weight_decay: float = Field(5e-4, ge=0, description="of both optimizers")
-    epochs: float = Field(10.0, gt=0, description="length of the run; fractions are allowed")
+    momentum: float = Field(0.9, ge=0, lt=1, description="momentum of both optimizers")
+    weight_decay: float = Field(5e-4, ge=0, description="weight decay of both optimizers")
+    epochs: float = Field(10.0, gt=0, description="length of the run; may be a fraction")
     schedule: Literal["constant", "cosine", "polynomial"] = Field("polynomial", description="decay after the warm-up")
-    power: float = Field(2.0, gt=0, description="of the polynomial decay")
+    power: float = Field(2.0, gt=0, description="power of the polynomial decay")
     warmup: float = Field(1.0, ge=0, description="epochs over which the learning rate rises linearly from zero")
     clip: float | None = Field(5.0, gt=0, description="largest norm of the backbone's gradient; null: no clipping")
-    head_lr_factor: float = Field(1.0, gt=0, description="the head's learning rate over the backbone's")
+    head_lr_factor: float = Field(1.0, gt=0, description="learning rate of the head over that of the backbone")
     unsampled_rows: Literal["frozen", "decayed"] = Field(
-        "frozen", description="head rows without a gradient: as they are, or exactly as dense SGD would have them"
+        "frozen", description="head rows without a gradient: unchanged, or exactly as under dense SGD"
     )
-    accumulation: int = Field(1, ge=1, description="micro-batches that a global batch is cut into")
+    accumulation: int = Field(1, ge=1, description="micro-batches into which a global batch is split")
     spike: SpikeConfig | None = Field(
-        None, description="after a jump of the loss go back to the last checkpoint, with the next samples"
+        None, description="after a spike of the loss go back to the last checkpoint, with the next samples"
     )
 
     @property
     def head_optimizer(self) -> Literal["sgd", "adamw", "adagrad"]:
-        """The head's optimizer by name."""
+        """Name of the head's optimizer."""
         return self.name if self.head == "same" else self.head
 
 
 class EngineConfig(Section):
-    name: Literal["ddp", "deepspeed"] = Field("ddp", description="who updates the backbone: torch alone, or DeepSpeed")
+    """Engine that updates the backbone."""
+
+    name: Literal["ddp", "deepspeed"] = Field("ddp", description="engine of the backbone: torch alone, or DeepSpeed")
     zero_stage: int = Field(
         1, ge=0, le=3, description="of deepspeed, split over ranks: 1 optimizer state, 2 gradients too, 3 weights too"
     )
     offload: Literal["none", "cpu"] = Field(
-        "none", description="cpu: optimizer state in host memory; of deepspeed at zero_stage 1 to 3"
+        "none", description="cpu: optimizer state in host memory, with deepspeed at zero_stage 1 to 3"
     )
-    deepspeed_config: Path | None = Field(None, description="a DeepSpeed JSON, for what this config leaves open")
+    deepspeed_config: Path | None = Field(None, description="DeepSpeed JSON for options that this config does not have")
     precision: Literal["fp32", "bf16", "fp16"] = Field(
-        "fp32", description="of the backbone's arithmetic; fp16 scales the loss dynamically"
+        "fp32", description="precision of the backbone; fp16 scales the loss dynamically"
     )
     compile: bool = Field(False, description="torch.compile the backbone; the first step takes longer")
     sync_batchnorm: Literal[True, False, "auto"] = Field(
-        "auto", description="batch statistics over all ranks; GPUs only; auto: there"
+        "auto", description="batch statistics over all ranks, on GPUs only; auto: on GPUs"
     )
 
 
 class EvaluationConfig(Section):
-    sets: list[Path] = Field([], description="folders: verification (with protocol.json) or labelled known classes")
+    """Evaluation sets."""
+
+    sets: list[Path] = Field([], description="folders: verification (with protocol.json) or samples of known classes")
     every: int = Field(0, ge=0, description="steps between evaluations; 0: only at the end")
     batch_size: int = Field(256, ge=1, description="images a rank embeds at once")
 
 
 class CheckpointConfig(Section):
+    """Checkpoints, and resuming from them."""
+
     every: int = Field(1000, ge=0, description="steps between checkpoints; 0: only at the end")
-    keep_last: int = Field(2, ge=1, description="how many of the newest to keep")
-    keep_every: int = Field(0, ge=0, description="steps whose multiples are kept besides; 0: none")
-    asynchronous: bool = Field(True, description="write while training goes on, from a copy in host memory")
-    grow: bool = Field(False, description="go on with classes that the checkpoint does not have, added after its own")
+    keep_last: int = Field(2, ge=1, description="number of newest checkpoints to keep")
+    keep_every: int = Field(0, ge=0, description="keep checkpoints at multiples of this step, too; 0: none")
+    asynchronous: bool = Field(True, description="write in the background, from a copy in host memory")
+    grow: bool = Field(False, description="resume with classes that the checkpoint lacks, added after its own")
     grow_init: Literal["random", "embedding"] = Field(
-        "random", description="weights of new classes: drawn, or the mean embedding of their samples"
+        "random", description="weights of new classes: random, or the mean embedding of their samples"
     )
-    resume: Literal["auto", "never"] = Field("auto", description="auto: go on from the run folder's newest whole one")
+    resume: Literal["auto", "never"] = Field("auto", description="auto: resume from the run folder's newest valid one")
 
 
 class WandbConfig(Section):
+    """Weights & Biases."""
+
     mode: Literal["disabled", "auto", "online", "offline"] = Field(
         "disabled", description="auto: WANDB_MODE if set, else online where there is a key, else offline"
     )
     project: str = Field("partialfc", min_length=1, max_length=128, description="W&B project")
-    entity: str | None = Field(None, min_length=1, description="user or team; null: the key's own")
-    name: str | None = Field(None, min_length=1, max_length=128, description="of the run; null: the run folder's name")
+    entity: str | None = Field(None, min_length=1, description="user or team; null: the default of the API key")
+    name: str | None = Field(None, min_length=1, max_length=128, description="name of the run; null: the run folder's")
     group: str | None = Field(None, min_length=1, max_length=128, description="runs that W&B shows together")
-    tags: list[Annotated[str, Field(min_length=1, max_length=64)]] = Field([], description="labels to find the run by")
+    tags: list[Annotated[str, Field(min_length=1, max_length=64)]] = Field([], description="tags of the run")
     timeout: float = Field(30.0, gt=0, le=3600, description="seconds to wait for W&B, at the start and at the end")
-    system_metrics: bool = Field(False, description="also the use of CPUs, GPUs, memory and disks on rank 0's host")
+    system_metrics: bool = Field(False, description="also log CPUs, GPUs, memory and disks of rank 0's host")
 
 
 class TrackingConfig(Section):
+    """Metrics and where they go."""
+
     log_every: int = Field(20, ge=1, description="steps between lines of metrics.jsonl")
     metrics_port: int = Field(0, ge=0, le=65535, description="loopback port of /healthz and /metrics; 0: none")
     wandb: WandbConfig = Field(WandbConfig(), description="Weights & Biases, beside metrics.jsonl")
 
 
 class Config(Section):
-    run: RunConfig = Field(RunConfig(), description="where, and from which seed")
-    data: DataConfig = Field(description="what to train on")
+    """A run."""
+
+    run: RunConfig = Field(RunConfig(), description="folder, seed and supervision of the run")
+    data: DataConfig = Field(description="data set and loading")
     model: ModelConfig = Field(ModelConfig(), description="the backbone")
     head: HeadConfig = Field(HeadConfig(), description="the sharded classifier")
-    optim: OptimConfig = Field(OptimConfig(), description="how to optimise")
-    engine: EngineConfig = Field(EngineConfig(), description="how a step is computed")
-    evaluation: EvaluationConfig = Field(EvaluationConfig(), description="how to measure")
-    checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="what to keep of it, and how to go on")
-    tracking: TrackingConfig = Field(TrackingConfig(), description="what to write down")
+    optim: OptimConfig = Field(OptimConfig(), description="optimizers and their schedule")
+    engine: EngineConfig = Field(EngineConfig(), description="who updates the backbone, and in which precision")
+    evaluation: EvaluationConfig = Field(EvaluationConfig(), description="evaluations")
+    checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="checkpoints, and resuming from them")
+    tracking: TrackingConfig = Field(TrackingConfig(), description="metrics and Weights & Biases")

@@ -1,1 +1,4 @@
-"""Data: the data set folder, the order in which samples are seen, augmentation, the loader, and the glyph data set."""
+"""Data sets: the folder format, the order of samples, augmentation, the loader, and the glyph data set.
+
+Imports ``config``, ``tracking.console``, ``files`` and ``errors``. Everything from ``engines`` upwards may import it.
+"""

@@ -16,7 +16,7 @@ Pixels = npt.NDArray[np.float32]  # [channels, height, width], in [-1, 1]
 
 
 def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
-    """The random numbers of one sample in one epoch, whichever rank or worker draws them.
+    """Return the random numbers of one sample in one epoch, the same on any rank and in any worker.
 
     Philox is counter-based: a generator costs a few microseconds, and different keys give independent streams.
     """
@@ -24,7 +24,7 @@ def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
 
 
 def to_pixels(image: Image.Image) -> Pixels:
-    """A grey (L) or RGB image as float32 [channels, height, width] in [-1, 1]."""
+    """Return a grey (L) or RGB image as float32 [channels, height, width] in [-1, 1]."""
     pixels = np.asarray(image, dtype=np.float32)
     pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
     return pixels * np.float32(1 / 127.5) - np.float32(1)
@@ -35,12 +35,12 @@ class Augment:
     """Random affine warp about the image's centre, then Gaussian noise. Each range is symmetric about "no change".
 
     Args:
-        rotate_degrees: largest rotation either way.
+        rotate_degrees: largest rotation in either direction.
         scale: largest relative change of size, 0.1 meaning 0.9 to 1.1.
         shear: largest horizontal shear, as a tangent.
         translate: largest shift in each direction, as a fraction of the image's width and height.
-        noise: largest standard deviation of the noise, on the scale where black is -1 and white is 1.
-        flip: mirror every second image, left to right.
+        noise: largest standard deviation of the noise; black is -1, white is 1.
+        flip: mirror half of the images, left to right.
     """
 
     rotate_degrees: float = 0.0
@@ -51,8 +51,8 @@ class Augment:
     flip: bool = False
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Pixels:
-        """Warp a grey (L) or RGB image; returns float32 [channels, height, width] in [-1, 1]."""
-        # Always six draws: what one parameter does to a sample does not depend on whether the others are in use.
+        """Augment a grey (L) or RGB image; return float32 [channels, height, width] in [-1, 1]."""
+        # Always six draws: the effect of one parameter does not depend on which others are in use.
         rotate, scale, shear, shift_x, shift_y, noise = rng.random(6).tolist()
         if self.rotate_degrees or self.scale or self.shear or self.translate:
             image = self._warp(image, *(2 * x - 1 for x in (rotate, scale, shear, shift_x, shift_y)))
@@ -71,7 +71,7 @@ class Augment:
         angle = math.radians(self.rotate_degrees * rotate)
         zoom = 1 / (1 + self.scale * scale)
         cos, sin, tan = math.cos(angle) * zoom, math.sin(angle) * zoom, self.shear * shear
-        # PIL wants the inverse map: output pixel (x, y) is taken from (a x + b y + c, d x + e y + f).
+        # PIL takes the inverse map: output pixel (x, y) comes from (a x + b y + c, d x + e y + f).
         a, b, d, e = cos, cos * tan - sin, sin, sin * tan + cos
         center_x, center_y = width / 2, height / 2
         c = center_x - a * center_x - b * center_y + self.translate * shift_x * width
@@ -86,7 +86,7 @@ class Augment:
 
 
 def background(image: Image.Image) -> float | tuple[int, ...]:
-    """The colour that fills what the warp uncovers: the median of the corners, channel by channel."""
+    """Return the colour for the area that the warp uncovers: the median of the corners, by channel."""
     right, bottom = image.width - 1, image.height - 1
     corners = [image.getpixel(xy) for xy in ((0, 0), (right, 0), (0, bottom), (right, bottom))]
     channels = zip(*(corner if isinstance(corner, tuple) else (corner,) for corner in corners), strict=True)
@@ -101,7 +101,7 @@ _PRESETS = {"none": NONE, "light": LIGHT, "flip": FLIP}
 
 
 def augment_by_name(name: str) -> Augment:
-    """The preset of this name."""
+    """Return the preset of this name: ``none``, ``light`` or ``flip``."""
     if name not in _PRESETS:
         raise ConfigError(f"augment must be one of {', '.join(_PRESETS)}, got {name!r}")
     return _PRESETS[name]

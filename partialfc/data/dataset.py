@@ -1,6 +1,6 @@
-"""Read a data set folder: random access to the samples of its tar shards through an offset index.
+"""Reader of data set folders: random access to the samples of tar shards, through an index of offsets.
 
-The index is built by walking the tars' headers once and cached beside them. Nothing in the folder is trusted.
+One walk over the tars' headers builds the index, which is cached beside them. Nothing in the folder is trusted.
 """
 
 from __future__ import annotations
@@ -26,13 +26,19 @@ __all__ = ["DatasetWriter", "Shard", "TarDataset", "read_index"]
 
 @dataclass(frozen=True, slots=True)
 class Shard:
+    """A tar file of a data set."""
+
     path: Path
     num_samples: int
     num_bytes: int
 
 
 def read_index(folder: Path | str) -> dict[str, Any]:
-    """The ``index.json`` of a data set folder, with its fields checked; the shards are not looked at."""
+    """Read ``index.json`` of a data set folder and check its fields, not the shards.
+
+    Raises:
+        DataError: it is missing, cannot be read, or a field is wrong.
+    """
     path = Path(folder) / INDEX
     try:
         index = json.loads(path.read_bytes())
@@ -72,8 +78,9 @@ class TarDataset:
 
     Attributes:
         labels: int64 [num_samples], class ids in [0, num_classes).
+
     Raises:
-        DataError: when the folder is incomplete, does not match its index, or an archive is damaged or hostile.
+        DataError: the folder is incomplete or does not match its index, or an archive is damaged or hostile.
     """
 
     labels: npt.NDArray[np.int64]
@@ -105,7 +112,7 @@ class TarDataset:
         return self.num_samples
 
     def read(self, i: int) -> bytes:
-        """The encoded image of sample ``i``."""
+        """Return the encoded image of sample ``i``."""
         shard = int(self._offsets.shard[i])
         size = int(self._offsets.sizes[i])
         data = os.pread(self._file(shard), size, int(self._offsets.offsets[i]))
@@ -114,7 +121,7 @@ class TarDataset:
         return data
 
     def key(self, i: int) -> str:
-        """The key of sample ``i``: its name in the shard, without extension."""
+        """Return the key of sample ``i``: its name in the shard, without extension."""
         start, stop = self._offsets.key_ends[i], self._offsets.key_ends[i + 1]
         return self._offsets.key_bytes[start:stop].tobytes().decode()
 
@@ -124,12 +131,12 @@ class TarDataset:
         return [self.key(i) for i in range(self.num_samples)]
 
     def describe(self, i: int) -> str:
-        """Where sample ``i`` lies, for messages: shard, key and index."""
+        """Describe sample ``i`` for messages: shard, key and index."""
         return f"{self.shards[int(self._offsets.shard[i])].path}: sample {self.key(i)!r} (index {i})"
 
     @cached_property
     def classes(self) -> list[dict[str, Any]]:
-        """The class table, in the order of the class ids: ``id``, ``name``, ``samples`` and what the source adds."""
+        """The class table by class id: ``id``, ``name``, ``samples``, and further fields of the source."""
         path = self.folder / CLASSES
         try:
             with open(path, encoding="utf-8") as lines:
@@ -149,7 +156,7 @@ class TarDataset:
         return self._files[shard]
 
     def close(self) -> None:
-        """Close the shards; they open again when they are read."""
+        """Close the shards; reading opens them again."""
         while self._files:
             os.close(self._files.popitem()[1])
 
@@ -163,6 +170,8 @@ class TarDataset:
 
 @dataclass(frozen=True, slots=True)
 class _Offsets:
+    """The index: where each sample lies, and its label."""
+
     shard: npt.NDArray[np.int32]  # [num_samples]
     offsets: npt.NDArray[np.int64]  # [num_samples], of the image in its shard
     sizes: npt.NDArray[np.int64]  # [num_samples]
@@ -214,12 +223,12 @@ def _save_cache(dataset: TarDataset, offsets: _Offsets) -> None:
             arrays = {name: getattr(offsets, name) for name in _Offsets.__slots__}
             np.savez(file, digest=np.array(dataset.digest), **arrays)
         os.replace(temporary, path)
-    except OSError:  # a read-only folder: the index is then built at every start
+    except OSError:  # a read-only folder: every start builds the index
         temporary.unlink(missing_ok=True)
 
 
 def _load_cache(dataset: TarDataset) -> _Offsets | None:
-    """The cached index, or None when there is none, it belongs to other data, or it is damaged."""
+    """Return the cached index; None if it is missing, damaged, or of other data."""
     try:
         with np.load(dataset.folder / OFFSETS, allow_pickle=False) as arrays:
             if not dataset.digest or str(arrays["digest"]) != dataset.digest:

@@ -1,11 +1,12 @@
-"""From a data set folder to batches, in the global order that (seed, step) fixes."""
+"""Batches of a data set folder, in the global order that (seed, step) fixes."""
 
 from __future__ import annotations
 
 import io
 import signal
 from collections.abc import Iterator
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +15,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from partialfc.data.augment import Augment, augment_by_name, sample_rng, to_pixels
+from partialfc.config import Config
+from partialfc.data.augment import augment_by_name, sample_rng, to_pixels
 from partialfc.data.dataset import TarDataset
 from partialfc.data.order import batch_indices, local_slice, steps_per_epoch
 from partialfc.errors import ConfigError, DataError
@@ -22,8 +24,46 @@ from partialfc.errors import ConfigError, DataError
 _MODES = {1: "L", 3: "RGB"}
 
 
+@dataclass(frozen=True, kw_only=True)
+class LoaderSettings:
+    """Settings of a rank's loader; the ranks of a run differ in ``rank`` only."""
+
+    global_batch_size: int  # samples of a training step, over all ranks
+    image_size: int  # pixels; images of another size are resized
+    channels: int  # 1 grey, 3 RGB; images are converted
+    augment: str = "none"  # none, light or flip; an evaluation never augments
+    seed: int = 0
+    micro_batches: int = 1  # equal parts of each training batch, to be taken one after the other
+    workers: int = 0  # decoding processes of this rank; 0 decodes in the training process
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        if self.channels not in _MODES:
+            raise ConfigError(f"channels must be 1 or 3, got {self.channels}")
+        for name in ("global_batch_size", "image_size", "micro_batches"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    @classmethod
+    def from_config(cls, config: Config, rank: int, world_size: int) -> Self:
+        """Return the settings of a run, on one of its ranks."""
+        data = config.data
+        return cls(
+            global_batch_size=data.global_batch_size,
+            image_size=data.image_size,
+            channels=data.channels,
+            augment=data.augment,
+            seed=config.run.seed,
+            micro_batches=config.optim.accumulation,
+            workers=data.workers,
+            rank=rank,
+            world_size=world_size,
+        )
+
+
 class Batch(NamedTuple):
-    """This rank's share of a global batch: b = ceil(global batch size / world size) samples, always."""
+    """This rank's part of a global batch: always b = ceil(global batch size / world size) samples."""
 
     step: int
     images: Tensor  # [b, channels, image_size, image_size] float32 in [-1, 1]; zeros where padded
@@ -32,27 +72,11 @@ class Batch(NamedTuple):
 
 
 class StepDataset(Dataset[Batch]):
-    """Item i is the local batch of step ``start_step + i``: a pure function of the arguments, in any process."""
+    """Batches by step: item i is this rank's batch of step ``start_step + i``, the same in any process."""
 
-    def __init__(
-        self,
-        dataset: TarDataset,
-        *,
-        global_batch_size: int,
-        image_size: int,
-        channels: int,
-        augment: Augment,
-        seed: int,
-        rank: int,
-        world_size: int,
-        start_step: int,
-        total_steps: int,
-        micro_batches: int = 1,
-    ) -> None:
-        self.micro_batches = micro_batches
-        self.dataset, self.augment, self.seed = dataset, augment, seed
-        self.global_batch_size, self.rank, self.world_size = global_batch_size, rank, world_size
-        self.image_size, self.channels = image_size, channels
+    def __init__(self, dataset: TarDataset, settings: LoaderSettings, start_step: int, total_steps: int) -> None:
+        self.dataset, self.settings = dataset, settings
+        self.augment = augment_by_name(settings.augment)
         self.start_step, self.total_steps = start_step, total_steps
 
     def __len__(self) -> int:
@@ -61,107 +85,87 @@ class StepDataset(Dataset[Batch]):
     def __getitem__(self, i: int) -> Batch:
         if not 0 <= i < len(self):
             raise IndexError(i)
-        step = self.start_step + i
-        samples = self.dataset.num_samples
-        epoch = step // steps_per_epoch(samples, self.global_batch_size)
+        settings, samples, step = self.settings, self.dataset.num_samples, self.start_step + i
+        epoch = step // steps_per_epoch(samples, settings.global_batch_size)
         indices = batch_indices(
-            step, samples, self.global_batch_size, self.seed, self.rank, self.world_size, self.micro_batches
+            step,
+            samples,
+            settings.global_batch_size,
+            settings.seed,
+            settings.rank,
+            settings.world_size,
+            settings.micro_batches,
         )
-        images = np.zeros((len(indices), self.channels, self.image_size, self.image_size), dtype=np.float32)
+        images = np.zeros((len(indices), settings.channels, *[settings.image_size] * 2), dtype=np.float32)
         labels = np.full(len(indices), -1, dtype=np.int64)
         for slot, index in enumerate(indices.tolist()):
             if index >= 0:
-                image = decode(self.dataset, index, self.image_size, self.channels)
-                images[slot] = self.augment(image, sample_rng(self.seed, epoch, index))
+                image = decode(self.dataset, index, settings.image_size, settings.channels)
+                images[slot] = self.augment(image, sample_rng(settings.seed, epoch, index))
                 labels[slot] = self.dataset.labels[index]
         return Batch(step, torch.from_numpy(images), torch.from_numpy(labels), torch.from_numpy(indices))
 
 
-def build_loader(
-    dataset: TarDataset,
-    *,
-    global_batch_size: int,
-    image_size: int,
-    channels: int,
-    augment: str,
-    seed: int,
-    rank: int,
-    world_size: int,
-    workers: int,
-    start_step: int,
-    total_steps: int,
-    micro_batches: int = 1,
-) -> DataLoader[Batch]:
-    """Yields a :class:`Batch` for every step from ``start_step`` up to, not including, ``total_steps``.
+def build_loader(dataset: TarDataset, settings: LoaderSettings, start_step: int, total_steps: int) -> DataLoader[Batch]:
+    """Return a loader that yields a :class:`Batch` for every step from ``start_step`` to ``total_steps`` - 1.
 
-    The batches do not depend on ``workers``, and those of all ranks together do not depend on ``world_size``.
+    The batches do not depend on ``settings.workers``; those of all ranks together do not depend on the world size.
 
-    Args:
-        channels: 1 (grey) or 3 (RGB); images are converted.
-        augment: ``none``, ``light`` or ``flip``.
-        workers: decoding processes of this rank; 0 decodes in the training process.
-        micro_batches: equal parts of each batch, to be taken one after the other.
     Raises:
-        DataError: when iterating, for a sample that cannot be decoded: with its shard, key and index.
+        ConfigError: ``settings.augment`` is unknown.
+        DataError: the data set holds no samples; or, when iterating, a sample cannot be decoded.
     """
-    _check_sizes(dataset, image_size, channels, "global_batch_size", global_batch_size)
-    steps = StepDataset(
-        dataset,
-        global_batch_size=global_batch_size,
-        image_size=image_size,
-        channels=channels,
-        augment=augment_by_name(augment),
-        seed=seed,
-        rank=rank,
-        world_size=world_size,
-        start_step=start_step,
-        total_steps=total_steps,
-        micro_batches=micro_batches,
-    )
-    # batch_size=None: an item is a whole batch, so workers hand over a few large tensors instead of many small ones.
+    _require_samples(dataset)
+    # batch_size=None: an item is a whole batch, so workers pass a few large tensors instead of many small ones.
     return DataLoader(
-        steps,
+        StepDataset(dataset, settings, start_step, total_steps),
         batch_size=None,
-        num_workers=workers,
+        num_workers=settings.workers,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_start_worker,
     )
 
 
 def evaluation_batches(
-    dataset: TarDataset, *, image_size: int, channels: int, batch_size: int, rank: int, world_size: int
+    dataset: TarDataset, settings: LoaderSettings, batch_size: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's contiguous slice of the data set, in order, without augmentation; every sample once over all ranks.
+    """Iterate over this rank's contiguous slice of the data set, without augmentation; all ranks together have every
+    sample once.
+
+    Args:
+        batch_size: images of this rank at a time.
 
     Yields:
         indices: int64 [b], images: float32 [b, channels, image_size, image_size] in [-1, 1]; the last b may be smaller.
+
+    Raises:
+        DataError: the data set holds no samples; or, when iterating, a sample cannot be decoded.
     """
-    samples = np.arange(*local_slice(dataset.num_samples, rank, world_size), dtype=np.int64)
-    return plain_batches(dataset, samples, image_size=image_size, channels=channels, batch_size=batch_size)
+    _require_samples(dataset)
+    samples = np.arange(*local_slice(dataset.num_samples, settings.rank, settings.world_size), dtype=np.int64)
+    return sample_batches(dataset, samples, settings, batch_size)
 
 
-def plain_batches(
-    dataset: TarDataset, samples: npt.NDArray[np.int64], *, image_size: int, channels: int, batch_size: int
+def sample_batches(
+    dataset: TarDataset, samples: npt.NDArray[np.int64], settings: LoaderSettings, batch_size: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The ``samples [n]``, in order, without augmentation; yields as :func:`evaluation_batches` does."""
-    _check_sizes(dataset, image_size, channels, "batch_size", batch_size)
-    return _plain_batches(dataset, samples, image_size, channels, batch_size)
-
-
-def _plain_batches(
-    dataset: TarDataset, samples: npt.NDArray[np.int64], image_size: int, channels: int, batch_size: int
-) -> Iterator[tuple[Tensor, Tensor]]:
+    """Iterate over ``samples [n]`` in their order, without augmentation; yields as :func:`evaluation_batches` does."""
     for start in range(0, len(samples), batch_size):
         indices = samples[start : start + batch_size]
-        pixels = [to_pixels(decode(dataset, index, image_size, channels)) for index in indices.tolist()]
+        images = [decode(dataset, index, settings.image_size, settings.channels) for index in indices.tolist()]
+        pixels = [to_pixels(image) for image in images]
         yield torch.from_numpy(indices), torch.from_numpy(np.stack(pixels))
 
 
 def decode(dataset: TarDataset, index: int, image_size: int, channels: int) -> Image.Image:
-    """Sample ``index`` as a grey (1 channel) or RGB (3 channels) image of ``image_size`` × ``image_size`` pixels."""
+    """Return sample ``index`` as a grey (1 channel) or RGB (3 channels) image of ``image_size`` pixels a side.
+
+    Raises:
+        DataError: it cannot be decoded; the message names shard, key and index.
+    """
     data = dataset.read(index)
     try:
-        # Other formats are not offered to Pillow at all: its decoders are many, and data is not trusted.
+        # Data is not trusted: Pillow may use no decoder but these.
         with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as encoded:
             image = encoded.convert(_MODES[channels])
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
@@ -171,17 +175,13 @@ def decode(dataset: TarDataset, index: int, image_size: int, channels: int) -> I
     return image
 
 
-def _check_sizes(dataset: TarDataset, image_size: int, channels: int, name: str, batch_size: int) -> None:
-    if channels not in _MODES:
-        raise ConfigError(f"channels must be 1 or 3, got {channels}")
-    if image_size < 1 or batch_size < 1:
-        raise ConfigError(f"image_size and {name} must be at least 1, got {image_size} and {batch_size}")
+def _require_samples(dataset: TarDataset) -> None:
     if dataset.num_samples < 1:
         raise DataError(f"{dataset.folder} holds no samples")
 
 
 def _start_worker(worker: int) -> None:
-    torch.set_num_threads(1)  # as many workers as cores: more threads would only get in each other's way
-    # A signal to the whole group of processes is for the rank to answer: it finishes its step, and ends its workers.
+    torch.set_num_threads(1)  # there are as many workers as cores
+    # The rank itself answers a signal to the process group: it finishes its step, and ends its workers.
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)

@@ -1,7 +1,11 @@
 """The order of samples, as pure functions.
 
-Every rank computes which samples it sees in a step from (seed, step) alone: nothing is shuffled in memory, nothing is
-stored, and the global batch of a step is the same for every world size.
+Every rank computes its samples of a step from (seed, step) alone: nothing is shuffled in memory or stored, and the
+global batch of a step is the same for every world size.
+
+The hash is splitmix64 (Steele et al., OOPSLA 2014), as in :mod:`partialfc.head.random`. That one works on tensors of
+any device, this one on Python integers and NumPy arrays: a loader hashes two keys for each sample, in a microsecond
+each here, in a hundred as tensors.
 """
 
 from __future__ import annotations
@@ -13,11 +17,11 @@ Indices = npt.NDArray[np.int64]
 
 _MASK = 0xFFFFFFFFFFFFFFFF
 _GOLDEN = 0x9E3779B97F4A7C15
-_ROUNDS = 8  # four suffice for large domains; small data sets need more to look shuffled
+_ROUNDS = 8  # four suffice for large domains; small data sets need more
 
 
 def mix(*values: int) -> int:
-    """Fold integers into one well-mixed 64-bit key (splitmix64, applied value by value)."""
+    """Hash integers into one 64-bit key (splitmix64, applied value by value)."""
     state = 0
     for value in values:
         state = (state + _GOLDEN + (value & _MASK)) & _MASK
@@ -28,7 +32,7 @@ def mix(*values: int) -> int:
 
 
 def mix_array(values: npt.NDArray[np.uint64], key: int) -> npt.NDArray[np.uint64]:
-    """splitmix64 of ``values + key``, elementwise; uint64 in, uint64 out."""
+    """Return splitmix64's finaliser of ``values + key``, elementwise, uint64."""
     x = values + np.uint64(key)
     x ^= x >> np.uint64(30)
     x *= np.uint64(0xBF58476D1CE4E5B9)
@@ -39,11 +43,11 @@ def mix_array(values: npt.NDArray[np.uint64], key: int) -> npt.NDArray[np.uint64
 
 
 def epoch_permutation(positions: Indices, num_samples: int, seed: int, epoch: int) -> Indices:
-    """The samples at ``positions`` of this epoch's shuffle of ``range(num_samples)``.
+    """Return the samples at ``positions`` in an epoch's shuffle of ``range(num_samples)``.
 
     The shuffle is a keyed Feistel network over the smallest domain of an even number of bits that holds
-    ``num_samples``; a value outside the range walks on along its cycle until it falls inside (cycle walking), so the
-    result is a bijection of the range. Memory is O(len(positions)), whatever ``num_samples`` is.
+    ``num_samples``. A value outside the range is permuted again until it falls inside (cycle walking), which makes the
+    result a bijection of the range. Memory is O(len(positions)), whatever ``num_samples`` is.
 
     Args:
         positions: int64 [n], each in [0, num_samples).
@@ -73,20 +77,20 @@ def _feistel(values: npt.NDArray[np.uint64], half_bits: int, keys: list[int]) ->
 
 
 def steps_per_epoch(num_samples: int, global_batch_size: int) -> int:
-    """Number of global batches in an epoch; the last one may be short."""
+    """Return the number of global batches in an epoch; the last one may be short."""
     return -(-num_samples // global_batch_size)
 
 
 def samples_before(step: int, num_samples: int, global_batch_size: int) -> int:
-    """How many samples the first ``step`` global batches hold."""
+    """Return the number of samples in the first ``step`` global batches."""
     epochs, rest = divmod(step, steps_per_epoch(num_samples, global_batch_size))
     return epochs * num_samples + min(rest * global_batch_size, num_samples)
 
 
 def local_slice(global_batch_size: int, rank: int, world_size: int) -> tuple[int, int]:
-    """The part ``[start, stop)`` of the global batch that ``rank`` holds: contiguous slices of ceil(B / W) samples.
+    """Return the slice ``[start, stop)`` of a global batch that ``rank`` holds: ceil(B / W) samples.
 
-    Clipped to B: the last ranks may hold fewer samples, or none.
+    It is clipped to B: the last ranks may hold fewer samples, or none.
     """
     if not 0 <= rank < world_size:
         raise ValueError(f"rank must lie in [0, {world_size}), got {rank}")
@@ -97,9 +101,9 @@ def local_slice(global_batch_size: int, rank: int, world_size: int) -> tuple[int
 def batch_indices(
     step: int, num_samples: int, global_batch_size: int, seed: int, rank: int, world_size: int, micro_batches: int = 1
 ) -> Indices:
-    """Sample indices of ``rank`` in global step ``step`` (0-based, counted over all epochs).
+    """Return the sample indices of ``rank`` in ``step`` (0-based, counted over all epochs).
 
-    A global batch is cut into ``micro_batches`` first, and each of these among the ranks: so a micro-batch holds the
+    A global batch is split into ``micro_batches`` first, and each of these over the ranks: so a micro-batch holds the
     same samples at any world size.
 
     Returns:

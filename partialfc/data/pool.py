@@ -1,4 +1,4 @@
-"""Run pure functions over many tasks in a few processes, results in the order of the tasks."""
+"""Pure functions applied to many tasks in a few processes, with results in the order of the tasks."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from partialfc.errors import DataError
 
 
 class Pool:
-    """A context manager around worker processes; with one worker everything runs in this process."""
+    """Context manager of worker processes; with one worker everything runs in this process."""
 
     def __init__(self, workers: int | None = None) -> None:
         self.workers = workers or len(os.sched_getaffinity(0))
         self._executor = ProcessPoolExecutor(self.workers) if self.workers > 1 else None
 
     def map(self, function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
-        """``function(*task)`` for each task, in order. Only a few results wait at a time, so memory stays bounded."""
+        """Yield ``function(*task)`` for each task, in order. Few results wait at a time: memory is bounded."""
         if self._executor is None:
             for task in tasks:
                 yield function(*task)
@@ -35,7 +35,7 @@ class Pool:
             while running:
                 yield running.popleft().result()
         except BrokenProcessPool as error:
-            raise DataError("a worker process died; is the machine out of memory? Fewer workers need less") from error
+            raise DataError("a worker process died; is the machine out of memory? Use fewer workers") from error
 
     def __enter__(self) -> Self:
         return self

@@ -1,4 +1,4 @@
-"""Tar archives of samples: deterministic headers out, a careful walk over the headers in.
+"""Tar archives of samples: deterministic headers when writing, a careful walk over headers when reading.
 
 A shard is an uncompressed ustar archive in the WebDataset convention: the members of a sample follow each other and
 share the part of their name before the first dot (the key): ``<key>.png`` and ``<key>.cls``, the class id in decimal.
@@ -22,7 +22,7 @@ _REGULAR, _DIRECTORY = (b"0", b"\0"), b"5"
 
 
 def ustar_header(name: str, size: int) -> bytes:
-    """The 512-byte header of a regular file: mode 0644, no owner, no time, so equal content gives equal bytes."""
+    """Return the 512-byte header of a regular file: mode 0644, no owner or time, so equal content gives equal bytes."""
     encoded = name.encode()
     if not 0 < len(encoded) <= 100:
         raise DataError(f"member name must have 1..100 bytes in UTF-8, got {len(encoded)}: {name!r}")
@@ -42,12 +42,14 @@ def ustar_header(name: str, size: int) -> bytes:
 
 
 def padding(size: int) -> bytes:
-    """Zeros that fill a member of ``size`` bytes up to a whole block."""
+    """Return the zeros that pad a member of ``size`` bytes to a whole block."""
     return bytes(-size % BLOCK)
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
+    """A regular file in a tar."""
+
     name: str
     offset: int  # of the content, from the start of the file
     size: int
@@ -55,6 +57,8 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
+    """An image and its class in a shard."""
+
     key: str
     label: int
     offset: int  # of the image
@@ -62,10 +66,11 @@ class Sample:
 
 
 def walk_members(path: Path) -> Iterator[Member]:
-    """The regular members of a tar, by seeking from header to header; nothing in the archive is trusted.
+    """Yield the regular members of a tar, by seeking from header to header; nothing in the archive is trusted.
 
     Raises:
-        DataError: names that leave the archive, links, devices, extended headers, damaged or truncated archives.
+        DataError: the archive is damaged or truncated, or holds links, devices, extended headers or names that lead out
+            of it.
     """
     end = path.stat().st_size
     with open(path, "rb") as file:
@@ -98,7 +103,7 @@ def _parse_header(header: bytes, position: int, path: Path) -> Member:
     except ValueError as error:
         raise DataError(f"{where}: not a tar header ({error})") from error
     if checksum != sum(header) - sum(header[148:156]) + 8 * 32 or size < 0:
-        raise DataError(f"{where}: the checksum does not match; the file is damaged or is no tar archive")
+        raise DataError(f"{where}: the checksum does not match; the file is damaged or not a tar archive")
     if prefix:
         name = f"{prefix}/{name}"
     if header[156:157] not in (*_REGULAR, _DIRECTORY):
@@ -112,7 +117,11 @@ def _parse_header(header: bytes, position: int, path: Path) -> Member:
 
 
 def walk_samples(path: Path) -> Iterator[Sample]:
-    """The samples of a shard: consecutive members with one key, an image and a label among them."""
+    """Yield the samples of a shard: consecutive members with one key, among them an image and a label.
+
+    Raises:
+        DataError: a sample lacks its image or label, or as :func:`walk_members`.
+    """
     with open(path, "rb") as file:
         key, members = "", dict[str, Member]()
         for member in walk_members(path):

@@ -1,4 +1,4 @@
-"""Write a data set folder: tar shards, the class table, and last the index that makes the folder complete."""
+"""Writer of data set folders: tar shards, the class table, and at last the index that makes the folder complete."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from partialfc.data.tar import END_OF_ARCHIVE, IMAGE_EXTENSIONS, padding, ustar_
 from partialfc.errors import DataError
 
 INDEX, CLASSES, OFFSETS = "index.json", "classes.jsonl", "offsets.npz"
-UNFINISHED = ".unfinished"  # marks a folder that a writer has begun: safe to clear and write again
+UNFINISHED = ".unfinished"  # marks a folder that a writer has begun: it may be cleared and written again
 
 
 class DatasetWriter:
@@ -28,8 +28,8 @@ class DatasetWriter:
             ...
             writer.finish(classes=[{"name": "first"}, ...])
 
-    Equal samples in equal order give equal bytes. A folder that holds something is refused, unless it is what an
-    interrupted writer left, or ``overwrite`` is set; only files of the format are removed then.
+    Equal samples in equal order give equal bytes. A folder that is not empty is refused, unless an interrupted writer
+    left it, or ``overwrite`` is set; only files of the format are removed then.
     """
 
     def __init__(self, folder: Path | str, samples_per_shard: int = 10_000, overwrite: bool = False) -> None:
@@ -55,7 +55,13 @@ class DatasetWriter:
                 path.unlink()
 
     def write(self, key: str, image_bytes: bytes, extension: str, label: int) -> None:
-        """Append one sample. ``key`` names it: no dot, no slash, at most 95 bytes."""
+        """Append one sample.
+
+        Args:
+            key: name of the sample: no dot, no slash, at most 95 bytes.
+            extension: png, jpg or webp.
+            label: class id.
+        """
         if extension not in IMAGE_EXTENSIONS:
             raise DataError(f"extension must be one of {', '.join(IMAGE_EXTENSIONS)}, got {extension!r}")
         if not key or "." in key or "/" in key or "\0" in key:
@@ -75,11 +81,11 @@ class DatasetWriter:
             self._close_shard()
 
     def finish(self, classes: Iterable[Mapping[str, Any]], extra: Mapping[str, Any] | None = None) -> str:
-        """Write the class table and the index; returns the digest of the whole content.
+        """Write the class table and the index; return the digest of the content.
 
         Args:
             classes: one mapping a class, in the order of the ids, with at least ``name``.
-            extra: further entries of the index, for example ``{"source": …}``; they do not enter the digest.
+            extra: further entries of the index, such as ``{"source": …}``, which do not enter the digest.
         """
         if self._file is not None:
             self._close_shard()
@@ -147,7 +153,7 @@ class DatasetWriter:
 
 
 def check_target(folder: Path, overwrite: bool) -> None:
-    """Raises DataError if a writer must not begin here: the folder holds something that is not a writer's leftover."""
+    """Raise a DataError if a writer must not begin in ``folder``: not empty, and not left by an interrupted one."""
     if folder.exists() and not folder.is_dir():
         raise DataError(f"{folder} is not a folder")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite and not (folder / UNFINISHED).exists():

@@ -1,1 +1,5 @@
-"""Who updates the backbone: DistributedDataParallel or DeepSpeed."""
+"""Engines, which update the backbone: DistributedDataParallel or DeepSpeed. The head is not their business.
+
+Imports ``config``, ``runtime``, ``tracking.console``; ``build`` makes the engine that a config names. ``checkpoint``
+knows of engines only :mod:`partialfc.engines.state`.
+"""

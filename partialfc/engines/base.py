@@ -1,4 +1,4 @@
-"""What the training loop asks of a backbone's engine, and what engines share."""
+"""The interface of an engine, and what engines share."""
 
 from __future__ import annotations
 
@@ -16,62 +16,63 @@ from torch import Tensor, nn
 from partialfc.engines.state import BackboneState
 from partialfc.errors import MissingDependency
 
-#: The dtype that a precision computes in, besides float32.
+#: The dtype of a precision's autocast; None for float32 throughout.
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Engine(Protocol):
-    """What the training loop asks of a backbone, however its state is laid out over the ranks.
+    """Forward, backward and update of a backbone, however its state is laid out over the ranks.
 
-    The head's backward pass runs by itself, in float32 and without loss scale, and gives the embeddings' gradient; the
-    engine takes it from there. So nothing that it does to a loss (scaling, dividing) ever reaches the head.
+    The head runs its own backward pass, in float32 and without loss scale, and returns the embeddings' gradient, with
+    which the engine continues. So nothing that an engine does to a loss (scaling, dividing) reaches the head.
     """
 
     module: nn.Module
     state: BackboneState
 
     def begin_step(self, lr: float) -> None:
-        """Before the first forward pass of a step."""
+        """Prepare a step, before its first forward pass."""
 
     def forward(self, images: Tensor) -> Tensor:
-        """Embeddings [b, D] float32 of images [b, C, H, W]."""
+        """Return the embeddings [b, D] float32 of images [b, C, H, W]."""
 
     def backward(self, embeddings: Tensor, gradient: Tensor, last: bool) -> None:
-        """Add this micro-batch's gradients, from that of the embeddings [b, D]. Those of the step's ``last`` one are
-        averaged over ranks together with the rest.
+        """Add a micro-batch's gradients, given the gradient of its embeddings [b, D]. The ``last`` micro-batch of a
+        step averages all of them over the ranks.
         """
 
     def finish_backward(self) -> tuple[Tensor, Tensor]:
-        """After the last backward pass. Whether this rank's own part of the gradient is finite, and whether the mean
-        over ranks is, [] bool each; an engine that sees the latter only in :meth:`step` says yes.
+        """Return, after the last backward pass, two flags [] bool: this rank's own gradient is finite; the mean over
+        the ranks is finite. An engine that learns the latter only in :meth:`step` returns True.
         """
 
     def step(self) -> bool:
-        """Update the backbone; false if that has shown that the step is to be skipped, on all ranks alike. Then
-        :meth:`skip` is to follow.
+        """Update the backbone and return True; or return False on all ranks if the step must be skipped, which the
+        caller then does with :meth:`skip`.
         """
 
     def skip(self) -> bool:
-        """Drop what this step has done to gradients and statistics; whether a loss scale has fallen by it."""
+        """Undo this step's effect on gradients and statistics; return True if a loss scale has fallen by it."""
 
     def grad_norm(self) -> Tensor:
-        """Norm of the gradient of the last step, unscaled and not clipped, []."""
+        """Return the norm [] of the last step's gradient, unscaled and before clipping."""
 
     def evaluating(self) -> AbstractContextManager[nn.Module]:
-        """Within it, a module in evaluation mode that each rank may call as often as it likes. A collective."""
+        """Provide a module in evaluation mode, which each rank may call any number of times. A collective."""
 
     def counts(self) -> dict[str, Any]:
-        """What a checkpoint keeps besides tensors."""
+        """Return what a checkpoint keeps besides tensors."""
 
-    def load_counts(self, counts: dict[str, Any]) -> None: ...
+    def load_counts(self, counts: dict[str, Any]) -> None:
+        """Take over what :meth:`counts` returned, possibly of another engine."""
 
 
 @torch.no_grad()
-def take_from_first(buffers: list[Tensor]) -> None:
-    """Make statistics of the batch, which each rank has its own of, those of the first rank: a checkpoint has these,
-    and DistributedDataParallel begins each step with them. A collective.
+def broadcast_buffers(buffers: list[Tensor]) -> None:
+    """Copy batch statistics from rank 0, whose are in checkpoints, to all ranks, as DistributedDataParallel does before
+    each step. A collective.
     """
-    buffers = [buffer for buffer in buffers if buffer.is_floating_point()]  # batches are counted alike anyway
+    buffers = [buffer for buffer in buffers if buffer.is_floating_point()]  # counts of batches are equal anyway
     if not buffers or not dist.is_initialized() or dist.get_world_size() == 1:
         return
     flat = torch.cat([buffer.flatten().float() for buffer in buffers])
@@ -81,36 +82,42 @@ def take_from_first(buffers: list[Tensor]) -> None:
 
 
 class GradientWatch:
-    """Looks at a rank's own gradients before they are averaged: afterwards nobody can tell whose was broken."""
+    """Checks a rank's own gradients before they are averaged: the mean does not show whose was not finite."""
 
     def __init__(self) -> None:
         self._largest: Tensor | None = None
 
     def reset(self) -> None:
+        """Forget all gradients, for a new step."""
         self._largest = None
 
-    def see(self, gradient: Tensor) -> None:
+    def add(self, gradient: Tensor) -> None:
+        """Include one gradient tensor."""
         largest = torch.linalg.vector_norm(gradient, math.inf)  # NaN if there is one
         self._largest = largest if self._largest is None else torch.maximum(self._largest, largest)
 
     def before(self, reduce: Callable[..., Any]) -> Callable[[Any, dist.GradBucket], Any]:
-        """A communication hook for DDP that looks at a bucket and then does ``reduce``."""
+        """Return a communication hook for DDP that includes each bucket and then calls ``reduce``."""
 
         def hook(group: Any, bucket: dist.GradBucket) -> Any:
-            self.see(bucket.buffer())
+            self.add(bucket.buffer())
             return reduce(group, bucket)
 
         hook.__annotations__.clear()  # DDP compares them with types, and here they are strings
         return hook
 
     def is_finite(self) -> Tensor:
-        """Whether all gradients seen since the reset are, [] bool."""
+        """Return True, [] bool, if all gradients since the reset are finite."""
         assert self._largest is not None, "no gradient has been averaged in this step"
         return self._largest.isfinite()
 
 
 def require_compiler(device_type: str) -> None:
-    """Say so now, not in the first step."""
+    """Check for the compiler that ``torch.compile`` would miss only in the first step.
+
+    Raises:
+        MissingDependency: there is none.
+    """
     name = os.environ.get("CXX") or "g++"
     if device_type == "cpu" and shutil.which(name) is None:
         raise MissingDependency(

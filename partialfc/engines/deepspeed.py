@@ -1,9 +1,9 @@
-"""The backbone under DeepSpeed: its optimizer's state, gradients and weights split over the ranks (ZeRO, Rajbhandari et
-al., 2020, arXiv:1910.02054).
+"""The engine of DeepSpeed: optimizer state, gradients and weights of the backbone are split over the ranks (ZeRO,
+Rajbhandari et al., 2020, arXiv:1910.02054).
 
 Imported only where ``engine.name`` is deepspeed. DeepSpeed sees neither head nor loss: it gets the gradient of the
-embeddings, already scaled, and learns the scale when it updates. Whether a step happens is agreed before (see
-:mod:`partialfc.train.step_check`); DeepSpeed, which decides by itself, is made to come to the same result.
+embeddings, already scaled, and the scale when it updates. The ranks agree beforehand to apply or to skip a step;
+DeepSpeed, which decides by itself, is made to come to the same result.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from partialfc.config import Config
-from partialfc.engines.base import DTYPES, GradientWatch, require_compiler, take_from_first
+from partialfc.engines.base import DTYPES, GradientWatch, broadcast_buffers, require_compiler
 from partialfc.engines.deepspeed_config import deepspeed_options, loss_scale
 from partialfc.engines.state import WEIGHTS, BackboneState, ReplicatedBackbone
 from partialfc.engines.zero_state import Zero0State, Zero3State, Zero12State, ZeroState
@@ -37,22 +37,22 @@ _STATES: list[Callable[[nn.Module], ZeroState]] = [Zero0State, Zero12State, Zero
 
 
 class DeepSpeedEngine:
-    """A backbone with an optimizer, of which each rank has the part that ``engine.zero_stage`` gives it.
+    """A backbone and its optimizer, split over the ranks as ``engine.zero_stage`` says.
 
-    With ``bf16`` or ``fp16`` the weights of the forward pass are stored in it, and it computes under autocast; those
-    that are updated are float32. Statistics of batch normalisation stay float32, and are those of the first rank, as
-    under DistributedDataParallel.
+    With ``bf16`` or ``fp16`` the forward pass computes under autocast, with weights stored in that dtype; the optimizer
+    updates float32 weights. Statistics of batch normalisation stay float32, and are those of rank 0, as under
+    DistributedDataParallel.
 
     Args:
         module: the backbone, on the rank's device, with its first weights. DeepSpeed changes it in place.
 
     Raises:
-        ConfigError: DeepSpeed does not take ``engine.deepspeed_config``, or it contradicts the config.
+        ConfigError: ``engine.deepspeed_config`` contradicts the config, or DeepSpeed refuses it.
         MissingDependency: DeepSpeed is not installed.
     """
 
     def __init__(self, module: nn.Module, optimizer: Optimizer, config: Config, process: ProcessContext) -> None:
-        assert dist.is_initialized(), "DeepSpeed needs a process group, be it of one rank"
+        assert dist.is_initialized(), "DeepSpeed needs a process group, even of one rank"
         parameters = sum(parameter.numel() for parameter in module.parameters())
         options = deepspeed_options(config, process.world_size, parameters)
         deepspeed = _import_deepspeed(process, options)
@@ -60,53 +60,53 @@ class DeepSpeedEngine:
         self.dtype = DTYPES[config.engine.precision]
         self.loss_scale = loss_scale(config) if config.engine.precision == "fp16" else None
         self._alone, self._offloads = process.world_size == 1, config.engine.offload == "cpu"
-        self._skeleton = _without_weights(module)
+        self._weightless = _without_weights(module)
         self._local_gradient = GradientWatch()
-        self._reached: Tensor | None = None  # a parameter that has a gradient in this step
+        self._with_gradient: Tensor | None = None  # a parameter that has a gradient in this step
         for parameter in module.parameters():
-            parameter.data = parameter.data.contiguous()  # DeepSpeed knows no other layout
-            if parameter.requires_grad:  # before DeepSpeed's own hook, which averages
-                parameter.register_post_accumulate_grad_hook(self._see)
+            parameter.data = parameter.data.contiguous()  # the only layout that DeepSpeed supports
+            if parameter.requires_grad:  # registered before DeepSpeed's own hook, which averages
+                parameter.register_post_accumulate_grad_hook(self._watch_gradient)
         if self.dtype is not None:
             module.forward = torch.autocast(self.device.type, self.dtype)(module.forward)
             for part in module.modules():
                 if isinstance(part, _BatchNorm) and part.affine:
                     _normalize_in_float32(part)
         for group in optimizer.param_groups:
-            group["lr"] = 0.0  # DeepSpeed may begin with a step on gradients of zero: weight decay must do nothing
-        split: ZeroState = _STATES[self.stage](module)
+            group["lr"] = 0.0  # DeepSpeed may begin with a step on zero gradients: weight decay must not act
+        zero_state: ZeroState = _STATES[self.stage](module)
         try:
             self._engine, *_ = deepspeed.initialize(
                 model=module, optimizer=optimizer, config=options, dist_init_required=False
             )
-        except (ValueError, TypeError, AssertionError) as error:  # pydantic's are of the first
+        except (ValueError, TypeError, AssertionError) as error:  # pydantic's errors are ValueErrors
             raise ConfigError(f"DeepSpeed refuses its configuration: {error}") from error
         self.state: BackboneState
         if self.stage == 0 and self.dtype is None:
             self.state = ReplicatedBackbone(module, optimizer)
         else:
-            self.state = split
-            split.attach(self._engine)
+            self.state = zero_state
+            zero_state.attach(self._engine)
         if config.engine.compile:
             require_compiler(process.device.type)
             module.compile(options={"fallback_random": True})
         process.watch(self._engine.seq_data_parallel_group)
         self._buffers = list(module.buffers())
-        self._before = [torch.empty_like(buffer) for buffer in self._buffers]
+        self._buffers_before = [torch.empty_like(buffer) for buffer in self._buffers]
         self._norm = torch.zeros((), device=process.device)
-        self._dropped = False  # whether DeepSpeed has skipped this step by itself
+        self._skipped_itself = False  # DeepSpeed has skipped this step without being made to
 
     def begin_step(self, lr: float) -> None:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
         self._local_gradient.reset()
-        self._dropped = False
+        self._skipped_itself = False
         if self._buffers:
-            take_from_first(self._buffers)
-            torch._foreach_copy_(self._before, self._buffers)
+            broadcast_buffers(self._buffers)
+            torch._foreach_copy_(self._buffers_before, self._buffers)
 
     def forward(self, images: Tensor) -> Tensor:
-        self._engine.set_gradient_accumulation_boundary(False)  # until backward is told
+        self._engine.set_gradient_accumulation_boundary(False)  # backward sets it
         embeddings: Tensor = self._engine(images)
         return embeddings.float()
 
@@ -114,22 +114,24 @@ class DeepSpeedEngine:
         if self.loss_scale:
             gradient = gradient * self.loss_scale.value
         self._engine.set_gradient_accumulation_boundary(last)
-        # DeepSpeed takes a number. The gradients of this one are those that are wanted.
+        # DeepSpeed takes a scalar: the gradient of this one with respect to the embeddings is `gradient`.
         self._engine.backward((embeddings * gradient).sum(), scale_wrt_gas=False)
 
     @torch.no_grad()
     def finish_backward(self) -> tuple[Tensor, Tensor]:
-        own = mean = self._local_gradient.is_finite()
-        if self.stage == 0:  # gradients are whole; at other stages their norm is known after the step
+        own_is_finite = mean_is_finite = self._local_gradient.is_finite()
+        if self.stage == 0:  # gradients are whole; at other stages the norm is known after the step
             gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
             norms = [torch.linalg.vector_norm(gradient, dtype=torch.float32) for gradient in gradients]
             self._norm = torch.linalg.vector_norm(torch.stack(norms)) / self._scale
-            mean = self._norm.isfinite()
-        return own, mean if self._alone or self.stage == 0 else torch.ones_like(own)
+            mean_is_finite = self._norm.isfinite()
+        elif not self._alone:
+            mean_is_finite = torch.ones_like(own_is_finite)
+        return own_is_finite, mean_is_finite
 
     def step(self) -> bool:
         if not self._deepspeed_step():
-            self._dropped = True
+            self._skipped_itself = True
             return False
         if self.loss_scale:
             self.loss_scale.applied()
@@ -139,12 +141,12 @@ class DeepSpeedEngine:
     def skip(self) -> bool:
         if self.stage == 0:
             self._engine.zero_grad()
-        elif not self._dropped:
+        elif not self._skipped_itself:
             self._spoil_gradient()
             if self._deepspeed_step():
-                raise PartialFCError("DeepSpeed has applied a step that the ranks had agreed to skip")
+                raise PartialFCError("DeepSpeed applied a step that the ranks had agreed to skip")
         if self._buffers:
-            torch._foreach_copy_(self._buffers, self._before)
+            torch._foreach_copy_(self._buffers, self._buffers_before)
         return self.loss_scale is not None and self.loss_scale.skipped()
 
     def grad_norm(self) -> Tensor:
@@ -152,17 +154,17 @@ class DeepSpeedEngine:
 
     @contextmanager
     def evaluating(self) -> Iterator[nn.Module]:
-        take_from_first(self._buffers)
+        broadcast_buffers(self._buffers)
         if isinstance(self.state, ZeroState):
             weights = self.state.weights(device=self.device)
         else:
             weights = {f"{WEIGHTS}{name}": value for name, value in self.module.state_dict().items()}
-        plain = copy.deepcopy(self._skeleton)
-        plain.load_state_dict({name.removeprefix(WEIGHTS): value for name, value in weights.items()}, assign=True)
-        plain.eval()
+        backbone = copy.deepcopy(self._weightless)
+        backbone.load_state_dict({name.removeprefix(WEIGHTS): value for name, value in weights.items()}, assign=True)
+        backbone.eval()
         del weights
         with nullcontext() if self.dtype is None else torch.autocast(self.device.type, self.dtype):
-            yield plain
+            yield backbone
 
     def counts(self) -> dict[str, Any]:
         return {"loss_scale": self.loss_scale.state()} if self.loss_scale else {}
@@ -176,28 +178,30 @@ class DeepSpeedEngine:
         return self.loss_scale.value if self.loss_scale else 1.0
 
     def _deepspeed_step(self) -> bool:
-        """Let DeepSpeed update, or find that it cannot; whether it has."""
+        """Let DeepSpeed update; return False if it skipped the step, for a gradient that is not finite."""
         if self.loss_scale:
-            self._engine.optimizer.loss_scale = self.loss_scale.value  # to divide by; it has multiplied by 1
-        self._engine.step()
-        if self.loss_scale:
-            self._engine.optimizer.loss_scale = 1.0
+            self._engine.optimizer.loss_scale = self.loss_scale.value  # which it divides by; it multiplies by 1.0
+        try:
+            self._engine.step()
+        finally:
+            if self.loss_scale:
+                self._engine.optimizer.loss_scale = 1.0
         if self.stage:
             self._norm = torch.as_tensor(self._engine.get_global_grad_norm(), device=self.device)
         return bool(self._engine.was_step_applied())
 
-    def _see(self, parameter: Tensor) -> None:
+    def _watch_gradient(self, parameter: Tensor) -> None:
         assert parameter.grad is not None
-        self._local_gradient.see(parameter.grad)
-        self._reached = parameter
+        self._local_gradient.add(parameter.grad)
+        self._with_gradient = parameter
 
     def _spoil_gradient(self) -> None:
-        """Put Inf into the averaged gradient: DeepSpeed skips a step for that, on all ranks, and for nothing else."""
+        """Put Inf into the averaged gradient, the only thing for which DeepSpeed skips a step, on all ranks."""
         from deepspeed.utils import safe_set_full_grad, safe_set_local_grad
 
-        # The next step must write over it. DeepSpeed leaves what it has of a parameter without gradient as it is, and
-        # of the others the padding, which only ranks after the first have.
-        parameter: Any = self._reached
+        # The next step must overwrite it: so neither of a parameter without gradient, which DeepSpeed leaves as it is,
+        # nor in the padding, which rank 0 does not have.
+        parameter: Any = self._with_gradient
         assert parameter is not None, "a step without any gradient"
         if self.stage == 3:
             spoilt = torch.zeros_like(parameter.ds_tensor)
@@ -206,7 +210,7 @@ class DeepSpeedEngine:
             safe_set_local_grad(parameter, spoilt)
         else:
             safe_set_full_grad(parameter, torch.full_like(parameter, math.inf))
-        if self._offloads:  # then norms are taken when gradients arrive in host memory
+        if self._offloads:  # norms were taken when the gradients arrived in host memory
             norms = self._engine.optimizer.norm_for_param_grads
             for key in norms:
                 norms[key] = torch.tensor(math.inf)
@@ -214,7 +218,7 @@ class DeepSpeedEngine:
 
 def _import_deepspeed(process: ProcessContext, options: dict[str, Any]) -> ModuleType:
     os.environ.setdefault("DS_ACCELERATOR", process.device.type)
-    os.environ.setdefault("LOCAL_RANK", "0")  # it insists, and without a launcher there is none
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed requires it, and only launchers set it
     try:
         import deepspeed
     except ImportError as error:
@@ -222,18 +226,18 @@ def _import_deepspeed(process: ProcessContext, options: dict[str, Any]) -> Modul
             "engine.name=deepspeed needs DeepSpeed: pip install -c constraints.txt '.[deepspeed]'"
         ) from error
     if process.device.type == "cpu":
-        # An all-reduce of its own for ranks of one CPU host, compiled at first use for a minute: gloo will do.
+        # Its own all-reduce for the ranks of a CPU host takes a minute to compile at first use: gloo suffices.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # Of the names by which DeepSpeed calls torch.
+    # DeepSpeed calls torch by deprecated names.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     logger = logging.getLogger("DeepSpeed")
-    asked = options.get("wall_clock_breakdown") or options.get("comms_logger")
-    logger.handlers = [_ToLog(process.is_first, logging.INFO if asked else logging.WARNING)]
+    verbose = options.get("wall_clock_breakdown") or options.get("comms_logger")
+    logger.handlers = [_ToLog(process.is_first, logging.INFO if verbose else logging.WARNING)]
     return deepspeed
 
 
 class _ToLog(logging.Handler):
-    """What DeepSpeed says, on the first rank, in the log format of the package."""
+    """Writes DeepSpeed's messages in the log format of the package, on rank 0."""
 
     def __init__(self, shown: bool, level: int) -> None:
         super().__init__(level)
@@ -241,13 +245,13 @@ class _ToLog(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         message = record.getMessage()
-        known = ("OVERFLOW!", "untested optimizer")  # told by the trainer; meant
-        if self._shown and not any(words in message for words in known):
+        expected = ("OVERFLOW!", "untested optimizer")  # the trainer reports overflows; the optimizer is intended
+        if self._shown and not any(words in message for words in expected):
             log(f"DeepSpeed: {message}")
 
 
 def _without_weights(module: nn.Module) -> nn.Module:
-    """A copy whose parameters take no memory; buffers are real."""
+    """Return a copy of ``module`` whose parameters take no memory; its buffers do."""
     weightless = {
         id(parameter): nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
         for parameter in module.parameters()
@@ -256,17 +260,17 @@ def _without_weights(module: nn.Module) -> nn.Module:
 
 
 def _normalize_in_float32(norm: _BatchNorm) -> None:
-    """Make ``norm``, whose weights will be stored in half precision, work as under autocast: float32 weights and
-    statistics, input and output as they come.
+    """Let ``norm``, whose weights will be stored in half precision, compute as under autocast: with float32 weights and
+    statistics, whatever the dtype of its input.
     """
-    plain = norm.forward
+    forward_of_norm = norm.forward
 
     def forward(x: Tensor) -> Tensor:
         stored = norm._parameters["weight"], norm._parameters["bias"]
         try:
             for name, value in zip(("weight", "bias"), stored, strict=True):
                 norm._parameters[name] = None if value is None else value.float()  # type: ignore[assignment]
-            return plain(x)
+            return forward_of_norm(x)
         finally:
             norm._parameters["weight"], norm._parameters["bias"] = stored
 

@@ -6,10 +6,10 @@ from typing import Any
 
 
 class LossScale:
-    """The factor on the loss that keeps small gradients from vanishing in float16 (Micikevicius et al., ICLR 2018).
+    """Factor on the loss that keeps small gradients from vanishing in float16 (Micikevicius et al., ICLR 2018).
 
-    It is halved with each step that overflows, and doubled after ``window`` steps in a row that do not. The ranks agree
-    on each step before, so theirs stay equal.
+    Each step that overflows halves it, ``window`` steps in a row that do not double it. The ranks agree on each step
+    first, so their scales stay equal.
     """
 
     def __init__(self, initial: float = 2.0**16, window: int = 2000, least: float = 1.0, most: float = 2.0**24) -> None:
@@ -17,20 +17,21 @@ class LossScale:
         self._good_steps = 0
 
     def applied(self) -> None:
-        """A step was applied."""
+        """Count a step that was applied."""
         self._good_steps += 1
         if self._good_steps >= self.window:
             self.value, self._good_steps = min(self.value * 2.0, self.most), 0
 
     def skipped(self) -> bool:
-        """A step was skipped; whether the scale could still fall."""
+        """Halve the scale after a step that was skipped; return False if it is at its minimum already."""
         fell = self.value > self.least
         self.value, self._good_steps = max(self.value / 2.0, self.least), 0
         return fell
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it."""
+        """Return the values that a checkpoint keeps."""
         return {"value": self.value, "good_steps": self._good_steps}
 
     def load(self, state: dict[str, Any]) -> None:
+        """Take over the values that :meth:`state` returned."""
         self.value, self._good_steps = float(state["value"]), int(state["good_steps"])

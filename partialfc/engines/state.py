@@ -12,27 +12,26 @@ WEIGHTS, OPTIMIZER = "backbone.", "backbone_optimizer."
 
 
 class BackboneState(Protocol):
-    """What a checkpoint needs of an engine. Every name is ``backbone.<name in the module>``, or
-    ``backbone_optimizer.<parameter>.<key>``; every tensor is whole, whoever holds which part of it.
+    """Tensors of a backbone, as a checkpoint needs them: whole, on whichever ranks their parts lie.
+
+    Names are ``backbone.<name in the module>`` and ``backbone_optimizer.<parameter>.<key>``.
     """
 
     def tensors(self) -> dict[str, Tensor]:
-        """All there is, on the first rank at least. A collective; the tensors may be those that training goes on to
-        change.
-        """
+        """Return all tensors, on rank 0 at least. A collective; they may be the ones that training changes later."""
 
     def targets(self) -> dict[str, Tensor]:
-        """Where weights and buffers are to be read into. A collective."""
+        """Return the tensors into which a checkpoint's weights and buffers are to be read. A collective."""
 
     def shapes(self) -> dict[str, torch.Size]:
-        """The shape of each parameter."""
+        """Return the shape of each parameter, by its name in the module."""
 
-    def take(self, tensors: dict[str, Tensor]) -> None:
-        """Go on from ``tensors``: the targets, filled, and the optimizer's state. A collective."""
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Take over ``tensors``: the targets, filled, and the optimizer's state. A collective."""
 
 
 class ReplicatedBackbone:
-    """A backbone that every rank has in full; without an optimizer, for an evaluation."""
+    """A backbone that every rank holds in full; without an optimizer, for an evaluation."""
 
     def __init__(self, module: nn.Module, optimizer: Optimizer | None = None) -> None:
         self.module, self.optimizer = module, optimizer
@@ -52,7 +51,7 @@ class ReplicatedBackbone:
     def shapes(self) -> dict[str, torch.Size]:
         return {name: parameter.shape for name, parameter in self.module.named_parameters()}
 
-    def take(self, tensors: dict[str, Tensor]) -> None:
+    def load(self, tensors: dict[str, Tensor]) -> None:
         if self.optimizer is None:
             return
         parameters = dict(self.module.named_parameters())
@@ -65,6 +64,6 @@ class ReplicatedBackbone:
 
 
 def device_of_state(optimizer: Optimizer, parameter: Tensor, key: str) -> torch.device:
-    """Where an optimizer looks for a piece of its state: steps are counted on the host, but by a fused kernel."""
+    """Return the device on which an optimizer keeps ``key``: the host for step counts, unless its kernel is fused."""
     on_device = any(optimizer.defaults.get(kind) for kind in ("fused", "capturable"))
     return parameter.device if key != "step" or on_device else torch.device("cpu")

@@ -13,7 +13,7 @@ from torch import nn
 
 from partialfc.config import Config
 from partialfc.data.dataset import TarDataset
-from partialfc.data.loader import evaluation_batches
+from partialfc.data.loader import LoaderSettings, evaluation_batches
 from partialfc.errors import ConfigError, DataError
 from partialfc.evaluate.embed import embed
 from partialfc.evaluate.figures import draw_roc
@@ -62,7 +62,7 @@ class Evaluation:
         """
 
         def asked() -> bool:  # this rank; the others learn of it within a second or two
-            process.goes_on()
+            process.report_progress()
             return process.stop.requested
 
         results: dict[str, Any] = {}
@@ -99,14 +99,8 @@ class Evaluation:
     def _embed(
         self, backbone: nn.Module, dataset: TarDataset, process: ProcessContext, asked: Callable[[], bool]
     ) -> torch.Tensor:
-        batches = evaluation_batches(
-            dataset,
-            image_size=self.config.data.image_size,
-            channels=self.config.data.channels,
-            batch_size=self.config.evaluation.batch_size,
-            rank=process.rank,
-            world_size=process.world_size,
-        )
+        settings = LoaderSettings.from_config(self.config, process.rank, process.world_size)
+        batches = evaluation_batches(dataset, settings, self.config.evaluation.batch_size)
         progress = console_progress if process.is_first else no_progress
         share = -(-dataset.num_samples // process.world_size)
         with progress(f"embedding {dataset.folder.name}", share) as advance:

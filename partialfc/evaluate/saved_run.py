@@ -15,7 +15,7 @@ from partialfc.config import parse_config
 from partialfc.engines.state import ReplicatedBackbone
 from partialfc.errors import ConfigError, DataError
 from partialfc.evaluate.runner import Evaluation, describe_results
-from partialfc.runtime.collectives import run_on_rank0
+from partialfc.runtime.collectives import broadcast_from_rank0
 from partialfc.runtime.process import joined
 from partialfc.tracking.console import log
 
@@ -38,7 +38,7 @@ def evaluate(run: Path, sets: Sequence[Path] = (), model: str | None = None) -> 
         DataError: the run has no whole checkpoint, or a set is not what it should be.
     """
     with joined(None, _TIMEOUT) as process:  # the file stop in the run folder is for a training there
-        if not run_on_rank0(lambda: step_folders(run / "checkpoints")):
+        if not broadcast_from_rank0(lambda: step_folders(run / "checkpoints")):
             raise DataError(f"{run} is not the folder of a run with checkpoints")
         found = latest_valid(run / "checkpoints")
         if found is None:

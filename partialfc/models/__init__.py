@@ -1,8 +1,12 @@
-"""Backbones: modules that turn images [B, channels, size, size] into embeddings [B, embedding_dim]."""
+"""Backbones: modules that turn images [B, channels, size, size] into embeddings [B, embedding_dim].
+
+Imports ``errors`` and ``options`` besides torch. Everything from ``config`` upwards may import it; the head and the
+losses do not.
+"""
 
 from __future__ import annotations
 
-from partialfc.models.build import build, check, is_foreign, require_trust
+from partialfc.models.build import build, check, is_external, require_trust
 from partialfc.models.by_name import BY_NAME
 from partialfc.models.glyph_net import GlyphNet
 from partialfc.models.iresnet import IResNet
@@ -17,6 +21,6 @@ __all__ = [
     "VisionTransformer",
     "build",
     "check",
-    "is_foreign",
+    "is_external",
     "require_trust",
 ]

@@ -1,4 +1,4 @@
-"""A backbone from its name: one of ours, ``my.module:factory``, or ``timm:NAME``."""
+"""Backbones by name: one of this package, ``my.module:factory``, or ``timm:NAME``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 from partialfc.errors import ConfigError
 from partialfc.models.by_name import BY_NAME
 from partialfc.models.external import build_by_path, build_timm, check_output
-from partialfc.options import like_default, unknown_name
+from partialfc.options import convert_like, describe_unknown
 
 _RESERVED = {
     "embedding_dim": "model.embedding_dim",
@@ -29,19 +29,24 @@ def build(
     options: Mapping[str, Any] | None = None,
     activation_checkpointing: bool = False,
 ) -> nn.Module:
-    """The module that turns images [B, channels, image_size, image_size] into embeddings [B, embedding_dim].
+    """Build a module that turns images [B, channels, image_size, image_size] into embeddings [B, embedding_dim].
+
+    Args:
+        name: one of :data:`BY_NAME`, ``my.module:factory`` or ``timm:NAME``.
+        options: further parameters of the backbone, by keyword.
 
     Raises:
-        ConfigError: there is no such backbone, it does not take these options or sizes, or it gives anything else.
+        ConfigError: the name is unknown, or the backbone does not take these options or sizes.
         MissingDependency: timm is needed and not installed.
     """
     options = dict(options or {})
     check(name, options, activation_checkpointing)
     sizes = {"embedding_dim": embedding_dim, "channels": channels, "image_size": image_size}
-    if is_foreign(name):
-        where, _, what = name.partition(":")
-        foreign = build_timm if where == "timm" else build_by_path
-        module = foreign(what if where == "timm" else name, sizes, options, activation_checkpointing)
+    if is_external(name):
+        if name.startswith("timm:"):
+            module = build_timm(name.removeprefix("timm:"), sizes, options, activation_checkpointing)
+        else:
+            module = build_by_path(name, sizes, options, activation_checkpointing)
         check_output(module, f"model.name={name}", **sizes)
         return module
     factory = BY_NAME[name]
@@ -54,22 +59,22 @@ def build(
 
 
 def check(name: str, options: Mapping[str, Any] | None = None, activation_checkpointing: bool = False) -> None:
-    """Find mistakes without building anything, and without importing other people's code.
+    """Check name and options of a backbone, without building it and without importing external code.
 
     Raises:
-        ConfigError: there is no such backbone, or one of ours does not take these options.
+        ConfigError: the name is unknown, or a backbone of this package does not take these options.
     """
     for option in options or {}:
         if option in _RESERVED:
             raise ConfigError(f"model.options.{option}: set {_RESERVED[option]} instead")
-    if is_foreign(name):
+    if is_external(name):
         path, _, attribute = name.partition(":")
         dotted = [*path.split("."), *attribute.split(".")]
         if not attribute or (path != "timm" and not all(part.isidentifier() for part in dotted)):
             raise ConfigError(f"model.name: expected my.module:factory or timm:NAME, got {name!r}")
         return
     if name not in BY_NAME:
-        raise ConfigError(f"model.name: {unknown_name(name, BY_NAME)}; your own are written my.module:factory")
+        raise ConfigError(f"model.name: {describe_unknown(name, BY_NAME)}; your own are written my.module:factory")
     accepted = _parameters(BY_NAME[name])
     if activation_checkpointing and "activation_checkpointing" not in accepted:
         able = [other for other in BY_NAME if "activation_checkpointing" in _parameters(BY_NAME[other])]
@@ -78,32 +83,36 @@ def check(name: str, options: Mapping[str, Any] | None = None, activation_checkp
 
 
 def require_trust(name: str, trusted: str | None, where: str) -> None:
-    """A checkpoint may come from anywhere, and must not choose what code runs.
+    """Require consent to run external code that a checkpoint names: it may come from anywhere.
+
+    Args:
+        name: ``model.name`` in the checkpoint.
+        trusted: the name that the user has passed.
+        where: the checkpoint, for the message.
 
     Raises:
-        ConfigError: ``name``, which stands in the checkpoint ``where``, is not one of ours, and the user has not
-            repeated it as ``trusted``.
+        ConfigError: ``name`` is external, and ``trusted`` is another name or None.
     """
-    if is_foreign(name) and trusted != name:
+    if is_external(name) and trusted != name:
         raise ConfigError(
-            f"{where} is of model.name={name}, code that is not of this package; if it may run, pass --model {name}"
+            f"{where} is of model.name={name}, code that is not of this package; to let it run, pass --model {name}"
         )
 
 
-def is_foreign(name: str) -> bool:
-    """Whether building a backbone of this name runs code that is not of this package."""
+def is_external(name: str) -> bool:
+    """Return True if building a backbone of this name runs code from outside this package."""
     return ":" in name
 
 
 def _converted(factory: Callable[..., nn.Module], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options in the types that one of our backbones takes."""
+    """Return the options in the types that a backbone of this package takes."""
     accepted = {name: value for name, value in _parameters(factory).items() if name not in _RESERVED}
     for option in options:
         if option not in accepted:
-            known = f": {unknown_name(option, accepted)}" if accepted else ": this backbone has no options"
+            known = f": {describe_unknown(option, accepted)}" if accepted else ": this backbone has no options"
             raise ConfigError(f"model.options.{option}{known}")
     return {
-        option: like_default(f"model.options.{option}", value, accepted[option].default)
+        option: convert_like(f"model.options.{option}", value, accepted[option].default)
         for option, value in options.items()
     }
 

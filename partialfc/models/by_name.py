@@ -13,7 +13,7 @@ from partialfc.models.iresnet import DEPTHS, IResNet
 from partialfc.models.mobilefacenet import MobileFaceNet
 from partialfc.models.vit import VisionTransformer
 
-#: Each is called with (embedding_dim, channels, image_size) and, as keywords, its own options.
+#: Factories, called with embedding_dim, channels, image_size and their own options as keywords.
 BY_NAME: dict[str, Callable[..., nn.Module]] = {
     "glyph_net": GlyphNet,
     **{f"iresnet{depth}": partial(IResNet, depth) for depth in DEPTHS},
@@ -21,7 +21,7 @@ BY_NAME: dict[str, Callable[..., nn.Module]] = {
     **{name: partial(VisionTransformer, **sizes) for name, sizes in vit.VARIANTS.items()},
 }
 
-#: InsightFace's names. Its "mask_005" hides a tenth of the tokens: it never reads the number.
+# InsightFace's names. Its "mask_005" masks a tenth of the tokens: its code does not read the number.
 BY_NAME |= {
     **{f"r{depth}": BY_NAME[f"iresnet{depth}"] for depth in DEPTHS},
     "mbf": BY_NAME["mobilefacenet"],

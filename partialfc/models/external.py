@@ -1,4 +1,4 @@
-"""Backbones that are not of this package: any callable that can be imported, and timm's."""
+"""Backbones from outside this package: any importable callable, and timm's models."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from partialfc.errors import ConfigError, MissingDependency
-from partialfc.options import unknown_name
+from partialfc.models.eval_mode import eval_mode
+from partialfc.options import describe_unknown
 
 
 def build_by_path(
     path: str, sizes: dict[str, int], options: dict[str, Any], activation_checkpointing: bool
 ) -> nn.Module:
-    """Call ``my.module:factory`` with those of ``sizes`` that it takes, and with all ``options``.
+    """Call ``my.module:factory`` with all ``options``, and with the ``sizes`` that are among its parameters.
 
-    ``activation_checkpointing`` reaches it as a keyword, or as a call of the module's ``set_grad_checkpointing(True)``.
+    ``activation_checkpointing`` is passed as a keyword if it is a parameter, else by calling the module's
+    ``set_grad_checkpointing(True)``.
 
     Raises:
         ConfigError: there is no such factory, it does not take an option, or it returns no module.
@@ -29,7 +31,7 @@ def build_by_path(
     factory = _find(path)
     try:
         parameters = dict(inspect.signature(factory).parameters)
-    except ValueError:  # of what is written in C nobody knows
+    except ValueError:  # callables written in C have no signature
         parameters = {name: inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in (*sizes, *options)}
     takes_all = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
     by_keyword = {
@@ -40,8 +42,8 @@ def build_by_path(
     for option in options:
         if not takes_all and option not in by_keyword:
             known = sorted(by_keyword - set(sizes))
-            said = unknown_name(option, known) if known else "it takes no options"
-            raise ConfigError(f"model.options.{option}: {said} (of {path})")
+            problem = describe_unknown(option, known) if known else "it takes no options"
+            raise ConfigError(f"model.options.{option}: {problem} (of {path})")
     arguments = {**{name: size for name, size in sizes.items() if takes_all or name in by_keyword}, **options}
     by_argument = activation_checkpointing and "activation_checkpointing" in by_keyword
     if by_argument:
@@ -62,7 +64,7 @@ def build_by_path(
 
 
 def build_timm(name: str, sizes: dict[str, int], options: dict[str, Any], activation_checkpointing: bool) -> nn.Module:
-    """A model of timm with ``num_classes=embedding_dim``, and with ``img_size`` where its architecture takes one.
+    """Build a timm model with ``num_classes=embedding_dim``, and with ``img_size`` if its architecture takes one.
 
     Raises:
         ConfigError: timm has no such model, or it does not take an option.
@@ -72,13 +74,13 @@ def build_timm(name: str, sizes: dict[str, int], options: dict[str, Any], activa
         import timm
     except ImportError as error:
         raise MissingDependency(f"model.name=timm:{name} needs timm: pip install 'partialfc[timm]'") from error
-    if ":" not in name and not timm.is_model(name):  # with one it is a model of a hub
+    if ":" not in name and not timm.is_model(name):  # a name with a colon is of a hub
         raise ConfigError(f"model.name: timm: {_nearest(name, timm.list_models())}")
     arguments = {"num_classes": sizes["embedding_dim"], "in_chans": sizes["channels"], **options}
     try:
         try:
             module = timm.create_model(name, **{"img_size": sizes["image_size"], **arguments})
-        except TypeError as error:  # convolutional networks take any size, and no img_size
+        except TypeError as error:  # convolutional networks have no parameter img_size
             if "img_size" not in str(error) or "img_size" in options:
                 raise
             module = timm.create_model(name, **arguments)
@@ -93,21 +95,18 @@ def build_timm(name: str, sizes: dict[str, int], options: dict[str, Any], activa
 
 @torch.no_grad()
 def check_output(module: nn.Module, what: str, embedding_dim: int, channels: int, image_size: int) -> None:
-    """Pass two black images through, in eval mode.
+    """Pass two black images through ``module``, in evaluation mode.
 
     Raises:
-        ConfigError: the module does not take them, or gives anything but [2, embedding_dim] floating-point numbers.
+        ConfigError: it does not take them, or its output is not [2, embedding_dim] floating-point numbers.
     """
     shape = (2, channels, image_size, image_size)
     parameter = next(module.parameters(), torch.empty(0))
-    was_training = module.training
-    module.eval()
     try:
-        output = module(torch.zeros(shape, device=parameter.device))
+        with eval_mode(module):
+            output = module(torch.zeros(shape, device=parameter.device))
     except (RuntimeError, TypeError, ValueError, AssertionError) as error:
         raise ConfigError(f"{what} does not take images {list(shape)}: {type(error).__name__}: {error}") from error
-    finally:
-        module.train(was_training)
     got = f"{list(output.shape)} {output.dtype}" if isinstance(output, Tensor) else type(output).__name__
     if not isinstance(output, Tensor) or output.shape != (2, embedding_dim) or not output.is_floating_point():
         raise ConfigError(
@@ -116,7 +115,7 @@ def check_output(module: nn.Module, what: str, embedding_dim: int, channels: int
 
 
 def _find(path: str) -> Callable[..., Any]:
-    """What ``my.module:factory`` names; the current directory comes first, as with ``python -m``."""
+    """Import ``my.module:factory``; the current directory comes first, as with ``python -m``."""
     module_name, _, attribute = path.partition(":")
     here = os.getcwd()
     if here not in sys.path and "" not in sys.path:
@@ -135,18 +134,18 @@ def _find(path: str) -> Callable[..., Any]:
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
-    """Like :func:`unknown_name`, without a list of hundreds where nothing is near."""
-    return unknown_name(name, known).partition("; known are ")[0]
+    """Return the message of :func:`describe_unknown` without its list of all names, here hundreds."""
+    return describe_unknown(name, known).partition("; known are ")[0]
 
 
 def _checkpoint_activations(module: nn.Module, what: str) -> None:
-    switch = getattr(module, "set_grad_checkpointing", None)
-    if switch is None:
+    set_checkpointing = getattr(module, "set_grad_checkpointing", None)
+    if set_checkpointing is None:
         raise ConfigError(
             f"model.activation_checkpointing: {what} has neither a parameter activation_checkpointing nor "
             "set_grad_checkpointing() on its module"
         )
     try:
-        switch(True)
-    except (AssertionError, NotImplementedError) as error:  # how timm says that a model cannot
+        set_checkpointing(True)
+    except (AssertionError, NotImplementedError) as error:  # raised by timm's models that cannot
         raise ConfigError(f"model.activation_checkpointing: {what} cannot do it: {error}") from error

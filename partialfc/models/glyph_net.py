@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 
 class StandardConv2d(nn.Conv2d):
-    """Convolution whose filters have mean 0 and unit gain (weight standardisation, Qiao et al., 2019).
+    """Convolution with filters of mean 0 and unit gain (weight standardisation, Qiao et al., 2019).
 
-    Activations behind a ReLU have a mean that is common to all images; filters of mean 0 do not pass it on. So images
+    After a ReLU, activations have a mean that is common to all images; filters of mean 0 do not pass it on. So images
     start apart, as with batch normalisation, but nothing depends on the batch.
     """
 
@@ -38,14 +38,14 @@ class Block(nn.Module):
 
 
 class GlyphNet(nn.Module):
-    """Three stages down to 4×4, residual blocks in the last two, then one linear layer: 1.4 million parameters.
+    """Three stages down to 4×4, residual blocks in the last two, one linear layer: 1.4 million parameters.
 
     Group normalisation keeps no statistics of the batch, so a run is the same at any number of ranks.
 
     Args:
         embedding_dim: D of the output [B, D], not normalised.
         channels: of the input [B, channels, image_size, image_size].
-        image_size: pixels; larger images meet a larger first stride, so that the cost stays that of 32 pixels or less.
+        image_size: pixels; the first stride grows with it, so that an image never costs more than one of 32 pixels.
     """
 
     def __init__(self, embedding_dim: int = 128, channels: int = 1, image_size: int = 32) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from partialfc.errors import ConfigError
-from partialfc.models.recompute import run
+from partialfc.models.recompute import run_block
 
 DEPTHS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 14, 3), 100: (3, 13, 30, 3), 200: (6, 26, 60, 6)}
 
 
 class IBasicBlock(nn.Module):
-    """Normalise, convolve, normalise, PReLU, convolve with the stride, normalise; add the input."""
+    """Residual block: normalise, convolve, normalise, PReLU, convolve with the stride, normalise; add the input."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -31,15 +31,15 @@ class IBasicBlock(nn.Module):
 
 
 class IResNet(nn.Module):
-    """Tensor names and shapes are those of InsightFace's published weights, which therefore load.
+    """IResNet with the tensor names and shapes of InsightFace's published weights, which it loads.
 
     Args:
         depth: 18, 34, 50, 100 or 200.
         embedding_dim: D of the output [B, D], not normalised.
         channels: of the input [B, channels, image_size, image_size].
         image_size: pixels; published weights are for 112.
-        dropout: share of the last features that training drops.
-        activation_checkpointing: compute blocks again in backward, instead of keeping their activations.
+        dropout: share of the last features that are dropped in training.
+        activation_checkpointing: recompute blocks in backward instead of keeping their activations.
 
     Raises:
         ConfigError: the dropout is out of range.
@@ -70,7 +70,7 @@ class IResNet(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.fc = nn.Linear(width * side * side, embedding_dim)
         self.features = nn.BatchNorm1d(embedding_dim)
-        # Its scale stays 1: the length of an embedding is not to be learnt per dimension.
+        # Its scale stays 1: the length of an embedding is not learnt per dimension.
         self.features.weight.requires_grad = False
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -80,5 +80,5 @@ class IResNet(nn.Module):
         x = self.prelu(self.bn1(self.conv1(images)))
         for number in (1, 2, 3, 4):
             for block in self.get_submodule(f"layer{number}").children():
-                x = run(block, x, self.activation_checkpointing)
+                x = run_block(block, x, self.activation_checkpointing)
         return self.features(self.fc(self.dropout(self.bn2(x).flatten(1))))

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from partialfc.models.recompute import run
+from partialfc.models.recompute import run_block
 
-#: width over the paper's, and blocks of each stage
+#: Width over the paper's, and blocks of each stage.
 VARIANTS = {"mobilefacenet": (2, (1, 4, 6, 2)), "mobilefacenet_large": (4, (2, 8, 12, 4))}
 
 
 class Convolution(nn.Module):
-    """Convolve, normalise, PReLU; without the PReLU a "linear" one, which ends a bottleneck."""
+    """Convolution, normalisation, PReLU; without the PReLU the linear layer that ends a bottleneck."""
 
     def __init__(
         self,
@@ -32,7 +32,7 @@ class Convolution(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """To ``hidden`` channels, a 3×3 convolution of each by itself, to ``outputs`` channels; stride 1 adds the input."""
+    """Expansion to ``hidden`` channels, depthwise 3×3 convolution, projection to ``outputs``; residual at stride 1."""
 
     def __init__(self, inputs: int, outputs: int, hidden: int, stride: int, recompute: bool) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class Bottleneck(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        y = run(self.layers, x, self.recompute)
+        y = run_block(self.layers, x, self.recompute)
         return x + y if self.residual else y
 
 
@@ -76,15 +76,15 @@ class GlobalDepthwise(nn.Module):
 
 
 class MobileFaceNet(nn.Module):
-    """Tensor names and shapes are those of InsightFace's published weights, which therefore load.
+    """MobileFaceNet with the tensor names and shapes of InsightFace's published weights, which it loads.
 
     Args:
         scale: width over the paper's.
-        blocks: of the four stages.
+        blocks: number in each of the four stages.
         embedding_dim: D of the output [B, D], not normalised.
         channels: of the input [B, channels, image_size, image_size].
         image_size: pixels; published weights are for 112.
-        activation_checkpointing: compute bottlenecks again in backward, instead of keeping their activations.
+        activation_checkpointing: recompute bottlenecks in backward instead of keeping their activations.
     """
 
     def __init__(

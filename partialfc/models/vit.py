@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from partialfc.errors import ConfigError
-from partialfc.models.recompute import run
+from partialfc.models.recompute import run_block
 
-#: what distinguishes the sizes
+#: Parameters of the sizes.
 VARIANTS: dict[str, dict[str, Any]] = {
     "vit_t": {"width": 256, "depth": 12, "drop_path": 0.1},
     "vit_s": {"width": 512, "depth": 12, "drop_path": 0.1},
@@ -24,7 +24,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 class PatchEmbedding(nn.Module):
-    """A vector for each patch: [B, channels, size, size] to [B, tokens, width]."""
+    """Linear embedding of patches: [B, channels, size, size] to [B, tokens, width]."""
 
     def __init__(self, channels: int, width: int, patch_size: int) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class PatchEmbedding(nn.Module):
 
 
 class Attention(nn.Module):
-    """Every token looks at every other, with several heads."""
+    """Multi-head self-attention."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two layers on each token."""
+    """Two linear layers on each token, ReLU6 between them."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-normalised attention and MLP; ``drop_path`` is the share of samples that pass by each of them in training."""
+    """Pre-normalised attention and MLP; in training each is skipped for a share ``drop_path`` of the samples."""
 
     def __init__(self, width: int, heads: int, hidden: int, drop_path: float) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class Block(nn.Module):
         return x + self._dropped(self.mlp(self.norm2(x)))
 
     def _dropped(self, branch: Tensor) -> Tensor:
-        """Stochastic depth (Huang et al., 2016): zero for some samples, larger for the others, the same in the mean."""
+        """Apply stochastic depth (Huang et al., 2016): zero for some samples, scaled up for the others."""
         if not self.training or self.drop_path == 0:
             return branch
         kept = torch.rand(len(branch), 1, 1, device=branch.device) >= self.drop_path
@@ -85,22 +85,22 @@ class Block(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """Tensor names and shapes are those of InsightFace's published weights, which therefore load.
+    """Vision transformer with the tensor names and shapes of InsightFace's published weights, which it loads.
 
     Args:
         embedding_dim: D of the output [B, D], not normalised.
         channels: of the input [B, channels, image_size, image_size].
-        image_size: pixels; published weights are for 112. What is left beside whole patches is not looked at: at 112
-            pixels and patches of 9, the last 4 rows and columns.
+        image_size: pixels; published weights are for 112. Pixels beyond the last whole patch are ignored: at 112 and
+            patches of 9, the last 4 rows and columns.
         width: of a token.
         depth: number of blocks.
-        heads: of an attention; they divide the width.
+        heads: attention heads; must divide the width.
         patch_size: pixels.
         mlp_ratio: hidden width of an MLP over ``width``.
         drop_path: the last block's rate of stochastic depth; it rises linearly from 0. In training only.
-        mask_ratio: share of tokens that take no part in the blocks and come out as a learnt vector (as in masked
-            autoencoders, He et al., CVPR 2022), other ones for each sample. In training only.
-        activation_checkpointing: compute blocks again in backward, instead of keeping their activations.
+        mask_ratio: share of tokens that skip the blocks and are replaced by a learnt vector (as in masked autoencoders,
+            He et al., CVPR 2022), drawn for each sample. In training only.
+        activation_checkpointing: recompute blocks in backward instead of keeping their activations.
 
     Raises:
         ConfigError: the sizes do not fit each other, or a rate is out of range.
@@ -147,7 +147,7 @@ class VisionTransformer(nn.Module):
             nn.Linear(width, embedding_dim, bias=False),
             nn.BatchNorm1d(embedding_dim, eps=2e-5),
         )
-        # Without masking it has no gradient, which DistributedDataParallel would wait for.
+        # Without masking it gets no gradient, for which DistributedDataParallel would wait.
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width), requires_grad=mask_ratio > 0)
         nn.init.normal_(self.mask_token, std=0.02)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
@@ -165,7 +165,7 @@ class VisionTransformer(nn.Module):
             places = chosen.unsqueeze(-1).expand(-1, -1, x.shape[-1])  # [B, kept, width]
             x = x.gather(1, places)
         for block in self.blocks:
-            x = run(block, x, self.activation_checkpointing)
+            x = run_block(block, x, self.activation_checkpointing)
         x = self.norm(x)
         if masked:
             x = self.mask_token.to(x.dtype).expand(len(x), self.tokens, -1).scatter(1, places, x)

@@ -1,4 +1,4 @@
-"""Weights of a backbone, or of anything, from files of anyone."""
+"""Weights from files, which are not trusted."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from partialfc.errors import ConfigError, DataError
 
 
 def load_backbone(module: nn.Module, path: Path) -> None:
-    """Fill a backbone from a file of anyone's weights for it.
+    """Load a backbone's weights from a file: a state dict, an InsightFace checkpoint, or safetensors.
 
     Raises:
         ConfigError: names or shapes differ from the backbone's.
@@ -23,11 +23,12 @@ def load_backbone(module: nn.Module, path: Path) -> None:
     found = {plain_name(name): value for name, value in content.items() if isinstance(value, Tensor)}
     expected = module.state_dict()
     missing = [name for name in expected if name not in found and not name.endswith("num_batches_tracked")]
-    foreign = [name for name in found if name not in expected]
-    if missing or foreign:
-        words = [f"lacks {missing[0]}" + _more(missing)] if missing else []
-        words += [f"holds {foreign[0]}" + _more(foreign) + ", which this backbone does not have"] if foreign else []
-        raise ConfigError(f"{path} is not of this model.name: it {', and '.join(words)}")
+    unexpected = [name for name in found if name not in expected]
+    if missing or unexpected:
+        problems = [f"lacks {missing[0]}{_more(missing)}"] if missing else []
+        if unexpected:
+            problems.append(f"holds {unexpected[0]}{_more(unexpected)}, which this backbone does not have")
+        raise ConfigError(f"{path} is not of this model.name: it {', and '.join(problems)}")
     for name, value in found.items():
         if value.shape != expected[name].shape:
             raise ConfigError(
@@ -39,7 +40,14 @@ def load_backbone(module: nn.Module, path: Path) -> None:
 
 
 def read_weights(path: Path, *keys: str) -> dict[str, Any]:
-    """A dictionary of tensors and plain values, the one under ``keys`` where there is one; nothing is executed."""
+    """Read a dictionary of tensors and plain values, without executing anything in the file.
+
+    Args:
+        keys: names under which the dictionary may lie, one inside the other.
+
+    Raises:
+        DataError: the file cannot be read, or holds anything else.
+    """
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -51,7 +59,7 @@ def read_weights(path: Path, *keys: str) -> dict[str, Any]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise DataError(f"{path} is refused, since it holds more than tensors and plain values: {error}") from error
-    except Exception as error:  # anything may be in those bytes
+    except Exception as error:  # damaged bytes raise any kind of error
         raise DataError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
     if isinstance(content, Tensor):
         return {"weight": content}
@@ -64,13 +72,14 @@ def read_weights(path: Path, *keys: str) -> dict[str, Any]:
 
 
 def plain_name(name: str) -> str:
-    """A tensor's name without what wrappers put in front of it."""
+    """Return a tensor's name without the prefixes of wrappers."""
     for wrapper in ("module.", "_orig_mod."):
         name = name.removeprefix(wrapper)
     return name
 
 
 def check_finite(what: str, value: Tensor) -> None:
+    """Raise a DataError if ``value`` holds NaN or Inf."""
     if value.is_floating_point() and not torch.isfinite(value).all():
         raise DataError(f"{what} holds NaN or Inf")
 

@@ -113,7 +113,7 @@ def _build_without_memory(config: Config) -> nn.Module:
             config.model.activation_checkpointing,
         )
 
-    if not models.is_foreign(config.model.name):
+    if not models.is_external(config.model.name):
         with torch.device("meta"):
             return build()
     return build().to("meta")  # its constructor may look at values, which tensors without memory do not have

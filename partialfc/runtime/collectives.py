@@ -1,9 +1,9 @@
-"""Work that the ranks share, with an outcome that they agree on."""
+"""Work that one rank or all ranks do, with an outcome that all ranks agree on."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
@@ -11,18 +11,40 @@ from torch.distributed.checkpoint.api import CheckpointException
 from partialfc.errors import CheckpointFailed
 
 Group = dist.ProcessGroup | None
+T = TypeVar("T")
+
+
+def run_on_rank0(work: Callable[[], T]) -> T | None:
+    """Run ``work`` on rank 0 and return its result there, None on the other ranks. A collective.
+
+    Raises:
+        Exception: on every rank, the one that ``work`` raised.
+    """
+    result, error = _try_on_rank0(work)
+    _broadcast((None, error))
+    return result
+
+
+def broadcast_from_rank0(work: Callable[[], T]) -> T:
+    """Run ``work`` on rank 0 and return its result, which must be picklable, on every rank. A collective.
+
+    Raises:
+        Exception: on every rank, the one that ``work`` raised.
+    """
+    result: T = _broadcast(_try_on_rank0(work))
+    return result
 
 
 def run_on_all_ranks(work: Callable[[], Any], group: Group = None) -> list[Any]:
-    """What ``work`` gives on each rank; where it fails on one, in whatever way, the same error on all. A collective.
+    """Run ``work`` on every rank and return the results in the order of the ranks. A collective.
 
     Raises:
-        CheckpointFailed: on every rank, if ``work`` failed on any; it names the rank.
+        CheckpointFailed: on every rank, if ``work`` failed on any; the message names the rank.
     """
     mine: tuple[Any, str | None]
     try:
         mine = work(), None
-    except (Exception, CheckpointException) as error:  # the others wait to hear of it; torch's is no Exception
+    except (Exception, CheckpointException) as error:  # torch's CheckpointException is not an Exception
         mine = None, reason_of(error)
     results = all_gather_object(mine, group)
     failed = [f"rank {rank}: {reason}" for rank, (_, reason) in enumerate(results) if reason]
@@ -32,47 +54,52 @@ def run_on_all_ranks(work: Callable[[], Any], group: Group = None) -> list[Any]:
 
 
 def reason_of(error: BaseException) -> str:
-    """In a line: torch's exception quotes the trace of every rank."""
+    """Describe an error in one line: torch's CheckpointException quotes the trace of every rank."""
     cause: BaseException = error
     if isinstance(error, CheckpointFailed):
         return str(error)
     if isinstance(error, CheckpointException):
         cause = next(iter(error.failures.values()), (error,))[0]
-    # torch's own writer says RuntimeError where the disk is full.
+    # torch's writer raises RuntimeError when the disk is full.
     hint = "; is the disk full?" if isinstance(cause, OSError | RuntimeError) else ""
     return f"{type(cause).__name__}: {cause}".splitlines()[0] + hint
 
 
-def all_gather_object(value: Any, group: Group = None) -> list[Any]:
-    """Every rank's ``value``. A collective."""
+def all_gather_object(value: T, group: Group = None) -> list[T]:
+    """Return the ``value`` of every rank, in the order of the ranks. A collective."""
     if not dist.is_initialized():
         return [value]
-    values = [None] * dist.get_world_size(group)
+    values: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(values, value, group=group)
     return values
 
 
-def run_on_rank0(work: Callable[[], Any]) -> Any:
-    """What ``work`` gives on the first rank, on every rank; an error that it raises there, too. A collective."""
-    if not dist.is_initialized():
-        return work()
-    box: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            box[0] = work()
-        except Exception as error:
-            box[1] = error
-    dist.broadcast_object_list(box, src=0)
-    if box[1] is not None:
-        raise box[1]
-    return box[0]
-
-
 def is_rank0() -> bool:
-    """Whether this process is the first rank, or alone."""
+    """Return True on rank 0, and in a process without a process group."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def rank_slice(names: list[str]) -> list[str]:
-    """Every world_size-th of ``names``: all ranks together have each once."""
+    """Return this rank's share of ``names``, every world_size-th: each name is on exactly one rank."""
     return names[dist.get_rank() :: dist.get_world_size()] if dist.is_initialized() else names
+
+
+def _try_on_rank0(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    if not is_rank0():
+        return None, None
+    try:
+        return work(), None
+    except Exception as error:
+        return None, error
+
+
+def _broadcast(outcome: tuple[Any, Exception | None]) -> Any:
+    """Return the result that rank 0 passes, or raise its error, on every rank."""
+    if dist.is_initialized():
+        box = [outcome]
+        dist.broadcast_object_list(box, src=0)
+        outcome = box[0]
+    result, error = outcome
+    if error is not None:
+        raise error
+    return result

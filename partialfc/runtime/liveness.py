@@ -1,13 +1,13 @@
-"""Which rank keeps the others waiting, and why.
+"""Signs of life of all ranks: they name the rank that keeps the others waiting, and why.
 
-Every process signs in with the store every second, from a thread of its own, and says how far its main thread has
-come. When a collective fails, the ranks that see it look there: one that signs in no more is dead, stopped or cut off;
-one that has fallen behind hangs. A rank that fails by itself leaves its reason.
+A thread of every process writes a sign of life to the store each second, with the step and phase of the main thread.
+When a collective fails, the other ranks read these: a rank without new signs is dead, stopped or cut off; a rank that
+has fallen behind hangs. A rank that fails by itself leaves its reason in the store.
 
-Where collectives may take long (evaluations, checkpoints) nobody would see that for an hour. So a second thread judges:
-the first rank watches all others, they watch the first and whether the store still answers. A process that waits for
-a lost rank is ended, with the reason. Silence is counted in wake-ups of the judge, not in seconds: a machine that was
-suspended as a whole has lost nobody.
+During evaluations and checkpoints, when collectives may take long, nobody would notice a lost rank for an hour. So a
+second thread watches: rank 0 all other ranks, these rank 0, and all of them the store. It ends a process that waits for
+a lost rank, with the reason. It counts silence in its own wake-ups, not in seconds: after a suspension of the whole
+machine no rank is lost.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ import torch.distributed as dist
 from partialfc.runtime.stopping import StopRequest
 
 _INTERVAL = 1.0  # seconds between signs of life
-_SILENT_AFTER = 6.0  # seconds, when somebody looks on because a collective has failed
-_LOOKS_FOR = 20.0  # seconds that looking may take: the store may not answer
-_GRACE = 15  # wake-ups for a main thread to notice a failure by itself
+_SILENT_AFTER = 6.0  # seconds without a new sign, once a collective has failed
+_EXPLAIN_WITHIN = 20.0  # seconds; the store may not answer
+_GRACE = 15  # wake-ups in which the main thread may notice a failure by itself
 _PHASES = ("data", "forward", "head", "backward", "update", "save", "evaluate")
 
 _UNREACHABLE = "the store that all ranks share does not answer: rank 0, its launcher or the network to it is gone"
@@ -36,47 +36,47 @@ class Liveness:
 
     Args:
         timeout: seconds of silence after which a rank is lost.
-        stop: passed on between the ranks: what one of them is asked to do, all do.
-        on_lost: called, by a thread, with the reason why waiting has become pointless; it should end the process.
+        stop: the request of this process; a request on one rank reaches all of them.
+        on_lost: called by a thread with the reason when a rank is lost; it should end the process.
     """
 
     def __init__(
         self, rank: int, world_size: int, timeout: float, stop: StopRequest, on_lost: Callable[[str], None]
     ) -> None:
         self.rank, self.world_size = rank, world_size
-        self._patience = max(_GRACE, round(timeout / _INTERVAL))
+        self._most_silent = max(_GRACE, round(timeout / _INTERVAL))
         self._stop, self._on_lost = stop, on_lost
-        # A connection of its own: the default one may be blocked by a call that waits.
+        # A separate connection: a waiting call may block the default one.
         default: Any = dist.distributed_c10d._get_default_store()
         self._store = dist.PrefixStore("liveness", default.clone())
         self._watched = [other for other in (range(world_size) if rank == 0 else [0]) if other != rank]
-        self._position = (0, 0)  # step, phase that this rank is in
+        self._position = (0, 0)  # step and phase of this rank
         self._closed = threading.Event()
-        self._ending = False  # the main thread has seen for itself that something is wrong
+        self._ending = False  # the main thread has noticed a failure by itself
         self._failure: str | None = None
-        self._signs: dict[int, str] = {}  # of the watched ranks
-        self._rounds = 0  # of the first thread
+        self._signs: dict[int, str] = {}  # by watched rank
+        self._rounds = 0  # of signing in
         self._store.set(self._key(rank), self._sign(0))
         dist.barrier()
         self._threads = [
-            threading.Thread(target=work, name="liveness", daemon=True) for work in (self._sign_in, self._judge)
+            threading.Thread(target=work, name="liveness", daemon=True) for work in (self._sign_in, self._watch)
         ]
         for thread in self._threads:
             thread.start()
 
     def enter(self, step: int, phase: str) -> None:
-        """Say that this rank now begins ``phase`` of ``step``."""
+        """Record that this rank begins ``phase`` of ``step``."""
         self._position = (step, _PHASES.index(phase))
 
     def report_failure(self, reason: str) -> None:
-        """Leave the reason why this rank ends; the first one to do so is believed."""
+        """Publish the reason why this rank ends; the first reason of all ranks counts."""
         self._ending = True
-        _within(_LOOKS_FOR / 4, lambda: self._leave(f"rank {self.rank}: {reason}"))
+        _within(_EXPLAIN_WITHIN / 4, lambda: self._publish(f"rank {self.rank}: {reason}"))
 
     def explain(self) -> str | None:
-        """Why the others keep this rank waiting, as far as can be told; looks on for some seconds."""
+        """Return why another rank keeps this one waiting, None if unknown; watches the signs for some seconds."""
         self._ending = True
-        answered, reason = _within(_LOOKS_FOR, self._look_on)
+        answered, reason = _within(_EXPLAIN_WITHIN, self._find_reason)
         return reason if answered else _UNREACHABLE
 
     def close(self) -> None:
@@ -84,29 +84,29 @@ class Liveness:
         for thread in self._threads:
             thread.join(2 * _INTERVAL)
 
-    # --- signing in: all that talks to the store, which may block -----------------------------------------------------
+    # --- signing in: everything that talks to the store, which may block ----------------------------------------------
 
     def _sign_in(self) -> None:
-        count, told = 0, False
+        count, shared = 0, False
         try:
             while not self._closed.wait(_INTERVAL):
                 count += 1
                 self._store.set(self._key(self.rank), self._sign(count))
                 if self._store.check(["stop"]):
                     self._stop.request(self._store.get("stop").decode())
-                elif self._stop.requested and not told:
-                    told = True
+                elif self._stop.requested and not shared:
+                    shared = True
                     self._store.set("stop", f"{self._stop.reason} (rank {self.rank})")
                 if self._store.check(["failure"]):
                     self._failure = self._store.get("failure").decode()
                 self._signs = self._read(self._watched)
                 self._rounds += 1
-        except RuntimeError:  # the store is gone, and with it whoever could read this
+        except RuntimeError:  # the store is gone, and its readers with it
             return
 
-    # --- judging ------------------------------------------------------------------------------------------------------
+    # --- watching -----------------------------------------------------------------------------------------------------
 
-    def _judge(self) -> None:
+    def _watch(self) -> None:
         silence = dict.fromkeys(self._watched, 0)
         unanswered = failed = 0
         signs, rounds = self._signs, self._rounds
@@ -118,24 +118,24 @@ class Liveness:
                 }
                 signs, rounds = self._signs, self._rounds
             failed += self._failure is not None
-            lost = {rank for rank, wakes in silence.items() if wakes >= self._patience}
+            lost = {rank for rank, wakes in silence.items() if wakes >= self._most_silent}
             reason = None
             if lost:
-                reason = _silent(lost)
-            elif unanswered >= self._patience:
+                reason = _not_heard_from(lost)
+            elif unanswered >= self._most_silent:
                 reason = _UNREACHABLE
             elif failed >= _GRACE:
                 reason = self._failure
             if reason and not self._ending:
                 if lost:
                     with contextlib.suppress(RuntimeError):
-                        self._leave(reason)
+                        self._publish(reason)
                 self._on_lost(reason)
                 return
 
-    # --- looking on, once a collective has failed ---------------------------------------------------------------------
+    # --- explaining a failed collective -------------------------------------------------------------------------------
 
-    def _look_on(self) -> str | None:
+    def _find_reason(self) -> str | None:
         others = [rank for rank in range(self.world_size) if rank != self.rank]
         first = self._read(others)
         silent = set(others)
@@ -147,25 +147,25 @@ class Liveness:
             silent -= {rank for rank in silent if now[rank] != first[rank]}
             time.sleep(_INTERVAL / 4)
         if silent:
-            self._leave(_silent(silent))
-            return _silent(silent)
+            self._publish(_not_heard_from(silent))
+            return _not_heard_from(silent)
         behind = {rank: _position(sign) for rank, sign in self._read(others).items()}
         slowest = min(behind.values(), default=self._position)
         if slowest < self._position:
             ranks = {rank for rank, position in behind.items() if position == slowest}
-            return f"rank {_list(ranks)} hangs: still in {_PHASES[slowest[1]]} of step {slowest[0] + 1}"
+            return f"rank {_list(ranks)} hangs: still in {_PHASES[slowest[1]]} of step {slowest[0] + 1:,}"
         return None
 
     # --- the store ----------------------------------------------------------------------------------------------------
 
-    def _leave(self, reason: str) -> None:
+    def _publish(self, reason: str) -> None:
         self._store.compare_set("failure", "", reason)
 
     def _sign(self, count: int) -> str:
         return f"{count} {self._position[0]} {self._position[1]}"
 
     def _read(self, ranks: list[int]) -> dict[int, str]:
-        """Signs of life: a count, the step, the phase."""
+        """Return the signs of these ranks: count, step and phase."""
         signs = self._store.multi_get([self._key(rank) for rank in ranks]) if ranks else []
         return {rank: sign.decode() for rank, sign in zip(ranks, signs, strict=True)}
 
@@ -178,7 +178,7 @@ def _position(sign: str) -> tuple[int, int]:
     return step, phase
 
 
-def _silent(ranks: set[int]) -> str:
+def _not_heard_from(ranks: set[int]) -> str:
     return (
         f"not heard from rank {_list(ranks)}: it has died, is stopped or cannot be reached; look at the end of its log"
     )
@@ -189,7 +189,7 @@ def _list(ranks: set[int]) -> str:
 
 
 def _within(seconds: float, work: Callable[[], str | None]) -> tuple[bool, str | None]:
-    """Whether ``work`` has ended in time, and what it gave; a store that is gone counts as one that does not answer."""
+    """Run ``work`` in a thread; return True and its result, or False if it took too long or the store is gone."""
     results: list[str | None] = []
 
     def run() -> None:

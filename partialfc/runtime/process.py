@@ -19,67 +19,70 @@ from partialfc.runtime.liveness import Liveness
 from partialfc.runtime.rendezvous import fresh_store
 from partialfc.runtime.stopping import StopRequest
 
-# What may take long on one rank while the others wait: imports, compilers and caches before the first step, the writing
-# of a checkpoint, an evaluation.
-PATIENCE = timedelta(minutes=60)
+#: Timeout of collectives during which one rank may work for long while the others wait: imports, compilers and caches
+#: before the first step, the writing of a checkpoint, an evaluation.
+LONG_TIMEOUT = timedelta(minutes=60)
 
 
 @dataclass
 class ProcessContext:
-    """Where this process stands."""
+    """Rank, device and stop request of this process, and its contact with the other ranks."""
 
     rank: int
     world_size: int
     device: torch.device
     stop: StopRequest
     liveness: Liveness | None = None
-    timeout: timedelta = PATIENCE
-    #: Called now and then, by the main thread, as it goes on.
+    timeout: timedelta = LONG_TIMEOUT
+    #: Called by the main thread, now and then, while it works outside the training steps.
     on_progress: list[Callable[[], None]] = field(default_factory=list)
     #: Called by a thread, with the reason, when another rank is lost; the process ends right after.
     on_lost: list[Callable[[str], None]] = field(default_factory=list)
-    _groups: list[dist.ProcessGroup] = field(default_factory=list)  # besides that of all ranks
+    _groups: list[dist.ProcessGroup] = field(default_factory=list)  # besides the group of all ranks
     _explained: Exception | None = None
 
     @property
     def is_first(self) -> bool:
+        """True on rank 0."""
         return self.rank == 0
 
     def set_timeout(self, seconds: float) -> None:
-        """From now on a collective that takes longer than ``seconds`` fails."""
+        """Let collectives fail from now on when they take longer than ``seconds``."""
         self.timeout = timedelta(seconds=seconds)
         self._set_group_timeouts(self.timeout)
 
     def watch(self, group: dist.ProcessGroup) -> None:
-        """Have the collectives of one more group fail in time, too."""
+        """Apply the timeout to the collectives of one more group."""
         self._groups.append(group)
         self._set_group_timeouts(self.timeout)
 
     @contextmanager
     def relaxed_timeout(self) -> Iterator[None]:
-        """Within, collectives may take long: another rank writes or evaluates meanwhile."""
-        self._set_group_timeouts(PATIENCE)
-        yield
-        self._set_group_timeouts(self.timeout)
+        """Give collectives :data:`LONG_TIMEOUT` inside the context: another rank writes or evaluates meanwhile."""
+        self._set_group_timeouts(LONG_TIMEOUT)
+        try:
+            yield
+        finally:
+            self._set_group_timeouts(self.timeout)
 
     def _set_group_timeouts(self, timeout: timedelta) -> None:
         if dist.is_initialized():
             for group in (dist.group.WORLD, *self._groups):
-                # The only way torch offers to change the timeout of a group that exists.
+                # torch has no public way to change the timeout of an existing group.
                 dist.distributed_c10d._set_pg_timeout(timeout, group)
 
     def enter(self, step: int, phase: str) -> None:
-        """Say how far this rank is, for the others to know who keeps them waiting."""
+        """Publish the position of this rank, by which the others find the rank that keeps them waiting."""
         if self.liveness:
             self.liveness.enter(step, phase)
 
-    def goes_on(self) -> None:
-        """Say that this rank is at work, where no step tells so."""
-        for tell in self.on_progress:
-            tell()
+    def report_progress(self) -> None:
+        """Report that this rank is at work, where no training step shows it."""
+        for listener in self.on_progress:
+            listener()
 
     def agree_to_stop(self) -> bool:
-        """Whether any rank has been asked to stop. A collective."""
+        """Return True on all ranks if any of them has been asked to stop. A collective."""
         asked = self.stop.requested
         if self.world_size == 1:
             return asked
@@ -87,12 +90,12 @@ class ProcessContext:
         dist.all_reduce(votes)
         return bool(votes.item())
 
-    def why_stop(self) -> str:
-        """Who has asked to stop, in words. A collective."""
+    def stop_reason(self) -> str:
+        """Return the reason of the lowest rank that was asked to stop. A collective."""
         return next((reason for reason in all_gather_object(self.stop.reason) if reason), "a request")
 
     def explain(self, error: Exception) -> Exception:
-        """A failure in words that name the rank at fault, here or elsewhere; tells the other ranks of one here."""
+        """Return ``error``, or a :class:`RankLost` that names the rank at fault; publish an own error to all ranks."""
         if self.liveness is None or error is self._explained:
             return error
         self._explained = self._explain(error, self.liveness)
@@ -107,51 +110,53 @@ class ProcessContext:
         liveness.report_failure(f"{error}" if isinstance(error, PartialFCError) else repr(error))
         return error
 
-    def lost(self, reason: str) -> None:
-        """End this process, which waits for a rank that will not come, whatever its main thread is doing."""
-        for tell in self.on_lost:
-            tell(reason)
+    def abort(self, reason: str) -> None:
+        """End this process, whose main thread waits for a lost rank, from another thread."""
+        for listener in self.on_lost:
+            listener(reason)
         print(f"[rank {self.rank}] error: {reason}", file=sys.stderr, flush=True)
         os._exit(1)
 
 
 @contextmanager
 def joined(run_folder: Path | None, timeout: float, group_of_one: bool = False) -> Iterator[ProcessContext]:
-    """Join the process group that torchrun's environment describes; without one, a single process.
+    """Join the process group that torchrun's environment describes; without one, run as a single process.
 
     Args:
-        run_folder: where the file ``stop`` would appear; None: only signals are requests.
+        run_folder: where the file ``stop`` may appear; None: only signals ask to stop.
         timeout: seconds of silence after which another rank counts as lost.
-        group_of_one: give a single process a group, too, for what cannot do without.
+        group_of_one: give a single process a process group too; DeepSpeed needs one.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
-    alone = "RANK" not in os.environ or "WORLD_SIZE" not in os.environ
-    stop = StopRequest(run_folder if alone or os.environ["RANK"] == "0" else None)
     backend = "nccl" if on_gpu else "gloo"
-    if alone:
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        stop = StopRequest(run_folder)
         if group_of_one:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-        with stop.listening():
-            yield ProcessContext(0, 1, device, stop)
-        if group_of_one:
-            dist.destroy_process_group()
-        return
-    store, number, world_size = fresh_store(PATIENCE)
-    dist.init_process_group(backend, store=store, rank=number, world_size=world_size, timeout=PATIENCE)
-    process = ProcessContext(number, world_size, device, stop)
-    with stop.listening():  # not before: until all are there, a launcher's SIGTERM had better end the process
         try:
-            process.liveness = Liveness(process.rank, process.world_size, timeout, stop, process.lost)
+            with stop.listening():
+                yield ProcessContext(0, 1, device, stop)
+        finally:
+            if group_of_one:
+                dist.destroy_process_group()
+        return
+    stop = StopRequest(run_folder if os.environ["RANK"] == "0" else None)
+    store, rank, world_size = fresh_store(LONG_TIMEOUT)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=LONG_TIMEOUT)
+    process = ProcessContext(rank, world_size, device, stop)
+    with stop.listening():  # only now: until all ranks are there, a launcher's SIGTERM should end the process
+        try:
+            process.liveness = Liveness(rank, world_size, timeout, stop, process.abort)
             try:
                 yield process
-            except Exception as error:  # before training begins; later it has been explained
+            except Exception as error:  # an error before training; the trainer explains its own
                 explained = process.explain(error)
                 raise explained from (None if explained is error else error)
-            dist.barrier()  # rank 0 may still be writing: nobody tears the group down before it is done
+            dist.barrier()  # rank 0 may still be writing: the group stays until it is done
         finally:
             if process.liveness:
                 process.liveness.close()
@@ -159,11 +164,11 @@ def joined(run_folder: Path | None, timeout: float, group_of_one: bool = False) 
 
 
 def under_torchrun() -> bool:
-    """Whether torchrun has started this process: it answers for the exit codes, and restarts what fails."""
+    """Return True if torchrun started this process: it decides on the exit code, and restarts a failed worker."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def automatic_restarts() -> int:
-    """How often torchrun and Slurm have started this run again by themselves, as far as they tell."""
+    """Return how often torchrun and Slurm have restarted this run by themselves, as far as they say."""
     counts = (os.environ.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
     return sum(int(count) for count in counts if count.isdigit())

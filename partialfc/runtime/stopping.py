@@ -1,7 +1,7 @@
 """Requests to stop: the file ``stop`` in the run folder, SIGTERM, SIGUSR1 and Ctrl-C. The file may say who asks.
 
-A request only leaves word. The training loop reads it between steps and tells the other ranks with the verdict on the
-step, so that all of them stop after the same one; nothing is done inside a signal handler.
+A request only sets a field. The training loop reads it between steps and shares it with the other ranks in the
+all-reduce that decides on the step, so that all stop after the same one; a signal handler does nothing else.
 """
 
 from __future__ import annotations
@@ -22,33 +22,33 @@ _LOOK_EVERY = 0.5  # seconds between looks for the file, which may lie on a netw
 
 
 class StopRequest:
-    """Whether this process has been asked to stop.
+    """A request to stop this process.
 
     Args:
-        folder: the run folder whose file ``stop`` is a request, too; None: nobody looks for it here.
+        folder: the run folder, whose file ``stop`` is a request too; None: this rank does not look for the file.
     """
 
     def __init__(self, folder: Path | None) -> None:
-        self.reason: str | None = None  # who asked, in words
+        self.reason: str | None = None  # names who asked
         self._file = folder / STOP_FILE if folder else None
         self._looked = -_LOOK_EVERY
 
     @property
     def requested(self) -> bool:
-        """Whether somebody has asked."""
+        """True once somebody has asked; looks for the file at most every half second."""
         if self.reason is None and self._file is not None and time.monotonic() - self._looked >= _LOOK_EVERY:
-            with suppress(OSError):  # a network that does not answer now; the next look will tell
+            with suppress(OSError):  # a network file system that does not answer now may answer the next time
                 if self._file.exists():
-                    self.reason = _who_asks(self._file)
+                    self.reason = _reason_in(self._file)
             self._looked = time.monotonic()
         return self.reason is not None
 
     def request(self, reason: str) -> None:
-        """Ask this process to stop; the first reason is kept."""
+        """Ask this process to stop; only the first reason counts."""
         self.reason = self.reason or reason
 
-    def done(self) -> None:
-        """The run has ended: the file has served. It may be a folder, or one that may not be removed."""
+    def remove_file(self) -> None:
+        """Remove the file ``stop`` of a run that has ended; log a warning where that is impossible."""
         if self._file is None:
             return
         try:
@@ -61,17 +61,17 @@ class StopRequest:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Within, signals are requests. A second Ctrl-C ends the process as usual; other signals may repeat, also while
-        a process that has stopped as asked comes to its end.
+        """Turn signals into requests inside the context. A second Ctrl-C ends the process as usual; other signals may
+        repeat, also while a process that has stopped on request comes to its end.
         """
-        if threading.current_thread() is not threading.main_thread():  # Python hands signals to no other
+        if threading.current_thread() is not threading.main_thread():  # Python allows handlers in no other
             yield
             return
-        before = {number: signal.signal(number, self._receive) for number in _SIGNALS}
+        previous = {number: signal.signal(number, self._receive) for number in _SIGNALS}
         try:
             yield
         finally:
-            for number, handler in before.items():
+            for number, handler in previous.items():
                 signal.signal(number, handler if self.reason is None else signal.SIG_IGN)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
@@ -80,8 +80,8 @@ class StopRequest:
         self.request(signal.Signals(number).name)
 
 
-def _who_asks(file: Path) -> str:
-    """The words in the file, if there are any: a launcher leaves its own."""
+def _reason_in(file: Path) -> str:
+    """Return the first line of the file, in which a launcher or a person may say why, and its path."""
     words = ""
     with suppress(OSError), file.open(encoding="utf-8", errors="replace") as text:
         words = text.readline(200).strip()

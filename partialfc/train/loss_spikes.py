@@ -1,4 +1,4 @@
-"""The rule that takes a run back to its last checkpoint when the loss jumps."""
+"""Detection of spikes in the loss."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import Any
 
 
 class SpikeRule:
-    """A loss that exceeds ``factor`` times its running mean, taken over about ``window`` steps, is a spike.
+    """Rule by which a loss is a spike: it exceeds ``factor`` times its running mean over about ``window`` steps.
 
-    Nothing is one before ``window`` steps were seen. Spikes do not enter the mean.
+    The first ``window`` losses are never spikes. Spikes do not enter the mean.
     """
 
     def __init__(self, factor: float, window: int) -> None:
@@ -16,7 +16,7 @@ class SpikeRule:
         self.mean, self.seen = 0.0, 0
 
     def is_spike(self, loss: float) -> bool:
-        """Judge the loss of one step, and remember it if it is none; one that is not finite is never one."""
+        """Return True for a spike; include any other loss in the mean. A loss that is not finite is ignored."""
         if not abs(loss) < float("inf"):
             return False
         if self.seen >= self.window and loss > self.factor * self.mean:
@@ -26,8 +26,9 @@ class SpikeRule:
         return False
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it."""
+        """Return the values that a checkpoint keeps."""
         return {"mean": self.mean, "seen": self.seen}
 
     def load(self, state: dict[str, Any]) -> None:
+        """Take over the values that :meth:`state` returned."""
         self.mean, self.seen = float(state["mean"]), int(state["seen"])

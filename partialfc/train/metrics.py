@@ -1,27 +1,44 @@
-"""Means over steps, for the lines of metrics.jsonl."""
+"""The train lines of metrics.jsonl."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from partialfc.head import HeadOutput
+from partialfc.runtime.process import ProcessContext
+from partialfc.train.phase_clock import PhaseClock
+from partialfc.train.schedule import Schedule
+
+_MEANS = ("loss", "softmax_loss", "center_loss", "target_cosine", "grad_norm")
 
 
-class Means:
-    """Sums of what steps report, kept on the device until they are read."""
+class TrainMetrics:
+    """Collects what steps report, on the device, and makes a train line of it.
 
-    def __init__(self) -> None:
-        self.steps = 0  # skipped ones included
-        self._applied = 0
+    Attributes:
+        samples: seen by the run, up to the last line.
+    """
+
+    def __init__(self, process: ProcessContext, schedule: Schedule, clock: PhaseClock) -> None:
+        self._process, self._schedule, self._clock = process, schedule, clock
+        self.samples = 0
+        self._reset()
+
+    def _reset(self) -> None:
+        self._steps = self._applied_steps = 0
         self._sums: dict[str, Tensor] = {}
 
     def add(self, out: HeadOutput, grad_norm: Tensor, skipped: bool) -> None:
-        """Add one step. Of a skipped one only the samples count: its numbers are none."""
-        self.steps += 1
+        """Add one step. Only the samples of a skipped step count: its other numbers mean nothing."""
+        self._steps += 1
         self._add("num_samples", out.num_samples)
         if skipped:
             return
-        self._applied += 1
+        self._applied_steps += 1
         self._add("loss", out.loss.detach())
         self._add("softmax_loss", out.softmax_loss)
         self._add("center_loss", out.center_loss)
@@ -31,8 +48,34 @@ class Means:
     def _add(self, name: str, value: Tensor) -> None:
         self._sums[name] = self._sums.get(name, 0) + value.double()
 
-    def read(self) -> dict[str, float]:
-        """The mean of each over the steps, NaN if all were skipped; the sum of ``num_samples``."""
-        names = ("loss", "softmax_loss", "center_loss", "target_cosine", "grad_norm")
-        means = {name: float(self._sums[name]) / self._applied if self._applied else float("nan") for name in names}
-        return means | {"num_samples": float(self._sums["num_samples"])}
+    def line(self, step: int, active_rows: int, skipped_steps: int) -> dict[str, Any]:
+        """Return a train line, equal on all ranks, and begin the next one. A collective.
+
+        Losses, cosine and norm are means over the applied steps since the last line, NaN if all were skipped.
+
+        Args:
+            step: number of steps done.
+            active_rows: rows of this rank's shard that took part in the last step.
+            skipped_steps: of the run so far.
+        """
+        steps, applied = self._steps, self._applied_steps
+        means = {name: float(self._sums[name]) / applied if applied else float("nan") for name in _MEANS}
+        samples = int(self._sums["num_samples"])
+        self._reset()
+        active = torch.tensor(active_rows, device=self._process.device)
+        if self._process.world_size > 1:
+            dist.all_reduce(active)
+        seconds = {phase: total / steps for phase, total in self._clock.read().items()}
+        self._clock.start()
+        self.samples += samples
+        return {
+            "step": step,
+            "epoch": round(step / self._schedule.steps_per_epoch, 4),
+            "samples": self.samples,
+            **means,
+            "active_rows": int(active),
+            "lr": self._schedule.lr(step - 1),
+            "skipped_steps": skipped_steps,
+            "samples_per_s": samples / (steps * sum(seconds.values())),
+            "seconds": seconds,
+        }

@@ -1,4 +1,4 @@
-"""A step's batch in parts that are taken one after the other, and what they give together."""
+"""A global batch in parts that a step takes one after the other."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from partialfc.head import HeadOutput
 
 
 def micro_batches(images: Tensor, labels: Tensor, parts: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The ``parts`` slices of a batch, all of one size; the loader has laid them out."""
+    """Yield the ``parts`` slices of a batch, all of one size, as the loader has laid them out."""
     size = len(labels) // parts
     for part in range(parts):
-        some = slice(part * size, (part + 1) * size)
-        yield images[some], labels[some]
+        rows = slice(part * size, (part + 1) * size)
+        yield images[rows], labels[rows]
 
 
 def merge_outputs(outputs: list[tuple[HeadOutput, Tensor]]) -> HeadOutput:
-    """What the head would have said of all micro-batches as one, each with its share of the samples."""
+    """Merge the outputs of micro-batches, each with its share [] of the samples, into the output of the whole batch."""
     if len(outputs) == 1:
         return outputs[0][0]
 

@@ -1,4 +1,4 @@
-"""The weights that a new run's backbone starts from."""
+"""Weights from which the backbone of a new run starts."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from torch import nn
 from partialfc.checkpoint.folders import step_folders
 from partialfc.config import Config
 from partialfc.models.weights import load_backbone
-from partialfc.runtime.collectives import is_rank0, run_on_rank0
+from partialfc.runtime.collectives import broadcast_from_rank0, is_rank0, run_on_rank0
 from partialfc.tracking.console import log
 
 
 def start_pretrained(config: Config, backbone: nn.Module) -> None:
-    """Fill the backbone of a run that begins from ``model.pretrained``, if it is given. A collective; the first rank
-    reads the file.
+    """Load ``model.pretrained``, if given, into the backbone of a new run. A collective; rank 0 reads the file.
 
     Raises:
         ConfigError: the weights are not of this backbone.
@@ -23,9 +22,9 @@ def start_pretrained(config: Config, backbone: nn.Module) -> None:
     path = config.model.pretrained
     if path is None:
         return
-    if is_continued(config):
+    if will_resume(config):
         if is_rank0():
-            log(f"model.pretrained={path} is not read: the run goes on from its own checkpoint")
+            log(f"model.pretrained={path} is not read: the run resumes from its own checkpoint")
         return
     run_on_rank0(lambda: load_backbone(backbone, path))
     if dist.is_initialized():
@@ -35,7 +34,7 @@ def start_pretrained(config: Config, backbone: nn.Module) -> None:
         log(f"the backbone starts from {path}")
 
 
-def is_continued(config: Config) -> bool:
-    """Whether the run folder holds checkpoints to go on from. A collective."""
+def will_resume(config: Config) -> bool:
+    """Return True if the run folder holds checkpoints to resume from. A collective."""
     wanted = config.checkpoint.resume != "never"
-    return wanted and run_on_rank0(lambda: bool(step_folders(config.run.dir / "checkpoints")))
+    return wanted and broadcast_from_rank0(lambda: bool(step_folders(config.run.dir / "checkpoints")))

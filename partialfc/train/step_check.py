@@ -1,7 +1,7 @@
-"""Before an update all ranks agree: does it happen, and does the run go on after it?
+"""Agreement of all ranks, before each update, to apply or to skip the step, and to stop after it.
 
-What speaks against it may be seen by one rank only: NaN in its embeddings, in its part of the backbone's gradient, in
-its shard of the head. One small all-reduce, before either optimizer steps, tells all; requests to stop travel with it.
+NaN or Inf may be on one rank only: in its embeddings, in its part of the backbone's gradient, in its shard of the head.
+One small all-reduce, before either optimizer steps, shares what every rank has found; requests to stop travel with it.
 """
 
 from __future__ import annotations
@@ -14,133 +14,135 @@ import torch.distributed as dist
 from torch import Tensor
 
 from partialfc.data.dataset import TarDataset
-from partialfc.errors import PartialFCError
 from partialfc.head import PartialFC
 from partialfc.runtime.collectives import all_gather_object
 from partialfc.runtime.process import ProcessContext
 
-_SHOWN = 8  # sample keys of a rank that are written down
-_PIECE = 1 << 14  # rows looked at at once
-
-
-class Diverged(PartialFCError, ArithmeticError):
-    """The numbers are no longer finite, and skipping steps does not help."""
+_MOST_SHOWN = 8  # sample keys of a rank, or class ids, in a message
+_ROWS_AT_ONCE = 1 << 14
 
 
 class StepFlags(IntFlag):
-    """What a rank has to say of a step."""
+    """Findings of one rank in a step."""
 
-    STOP = 1  # it has been asked to stop
+    STOP = 1  # the rank has been asked to stop
     EMBEDDINGS = 2  # its embeddings hold NaN or Inf
-    LOSS = 4  # the loss does, as on every rank
-    HEAD = 8  # the gradient of its shard does, or what its centers would move by
-    BACKBONE = 16  # its own part of the backbone's gradient does
-    MEAN = 32  # the mean of the ranks' parts does
-    SPIKE = 64  # the loss has jumped; the first rank decides
+    LOSS = 4  # the loss is not finite, as on every rank
+    HEAD = 8  # the gradient of its shard, or of its centers, is not finite
+    BACKBONE = 16  # its own part of the backbone's gradient is not finite
+    MEAN = 32  # the mean of the ranks' parts is not finite
+    SPIKE = 64  # the loss has jumped; rank 0 decides
 
 
-_BROKEN = StepFlags.EMBEDDINGS | StepFlags.LOSS | StepFlags.HEAD | StepFlags.BACKBONE | StepFlags.MEAN
+_NONFINITE = StepFlags.EMBEDDINGS | StepFlags.LOSS | StepFlags.HEAD | StepFlags.BACKBONE | StepFlags.MEAN
 
 
 @dataclass(frozen=True)
 class StepDecision:
-    """The words of all ranks, in their order."""
+    """The flags of all ranks, equal on all ranks."""
 
-    words: list[StepFlags]
+    flags: list[StepFlags]  # by rank
+
+    @property
+    def any_rank(self) -> StepFlags:
+        """Flags that at least one rank has set."""
+        union = StepFlags(0)
+        for flags in self.flags:
+            union |= flags
+        return union
 
     @property
     def stop(self) -> bool:
-        return any(StepFlags.STOP in word for word in self.words)
+        """True if any rank has been asked to stop."""
+        return StepFlags.STOP in self.any_rank
 
     @property
-    def broken(self) -> bool:
-        """Whether NaN or Inf has been seen anywhere."""
-        return any(word & _BROKEN for word in self.words)
+    def nonfinite(self) -> bool:
+        """True if any rank has found NaN or Inf."""
+        return bool(self.any_rank & _NONFINITE)
 
     @property
     def spike(self) -> bool:
-        return StepFlags.SPIKE in self.words[0]
+        """True if rank 0 has found a jump of the loss."""
+        return StepFlags.SPIKE in self.flags[0]
 
 
 @dataclass
 class StepCheck:
-    """What this rank sees during a step, collected without waiting for a device."""
+    """Collects the findings of this rank in a step, without waiting for the device."""
 
     device: torch.device
-    broken_samples: list[Tensor] = field(default_factory=list)  # of each micro-batch [b] bool
-    _seen: Tensor | None = None  # [] int64, of StepFlags
+    nonfinite_samples: list[Tensor] = field(default_factory=list)  # of each micro-batch, [b] bool
+    _flags: Tensor | None = None  # [] int64, StepFlags
 
     def embeddings(self, embeddings: Tensor) -> None:
-        """Look at a micro-batch's embeddings [b, D]."""
-        broken = ~embeddings.detach().isfinite().all(dim=1)
-        self.broken_samples.append(broken)
-        self._see(broken.any(), StepFlags.EMBEDDINGS)
+        """Check a micro-batch's embeddings [b, D]."""
+        nonfinite = ~embeddings.detach().isfinite().all(dim=1)
+        self.nonfinite_samples.append(nonfinite)
+        self._set_if(nonfinite.any(), StepFlags.EMBEDDINGS)
 
     def loss(self, loss: Tensor) -> None:
-        """Look at a micro-batch's loss []."""
-        self._see(~loss.detach().isfinite(), StepFlags.LOSS)
+        """Check a micro-batch's loss []."""
+        self._set_if(~loss.detach().isfinite(), StepFlags.LOSS)
 
     def gradients(self, own_is_finite: Tensor, mean_is_finite: Tensor, head_is_finite: Tensor) -> None:
-        """Look at the gradients of the whole step, each [] bool: the backbone's, this rank's own part and the mean over
-        ranks, and that of the head's shard.
+        """Record the checks of the step's gradients, each [] bool: this rank's own part of the backbone's gradient, its
+        mean over the ranks, and the gradient of the head's shard.
         """
-        self._see(~own_is_finite, StepFlags.BACKBONE)
-        self._see(~mean_is_finite, StepFlags.MEAN)
-        self._see(~head_is_finite, StepFlags.HEAD)
+        self._set_if(~own_is_finite, StepFlags.BACKBONE)
+        self._set_if(~mean_is_finite, StepFlags.MEAN)
+        self._set_if(~head_is_finite, StepFlags.HEAD)
 
-    def _see(self, bad: Tensor, word: StepFlags) -> None:
-        seen = torch.zeros((), dtype=torch.int64, device=self.device) if self._seen is None else self._seen
-        self._seen = seen | bad.long() * int(word)
+    def _set_if(self, condition: Tensor, flag: StepFlags) -> None:
+        flags = torch.zeros((), dtype=torch.int64, device=self.device) if self._flags is None else self._flags
+        self._flags = flags | condition.long() * int(flag)
 
-    def agree(self, process: ProcessContext, known: StepFlags) -> StepDecision:
-        """Tell the other ranks, and hear them; ``known`` is what the host has to say. A collective."""
-        assert self._seen is not None, "nothing has been looked at"
-        words = torch.zeros(process.world_size, dtype=torch.int64, device=self.device)
-        words[process.rank] = self._seen | int(known)
+    def agree(self, process: ProcessContext, host_flags: StepFlags) -> StepDecision:
+        """Exchange the findings of all ranks, with the ``host_flags`` of this one. A collective."""
+        assert self._flags is not None, "nothing has been checked"
+        flags = torch.zeros(process.world_size, dtype=torch.int64, device=self.device)
+        flags[process.rank] = self._flags | int(host_flags)
         if process.world_size > 1:
-            dist.all_reduce(words)
-        return StepDecision([StepFlags(word) for word in words.tolist()])
+            dist.all_reduce(flags)
+        return StepDecision([StepFlags(value) for value in flags.tolist()])
 
 
 @dataclass(frozen=True)
 class Fault:
-    """Where a step was broken, as far as can be told."""
+    """Origin of NaN or Inf in a step, as far as it is known."""
 
     rank: int
     what: str
-    keys: list[str]  # samples at fault; of a gradient, some of the rank's batch
-    samples: int  # how many
+    keys: list[str]  # of samples at fault; of a gradient, some samples of the rank's batch
+    samples: int  # how many there are
 
     def __str__(self) -> str:
-        some = f" ({', '.join(self.keys)}{', …' if self.samples > len(self.keys) else ''})" if self.keys else ""
-        return f"rank {self.rank}: {self.what}{some}"
+        more = ", …" if self.samples > len(self.keys) else ""
+        return f"rank {self.rank}: {self.what}" + (f" ({', '.join(self.keys)}{more})" if self.keys else "")
 
 
 def find_faults(
-    verdict: StepDecision,
+    decision: StepDecision,
     check: StepCheck,
     indices: Tensor,
     dataset: TarDataset,
     head: PartialFC,
     process: ProcessContext,
 ) -> list[Fault]:
-    """Who has broken a step, root causes only: what is broken on one rank soon is everywhere. A collective.
+    """Return the root causes of a skipped step: NaN on one rank soon is on all of them. A collective.
 
     Args:
         indices: of this rank's samples [b], micro-batch by micro-batch; -1 where padded.
     """
-    mine = verdict.words[process.rank]
-    seen = verdict.words[0]
-    for word in verdict.words:
-        seen |= word
+    mine, any_rank = decision.flags[process.rank], decision.any_rank
     what, at_fault = None, torch.ones_like(indices, dtype=torch.bool)
-    if StepFlags.EMBEDDINGS in seen:
+    if StepFlags.EMBEDDINGS in any_rank:
         if StepFlags.EMBEDDINGS in mine:
-            what, at_fault = "NaN or Inf in embeddings", torch.cat(check.broken_samples).cpu()
-    elif StepFlags.LOSS in seen:
+            what, at_fault = "NaN or Inf in embeddings", torch.cat(check.nonfinite_samples).cpu()
+    elif StepFlags.LOSS in any_rank:
         classes = nonfinite_classes(head)
         if len(classes):
-            what = f"NaN or Inf in the head's rows or centers of {_classes(classes)}"
+            what = f"NaN or Inf in the head's rows or centers of {_describe_classes(classes)}"
         at_fault &= False
     elif mine & (StepFlags.BACKBONE | StepFlags.HEAD):
         where = "backbone's gradient" if StepFlags.BACKBONE in mine else "gradient of the head's shard"
@@ -148,25 +150,26 @@ def find_faults(
     faults = []
     if what:
         found = indices[at_fault & (indices >= 0)].tolist()
-        faults = [Fault(process.rank, what, [dataset.key(index) for index in found[:_SHOWN]], len(found))]
-    everyone = [fault for faults in all_gather_object(faults) for fault in faults]
-    where = "the loss itself" if StepFlags.LOSS in seen else "the mean of the ranks' gradients"
-    return everyone or [Fault(0, f"NaN or Inf in {where}, as on all ranks", [], 0)]
+        faults = [Fault(process.rank, what, [dataset.key(index) for index in found[:_MOST_SHOWN]], len(found))]
+    of_all_ranks = [fault for faults in all_gather_object(faults) for fault in faults]
+    where = "the loss itself" if StepFlags.LOSS in any_rank else "the mean of the ranks' gradients"
+    return of_all_ranks or [Fault(0, f"NaN or Inf in {where}, as on all ranks", [], 0)]
 
 
 @torch.no_grad()
 def nonfinite_classes(head: PartialFC) -> Tensor:
-    """Ids of the classes of this shard whose weight, bias or center holds NaN or Inf, [n]. Walks the shard."""
+    """Return the ids [n] of this shard's classes whose weight, bias or center holds NaN or Inf. Walks the shard."""
     rows = len(head.weight)
-    broken = torch.zeros(rows, dtype=torch.bool, device=head.weight.device)
+    nonfinite = torch.zeros(rows, dtype=torch.bool, device=head.weight.device)
     tensors = [head.weight, head.bias, None if head.center_loss is None else head.center_loss.centers]
     for tensor in (tensor for tensor in tensors if tensor is not None):
-        for start in range(0, rows, _PIECE):
-            piece = tensor[start : start + _PIECE]
-            broken[start : start + _PIECE] |= ~piece.view(len(piece), -1).isfinite().all(dim=1)
-    return broken.nonzero()[:, 0].cpu() + head.first_class
+        for start in range(0, rows, _ROWS_AT_ONCE):
+            piece = tensor[start : start + _ROWS_AT_ONCE]
+            nonfinite[start : start + _ROWS_AT_ONCE] |= ~piece.view(len(piece), -1).isfinite().all(dim=1)
+    return nonfinite.nonzero()[:, 0].cpu() + head.first_class
 
 
-def _classes(ids: Tensor) -> str:
-    some = ", ".join(map(str, ids[:_SHOWN].tolist()))
-    return f"class {some}" if len(ids) == 1 else f"{len(ids):,} classes ({some}{', …' if len(ids) > _SHOWN else ''})"
+def _describe_classes(ids: Tensor) -> str:
+    some = ", ".join(map(str, ids[:_MOST_SHOWN].tolist()))
+    more = ", …" if len(ids) > _MOST_SHOWN else ""
+    return f"class {some}" if len(ids) == 1 else f"{len(ids):,} classes ({some}{more})"

@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from partialfc import models
-from partialfc.build.backbone import build_backbone, synchronized, synchronizes
+from partialfc.build.backbone import build_backbone, uses_sync_batchnorm, with_sync_batchnorm
+from partialfc.build.engine import build_engine
 from partialfc.build.optimizers import build_backbone_optimizer
 from partialfc.checkpoint.config_diff import config_changes
 from partialfc.config import Config, load_config, parse_config
-from partialfc.engines.ddp import DdpEngine
 from partialfc.engines.state import device_of_state
 from partialfc.errors import ConfigError, MissingDependency
 from partialfc.exchange import export as export_module
@@ -59,11 +59,11 @@ def test_channels_last_is_for_gpus_or_on_request() -> None:
 
 
 def test_synchronised_batch_normalisation_is_for_several_gpus() -> None:
-    assert synchronizes("auto", "cuda", 2)
-    assert not synchronizes("auto", "cuda", 1)
-    assert not synchronizes("auto", "cpu", 2)
-    assert not synchronizes(False, "cuda", 2)
-    assert synchronizes(True, "cuda", 2)
+    assert uses_sync_batchnorm("auto", "cuda", 2)
+    assert not uses_sync_batchnorm("auto", "cuda", 1)
+    assert not uses_sync_batchnorm("auto", "cpu", 2)
+    assert not uses_sync_batchnorm(False, "cuda", 2)
+    assert uses_sync_batchnorm(True, "cuda", 2)
     with pytest.raises(
         ConfigError, match=r"engine.sync_batchnorm: .*GPUs only, and this run is on cpu; set it to auto"
     ):
@@ -73,7 +73,7 @@ def test_synchronised_batch_normalisation_is_for_several_gpus() -> None:
 def test_synchronising_keeps_the_tensors_and_their_names() -> None:
     before = models.build("iresnet18", 8, 1, 16)
     state, frozen = before.state_dict(), before.features.weight
-    after = synchronized(before)
+    after = with_sync_batchnorm(before)
     assert {type(module).__name__ for module in after.modules() if "BatchNorm" in type(module).__name__} == {
         "SyncBatchNorm"
     }
@@ -154,7 +154,7 @@ def test_a_compiled_backbone_is_the_same_random_numbers_included() -> None:
         torch.manual_seed(0)
         backbone = build_backbone(settings, alone())
         names = list(backbone.state_dict())
-        engine = DdpEngine(backbone, settings, alone())
+        engine = build_engine(backbone, settings, alone())
         assert (backbone._compiled_call_impl is not None) == compile_it
         found.append((step(engine.forward, images), dict(backbone.named_parameters()), backbone.state_dict()))
         assert list(backbone.state_dict()) == names, "checkpoints and exports see plain names"
@@ -189,7 +189,7 @@ def test_a_missing_compiler_is_said_before_the_run_begins(monkeypatch: pytest.Mo
     backbone = build_backbone(settings, alone())
     monkeypatch.setenv("CXX", "a-compiler-that-there-is-not")
     with pytest.raises(MissingDependency, match=r"engine.compile needs a C\+\+ compiler on a CPU, and a-compiler"):
-        DdpEngine(backbone, settings, alone())
+        build_engine(backbone, settings, alone())
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------
@@ -228,7 +228,7 @@ def test_a_run_begins_with_pretrained_weights_and_goes_on_with_its_own(task: Pat
     path.write_bytes(b"")  # a run that goes on does not read it
     resumed = run(task, 0, *still, "optim.epochs=2", "--force")
     assert resumed.returncode == 0, resumed.stderr
-    assert resumed.stdout.count("is not read: the run goes on from its own checkpoint") == 1
+    assert resumed.stdout.count("is not read: the run resumes from its own checkpoint") == 1
     assert "the backbone starts from" not in resumed.stdout
 
     fresh = run(task, 2, *still, f"run.dir={task.parent / 'other'}")
@@ -284,7 +284,7 @@ def net(embedding_dim, channels, width=8):
     assert stored(task.parent / "run")["4.weight"].shape == (32, 45)
     refused = partialfc("export", task.parent / "run")
     assert refused.returncode == 2
-    assert "code that is not of this package; if it may run, pass --model my_nets:net" in refused.stderr
+    assert "code that is not of this package; to let it run, pass --model my_nets:net" in refused.stderr
     exported = partialfc("export", task.parent / "run", "--model", "my_nets:net")
     assert exported.returncode == 0, exported.stderr
     session = onnxruntime.InferenceSession(task.parent / "run" / "export" / "backbone.onnx")

@@ -211,13 +211,14 @@ def _mean_start(group: Any, config_file: Path, sub_centers: int | None) -> list[
 def test_new_classes_point_at_the_mean_of_their_samples(
     ranks: Ranks, trained: Path, monkeypatch: pytest.MonkeyPatch, sub_centers: int | None
 ) -> None:
-    from partialfc.data.loader import evaluation_batches
+    from partialfc.data.loader import LoaderSettings, evaluation_batches
     from partialfc.models import GlyphNet
 
     dataset = TarDataset(trained.parent / "more")
     torch.manual_seed(0)
     backbone = GlyphNet(32, 1, 16).eval()
-    batches = evaluation_batches(dataset, image_size=16, channels=1, batch_size=300, rank=0, world_size=1)
+    settings = LoaderSettings(global_batch_size=300, image_size=16, channels=1)
+    batches = evaluation_batches(dataset, settings, batch_size=300)
     with torch.no_grad():
         embeddings = torch.cat([backbone(images) for _, images in batches])
     labels = torch.from_numpy(dataset.labels)

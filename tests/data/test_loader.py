@@ -13,7 +13,7 @@ from PIL import Image
 
 from partialfc.data.augment import LIGHT, Augment, augment_by_name, background, sample_rng, to_pixels
 from partialfc.data.dataset import DatasetWriter, TarDataset
-from partialfc.data.loader import Batch, build_loader, evaluation_batches
+from partialfc.data.loader import Batch, LoaderSettings, build_loader, evaluation_batches
 from partialfc.errors import ConfigError, DataError
 
 NUM_SAMPLES, BATCH = 23, 10
@@ -48,8 +48,9 @@ def batches(data: TarDataset, **changes: Any) -> list[Batch]:
         "workers": 0,
         "start_step": 0,
         "total_steps": 7,
-    }
-    return list(build_loader(data, **{**arguments, **changes}))
+    } | changes
+    start, total = arguments.pop("start_step"), arguments.pop("total_steps")
+    return list(build_loader(data, LoaderSettings(**arguments), start, total))
 
 
 @pytest.fixture(scope="module")
@@ -98,8 +99,7 @@ def test_spawned_workers_change_nothing(
     data: TarDataset, reference: list[Batch], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data.read(0)  # a file is open, and must not travel
-    loader = build_loader(
-        data,
+    settings = LoaderSettings(
         global_batch_size=BATCH,
         image_size=16,
         channels=1,
@@ -108,9 +108,8 @@ def test_spawned_workers_change_nothing(
         rank=0,
         world_size=1,
         workers=1,
-        start_step=0,
-        total_steps=2,
     )
+    loader = build_loader(data, settings, start_step=0, total_steps=2)
     loader.multiprocessing_context = "spawn"
     for a, b in zip(list(loader), reference[:2], strict=True):
         assert_equal(a, b)
@@ -180,16 +179,15 @@ def test_wrong_arguments_are_refused_before_the_first_batch(data: TarDataset) ->
         with pytest.raises(ConfigError):
             batches(data, **changes)
     with pytest.raises(ConfigError):
-        evaluation_batches(data, image_size=16, channels=2, batch_size=4, rank=0, world_size=1)
+        LoaderSettings(global_batch_size=BATCH, image_size=16, channels=2)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4, 30])
 def test_evaluation_shows_every_sample_once_in_order(data: TarDataset, world_size: int) -> None:
     seen = list[int]()
     for rank in range(world_size):
-        for indices, images in evaluation_batches(
-            data, image_size=16, channels=1, batch_size=4, rank=rank, world_size=world_size
-        ):
+        settings = LoaderSettings(global_batch_size=BATCH, image_size=16, channels=1, rank=rank, world_size=world_size)
+        for indices, images in evaluation_batches(data, settings, batch_size=4):
             assert images.shape == (len(indices), 1, 16, 16)
             assert images.dtype == torch.float32
             seen += indices.tolist()

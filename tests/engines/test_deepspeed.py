@@ -445,12 +445,12 @@ def test_a_single_process_trains_and_the_console_has_one_format(task: Path, tmp_
 
 
 CONTRADICTIONS = [
-    ({"train_batch_size": 512}, "train_batch_size is 512, but data.global_batch_size is 20; .*=512"),
+    ({"train_batch_size": 512}, "train_batch_size is 512, but data.global_batch_size is 20; write"),
     ({"train_micro_batch_size_per_gpu": 20}, "is 20, but .* and 2 ranks make it 10"),
     ({"gradient_accumulation_steps": 4}, "is 4, but optim.accumulation is 1"),
-    ({"gradient_clipping": 0.0}, "is 0.0, but optim.clip is 1.0; .* or set optim.clip=null"),
+    ({"gradient_clipping": 0.0}, "is 0.0, but optim.clip is 1.0; write"),
     ({"bf16": {"enabled": True}}, "bf16.enabled is true, but engine.precision is fp32"),
-    ({"zero_optimization": {"stage": 3}}, "stage is 3, but engine.zero_stage is 1; .* engine.zero_stage=3"),
+    ({"zero_optimization": {"stage": 3}}, "stage is 3, but engine.zero_stage is 1; write"),
     ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, 'is "cpu", but engine.offload is none'),
     ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, "host memory only"),
     ({"zero_optimization": {"offload_param": {"device": "nvme"}}}, "host memory only"),
@@ -460,7 +460,7 @@ CONTRADICTIONS = [
     ({"zero_optimization": {"reduce_buckets": 5}}, "did you mean 'reduce_bucket_size'"),
     ({"zero_optimization": {"round_robin_gradients": True}}, "unknown name 'round_robin_gradients'"),
     ({"zero_optimization": {"stage": "1"}}, 'is "1", but engine.zero_stage is 1; write "auto" there or remove it$'),
-    ({"gradient_clipping": None}, "is null, but optim.clip is 1.0; .* or set optim.clip=null"),
+    ({"gradient_clipping": None}, "is null, but optim.clip is 1.0; write"),
     ({"steps_per_print": 0}, "steps_per_print: expected a number from 1, got 0"),
     ({"steps_per_print": "inf"}, 'expected a number from 1, got "inf"'),
     ({"tensor_parallel": {}}, "unknown name 'tensor_parallel'"),

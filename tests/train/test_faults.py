@@ -13,8 +13,8 @@ import torch.distributed.checkpoint as dcp
 import yaml
 
 from partialfc import CenterLoss, PartialFC, losses
+from partialfc.build.engine import build_engine
 from partialfc.config import parse_config
-from partialfc.engines.ddp import DdpEngine
 from partialfc.runtime.process import ProcessContext
 from partialfc.runtime.stopping import StopRequest
 from partialfc.train.loss_spikes import SpikeRule
@@ -175,7 +175,7 @@ def test_a_skipped_step_leaves_no_trace_in_batch_statistics_their_count_included
     """With ``momentum=None`` BatchNorm weights a batch by how many it has seen."""
     backbone = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3, momentum=None))
     config = parse_config({"data": {"train": "x"}})
-    engine = DdpEngine(backbone, config, ProcessContext(0, 1, torch.device("cpu"), StopRequest(None)))
+    engine = build_engine(backbone, config, ProcessContext(0, 1, torch.device("cpu"), StopRequest(None)))
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
     for skipped in (True, False):
         engine.begin_step(0.1)

@@ -171,7 +171,7 @@ def test_a_single_process_stops_with_code_75_and_its_loader_processes_with_it(
         process.kill()
     assert process.returncode == 75, output
     assert_stopped_well(folder)
-    assert "start again to go on" in output
+    assert "start again to resume" in output
 
 
 def test_a_request_in_the_last_step_is_honoured_before_the_evaluation(task: Path, tmp_path: Path) -> None:

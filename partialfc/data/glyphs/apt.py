@@ -1,4 +1,4 @@
-"""Fetch and unpack Debian packages without installing them: ``apt-get download``, ``dpkg-deb -x``; no root needed."""
+"""Debian packages, fetched and unpacked without installing them (``apt-get download``, ``dpkg-deb -x``) or root."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-_PATIENCE = ["-o", "Acquire::Retries=2", "-o", "Acquire::http::Timeout=30", "-o", "Acquire::https::Timeout=30"]
+_TIMEOUTS = ["-o", "Acquire::Retries=2", "-o", "Acquire::http::Timeout=30", "-o", "Acquire::https::Timeout=30"]
 _LONGEST_CALL = 1800.0  # seconds: the largest font package has 60 MB
 
 
 class PackageError(Exception):
-    """A package could not be fetched; the message is what the tool said."""
+    """A package could not be fetched; the message is the tool's."""
 
 
 class Apt:
     """Unpacks packages into ``cache/<package>``; each appears there complete or not at all.
 
-    The machine's package lists are used where they know the package. Where they are empty or out of date, lists are
-    fetched into the cache with directories of their own, which works for any user.
+    The machine's package lists are tried first. If they are empty or out of date, current lists are fetched into
+    directories of the cache, which works for any user.
     """
 
     def __init__(self, cache: Path) -> None:
@@ -29,10 +29,10 @@ class Apt:
         self._update_problem = ""
 
     def unpack(self, package: str) -> Path:
-        """The folder with the package's files; fetched unless it is there already.
+        """Return the folder with a package's files; fetch them unless they are there.
 
         Raises:
-            PackageError: no apt, unknown package, no network, or a full disk.
+            PackageError: apt is missing, the package unknown, the network down, or the disk full.
         """
         target = self.cache / package
         if target.is_dir():
@@ -48,7 +48,7 @@ class Apt:
             try:
                 unpacked.rename(target)
             except OSError:
-                if not target.is_dir():  # else another process was faster
+                if not target.is_dir():  # if it is there, another process was faster
                     raise
         return target
 
@@ -70,15 +70,15 @@ class Apt:
             (self.cache / ".apt" / folder).mkdir(parents=True, exist_ok=True)
         self._private_lists = True
         try:
-            # Error-Mode=any: otherwise apt reports success although it reached no server.
+            # Without Error-Mode=any apt reports success although it reached no server.
             self._run(["apt-get", *self._options(), "-o", "APT::Update::Error-Mode=any", "update"], self.cache)
         except PackageError as error:
-            self._update_problem = str(error)  # one of several sources may be down: the package may be had all the same
+            self._update_problem = str(error)  # one of several sources may be down, and another have the package
 
     def _options(self) -> list[str]:
-        options = ["-q", *_PATIENCE]
+        options = ["-q", *_TIMEOUTS]
         if os.geteuid() == 0:
-            # apt would switch to a user of its own, who may not enter this cache; what it fetches is signed anyway.
+            # apt would switch to its own user, who may not enter this cache. Downloads are signed anyway.
             options += ["-o", "APT::Sandbox::User=root"]
         if self._private_lists:
             own = (self.cache / ".apt").absolute()

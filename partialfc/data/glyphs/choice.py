@@ -1,6 +1,6 @@
-"""Which characters become classes, which are held out, and which look too much alike to be told apart.
+"""Choice of the characters that become classes, of those held out, and of pairs too much alike to be told apart.
 
-Pure functions of what the fonts hold: the outcome depends neither on the size of the images nor on who computes it.
+Pure functions of the fonts' content: the result depends neither on the image size nor on the machine.
 """
 
 from __future__ import annotations
@@ -18,24 +18,26 @@ from partialfc.errors import ConfigError
 
 Codepoints = npt.NDArray[np.int64]
 
-MIN_DESIGNS = 3  # a class needs samples: this many training designs at least
+MIN_DESIGNS = 3  # fewest training designs of a class
 PLACEHOLDER_REPEATS = 4  # a bitmap that so many code points of one font share stands for "missing"
 LOOK_ALIKE_CORRELATION = 0.98
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
+    """Characters of the training set and of the verification set."""
+
     training: Codepoints  # [num_classes], ascending: position = class id
     held_out: Codepoints  # ascending: position = class id in the verification set
 
 
 def num_held_out(num_classes: int) -> int:
-    """How many characters are kept for verification."""
+    """Return the number of characters held out for verification."""
     return min(2000, max(100, num_classes // 2))
 
 
 def without_placeholders(scans: Sequence[Scan]) -> Codepoints:
-    """The code points of one font that have a drawing of their own, ascending."""
+    """Return the code points of a font that have a drawing of their own, ascending."""
     codepoints = np.concatenate([scan.codepoints for scan in scans])
     hashes = np.concatenate([scan.hashes for scan in scans])
     _, inverse, counts = np.unique(hashes, return_inverse=True, return_counts=True)
@@ -45,23 +47,23 @@ def without_placeholders(scans: Sequence[Scan]) -> Codepoints:
 
 
 def designs_required(num_training_designs: int) -> int:
-    """How many training designs must have a character: MIN_DESIGNS, or all where there are fewer."""
+    """Return the number of training designs that must have a character: MIN_DESIGNS, or all if there are fewer."""
     return min(MIN_DESIGNS, num_training_designs)
 
 
 def count_designs(designs: Sequence[Codepoints]) -> tuple[Codepoints, npt.NDArray[np.int64]]:
-    """All code points of the designs, ascending, and in how many designs each occurs."""
+    """Return all code points of the designs, ascending, and the number of designs that have each."""
     return np.unique(np.concatenate(designs), return_counts=True)
 
 
 def choose(training: Sequence[Codepoints], held_out: Sequence[Codepoints], num_classes: int) -> Choice:
-    """Hold out characters, then take the ``num_classes`` that most training designs have; ties by a hash.
+    """Hold out characters, then take the ``num_classes`` that the most training designs have; a hash breaks ties.
 
     Args:
         training: the code points of each training design.
         held_out: the code points of each held-out design; a held-out character must be in all of them.
     Raises:
-        ConfigError: there are too few characters; says how many classes are possible.
+        ConfigError: there are too few characters; the message says how many classes are possible.
     """
     codepoints, counts = count_designs(training)
     enough = counts >= designs_required(len(training))
@@ -83,9 +85,9 @@ def choose(training: Sequence[Codepoints], held_out: Sequence[Codepoints], num_c
 
 
 def most_classes(num_characters: int, num_verifiable: int) -> int:
-    """The largest number of classes that :func:`choose` can give."""
+    """Return the largest number of classes for which :func:`choose` succeeds."""
     low, high = 0, num_characters
-    while low < high:  # more classes hold out more characters: what is needed grows with the number of classes
+    while low < high:  # bisection: the characters needed grow with the number of classes
         middle = (low + high + 1) // 2
         fits = middle + min(num_held_out(middle), num_verifiable) <= num_characters
         low, high = (middle, high) if fits else (low, middle - 1)
@@ -93,12 +95,12 @@ def most_classes(num_characters: int, num_verifiable: int) -> int:
 
 
 def shuffle_keys(codepoints: Codepoints, design: str) -> npt.NDArray[np.uint64]:
-    """Keys that, sorted, put the samples of all designs into one fixed order with the classes mixed."""
+    """Return sort keys that give the samples of all designs one fixed order, with the classes mixed."""
     return _hash(codepoints, f"order {design}")
 
 
 def look_alikes(images: npt.NDArray[np.float32]) -> list[tuple[int, int]]:
-    """Pairs (i < j) of one design's images whose normalised correlation exceeds LOOK_ALIKE_CORRELATION.
+    """Return the pairs (i < j) of a design's images whose normalised correlation exceeds LOOK_ALIKE_CORRELATION.
 
     Args:
         images: [n, pixels].

@@ -1,8 +1,8 @@
-"""The typeface designs of the glyph data set, and where their files come from.
+"""The typeface designs of the glyph data set, and the sources of their files.
 
-A design is a way to draw characters, whatever it is called: many fonts in circulation are copies of one another.
-Each design below was compared with every other one (median correlation of 300 characters' bitmaps, scaled to one size):
-no two of them reach 0.85. Left out for that reason, because a design counts once:
+A design is a way to draw characters, whatever its name: many fonts in circulation are copies of one another. Each
+design below was compared with every other one (median correlation of 300 characters' bitmaps, scaled to one size): no
+two reach 0.85. Left out, since they are too close to a design below:
 
 - Ume Hy/UI/C4 Gothic and UmePlus = Ume Gothic; MS variants = Ume Mincho; Komatuna = Konatu
 - WenQuanYi Micro Hei = Droid Sans Fallback; IPA, IPAex and Takao Mincho = IPAmj Mincho; Monapo = IPA Gothic
@@ -45,11 +45,13 @@ class Design:
 
 @dataclass(frozen=True)
 class FontFile:
+    """A face of a font file."""
+
     path: Path
     index: int  # face in a collection
 
     def digest(self) -> str:
-        """SHA-256 of the file."""
+        """Return the file's SHA-256."""
         with open(self.path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -62,7 +64,7 @@ def _design(
     first_set: str,
     held_out: bool = False,
 ) -> Design:
-    """``first_set``: the smallest font set that has the design; the larger ones have it too."""
+    """Make a design of the font set ``first_set`` and of all larger ones."""
     faces = ((files, 0),) if isinstance(files, str) else files
     return Design(name, package, faces, style, held_out, frozenset(SETS[SETS.index(first_set) :]))
 
@@ -115,14 +117,14 @@ DESIGNS: tuple[Design, ...] = (
 
 
 def design_set(name: str) -> tuple[Design, ...]:
-    """The designs of a font set: ``small``, ``core`` or ``all``; training designs first."""
+    """Return the designs of a font set: ``small``, ``core`` or ``all``; training designs first."""
     if name not in SETS:
         raise ConfigError(f"fonts must be one of {', '.join(SETS)}, got {name!r}")
     return tuple(design for design in DESIGNS if name in design.sets)
 
 
 def default_cache() -> Path:
-    """``$XDG_CACHE_HOME/partialfc/fonts``, or ``~/.cache/partialfc/fonts``."""
+    """Return ``$XDG_CACHE_HOME/partialfc/fonts``, or ``~/.cache/partialfc/fonts``."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "partialfc" / "fonts"
 
@@ -130,9 +132,9 @@ def default_cache() -> Path:
 def find_fonts(
     designs: Iterable[Design], cache_dir: Path | None = None, font_dir: Path | None = None
 ) -> dict[str, tuple[FontFile, ...] | None]:
-    """The files of each design that are on this machine: in ``font_dir``, installed, or fetched earlier.
+    """Return the files of each design on this machine: in ``font_dir``, installed, or fetched earlier.
 
-    None for a design of which a file is missing.
+    None for a design with a missing file.
     """
     cache = cache_dir or default_cache()
     if font_dir is not None and not font_dir.is_dir():
@@ -153,10 +155,10 @@ def _files_below(folder: Path | None) -> dict[str, Path]:
         return {}
     found: dict[str, Path] = {}
     for parent, folders, names in os.walk(folder):
-        folders.sort()  # which of two files of one name is taken must not depend on the file system
+        folders.sort()  # the choice between two files of one name must not depend on the file system
         for name in names:
             path = Path(parent) / name
-            if name not in found and path.is_file():  # not so: a link that leads nowhere
+            if name not in found and path.is_file():  # not a dangling link
                 found[name] = path
     return found
 
@@ -167,10 +169,10 @@ def fetch_fonts(
     font_dir: Path | None = None,
     progress: Progress = no_progress,
 ) -> dict[str, tuple[FontFile, ...]]:
-    """The font files of each design, by its name; what this machine lacks is fetched from the distribution's packages.
+    """Return the font files of each design by name; fetch missing ones from the distribution's packages.
 
     Raises:
-        DataError: a package cannot be had; says which, why, and what to do.
+        DataError: a package cannot be fetched; the message says which, why, and what to do.
     """
     cache = cache_dir or default_cache()
     found = find_fonts(designs, cache, font_dir)
@@ -198,7 +200,7 @@ def _unpack_all(apt: Apt, packages: list[str], progress: Progress) -> dict[str, 
 
 def _explain(missing: list[Design], problems: dict[str, str], cache: Path) -> str:
     packages = sorted({design.package for design in missing})
-    reasons = dict.fromkeys(problems.values())  # most often one reason for all
+    reasons = dict.fromkeys(problems.values())  # often one reason for all
     lines = [f"{len(packages)} font packages are missing: {' '.join(packages)}"]
     lines += [f"  {reason}" for reason in list(reasons)[:5]]
     damaged = [package for package in packages if package not in problems]
@@ -208,10 +210,8 @@ def _explain(missing: list[Design], problems: dict[str, str], cache: Path) -> st
     lines += [
         "What to do, one of:",
         f"  - install them:  apt-get update && apt-get install {' '.join(packages)}",
-        f"  - bring the font files in a folder, and pass it with --font-dir DIR:  {names}",
+        f"  - put the font files into a folder, and pass it with --font-dir DIR:  {names}",
     ]
     if any("small" not in design.sets for design in missing):
-        lines.append(
-            "  - if this release of the distribution lacks some of them: choose the smaller set, --fonts small"
-        )
+        lines.append("  - if this release of the distribution lacks some of them, use the smaller set: --fonts small")
     return "\n".join(lines)

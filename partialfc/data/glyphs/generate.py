@@ -1,7 +1,7 @@
-"""The glyph data set: classes are Han characters, samples are the same character in different typeface designs.
+"""The glyph data set: classes are Han characters, samples are their drawings in different typeface designs.
 
-A real task with the shape of face recognition: many classes, few samples each, large differences within a class and
-tiny ones between classes, and an open-set protocol with characters and designs never seen in training.
+A real task with the shape of face recognition: many classes, few samples each, large differences within a class, tiny
+ones between classes, and an open-set protocol with characters and designs that training never sees.
 
 The folder holds the training set itself, ``verification/`` (held-out characters in all designs, with
 ``protocol.json``) and ``closed_set/`` (the training characters in the held-out designs). The key of a sample is
@@ -44,7 +44,7 @@ _SPOOL = ".glyphs.spool"
 
 @dataclass(frozen=True)
 class GlyphReport:
-    """What :func:`make_glyphs` wrote, or found."""
+    """Summary of the data set that :func:`make_glyphs` wrote, or found."""
 
     folder: Path
     num_classes: int
@@ -79,10 +79,10 @@ def make_glyphs(
     progress: Progress = no_progress,
     overwrite: bool = False,
 ) -> GlyphReport:
-    """Fetch the fonts, choose and draw the characters, write the data set folders below ``out``.
+    """Fetch the fonts, choose and draw the characters, and write the data set folders below ``out``.
 
-    The same arguments and font files give the same bytes, whatever ``workers`` is. A folder that holds this very data
-    set already is left as it is; one that holds another is refused unless ``overwrite``.
+    The same arguments and font files give the same bytes, whatever ``workers`` is. A folder that already holds this
+    data set is left as it is; one that holds another is refused unless ``overwrite``.
 
     Args:
         size: width and height of the images: 32, 64 or 112.
@@ -90,7 +90,7 @@ def make_glyphs(
         workers: processes that draw; None: one for each core.
     Raises:
         ConfigError: an argument is out of range, or the fonts have too few characters.
-        DataError: fonts cannot be had, or ``out`` holds something else.
+        DataError: fonts cannot be fetched, or ``out`` holds something else.
     """
     started = time.monotonic()
     out = Path(out)
@@ -101,7 +101,7 @@ def make_glyphs(
     designs = design_set(fonts)
     arguments = {"kind": "glyphs", "format": _FORMAT, "num_classes": num_classes, "size": size, "fonts": fonts}
     if not overwrite and (out / INDEX).exists():
-        _check_it_is_the_same(out, arguments, find_fonts(designs, cache_dir, font_dir))
+        _require_same_data_set(out, arguments, find_fonts(designs, cache_dir, font_dir))
         return _report(out, designs, started, reused=True)
     check_target(out, overwrite)  # before the long work, not after it
     files = fetch_fonts(designs, cache_dir, font_dir, progress)
@@ -119,7 +119,7 @@ def make_glyphs(
 
 @dataclass(frozen=True, slots=True)
 class _Drawn:
-    """What there is of a design: per font file, the code points taken from it; and how large to draw."""
+    """A design as it will be drawn: the code points from each of its font files, and their typical size."""
 
     name: str
     held_out: bool
@@ -134,7 +134,7 @@ class _Drawn:
 def _scan_and_choose(
     designs: Sequence[Design], files: dict[str, tuple[FontFile, ...]], num_classes: int, pool: Pool, progress: Progress
 ) -> tuple[Choice, list[_Drawn]]:
-    """Draw every character of as few Unicode blocks as ``num_classes`` needs, then choose among those that exist."""
+    """Draw all characters of as few Unicode blocks as ``num_classes`` needs, then choose among those that exist."""
     faces = list(dict.fromkeys(file for design in designs for file in files[design.name]))
     mapped = dict(zip(faces, pool.map(render.han_codepoints, [(face,) for face in faces]), strict=True))
     training = [design for design in designs if not design.held_out]
@@ -160,7 +160,7 @@ def _scan_and_choose(
                 [design.codepoints for design in drawn if design.held_out],
                 num_classes,
             )
-        except ConfigError:  # the cmaps promised more than the fonts hold
+        except ConfigError:  # the cmaps promised more characters than the fonts have
             if last:
                 raise
             continue
@@ -191,7 +191,7 @@ def _pieces(codepoints: Codepoints) -> list[Codepoints]:
 
 
 def _merge(design: Design, files: Sequence[FontFile], scans: dict[FontFile, list[render.Scan]]) -> _Drawn:
-    """One design from its font files: each character from the first file that really has it."""
+    """Combine the font files of a design: each character comes from the first file that really has it."""
     parts, seen = list[tuple[FontFile, Codepoints]](), np.empty(0, dtype=np.int64)
     for file in files:
         if scans[file]:
@@ -205,7 +205,7 @@ def _merge(design: Design, files: Sequence[FontFile], scans: dict[FontFile, list
 
 
 def _wanted(drawn: Sequence[_Drawn], choice: Choice) -> list[_Drawn]:
-    """The designs, reduced to the chosen characters."""
+    """Return the designs, reduced to the chosen characters."""
     chosen = np.concatenate([choice.training, choice.held_out])
     return [
         _Drawn(
@@ -219,7 +219,7 @@ def _wanted(drawn: Sequence[_Drawn], choice: Choice) -> list[_Drawn]:
 
 
 class _Spool:
-    """The encoded images in a temporary file: a large set does not fit into memory, and is written in another order."""
+    """The encoded images in a temporary file: a large set exceeds memory, and is written in another order."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -253,7 +253,7 @@ class _Spool:
                 self._places[design.name] = drawn[order], np.array(limits[design.name], dtype=np.int64)[order]
 
     def codepoints(self, design: str) -> Codepoints:
-        """The drawn characters of a design, ascending."""
+        """Return the drawn characters of a design, ascending."""
         return self._places[design][0] if design in self._places else np.empty(0, dtype=np.int64)
 
     def read(self, design: str, codepoint: int) -> bytes:
@@ -278,7 +278,7 @@ def _write(
     source: dict[str, Any],
     progress: Progress,
 ) -> None:
-    """Write the given characters in the given designs as one data set folder."""
+    """Write these characters in these designs as one data set folder."""
     samples = list[tuple[int, int, str, int]]()  # (place in the order, label, design, code point)
     for design in designs:
         present = spool.codepoints(design.name)
@@ -318,7 +318,7 @@ def _write_verification(
 
 
 def _look_alikes(designs: Sequence[str], held_out: Codepoints, spool: _Spool, progress: Progress) -> list[list[int]]:
-    """Pairs of held-out class ids that some training design draws (nearly) alike."""
+    """Return the pairs of held-out class ids that some training design draws (nearly) alike."""
     pairs = set[tuple[int, int]]()
     with progress("comparing held-out characters", len(designs)) as advance:
         for name in designs:
@@ -343,8 +343,8 @@ def _digests(files: dict[str, tuple[FontFile, ...]]) -> dict[str, list[dict[str,
     }
 
 
-def _check_it_is_the_same(out: Path, arguments: dict[str, Any], fonts: dict[str, tuple[FontFile, ...] | None]) -> None:
-    """Raises DataError unless ``out`` holds, complete, what these arguments and the fonts on this machine give."""
+def _require_same_data_set(out: Path, arguments: dict[str, Any], fonts: dict[str, tuple[FontFile, ...] | None]) -> None:
+    """Raise a DataError unless ``out`` holds, complete, the data set of these arguments and this machine's fonts."""
     source = read_index(out).get("source")
     source = source if isinstance(source, dict) else {}
     found = {name: source.get(name) for name in arguments}
@@ -359,7 +359,7 @@ def _check_it_is_the_same(out: Path, arguments: dict[str, Any], fonts: dict[str,
         for shard in read_index(folder)["shardlist"]:
             path = folder / shard["url"]
             if not path.is_file() or path.stat().st_size != shard["nbytes"]:
-                raise DataError(f"{path} is missing or damaged; ask to overwrite to make the data set anew")
+                raise DataError(f"{path} is missing or damaged; ask to overwrite to make the data set again")
 
 
 def _report(out: Path, designs: Sequence[Design], started: float, reused: bool) -> GlyphReport:

@@ -1,6 +1,6 @@
-"""Draw characters: which ones a font really has, and what they look like on a square canvas.
+"""Drawing of characters: the ones that a font really has, and their images on a square canvas.
 
-The functions take lists of code points and run in worker processes, one font file at a time so that caches stay hot.
+The functions take lists of code points and run in worker processes, one font file at a time, so that caches stay hot.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from PIL import Image, ImageDraw, ImageFont
 from partialfc.data.glyphs.fonts import FontFile
 from partialfc.errors import DataError
 
-# Unicode's Han ideographs by block. Compatibility ideographs (F900–FAFF, 2F800–2FA1F) are left out on purpose: each is
-# a duplicate of one of these by definition.
+# Unicode's Han ideographs by block. Compatibility ideographs (F900–FAFF, 2F800–2FA1F) are left out on purpose: each
+# duplicates one of these by definition.
 HAN_BLOCKS: tuple[tuple[tuple[int, int], ...], ...] = (
     ((0x4E00, 0x9FFF),),  # unified repertoire and ordering (URO)
     ((0x3400, 0x4DBF),),  # extension A
     ((0x20000, 0x2A6DF), (0x2A700, 0x2EE5F), (0x30000, 0x323AF)),  # extensions B; C–F and I; G and H
 )
-SCAN_EM = 32  # pixels; at a fixed size, so the choice of characters does not depend on the size of the images
+SCAN_EM = 32  # pixels; fixed, so that the choice of characters does not depend on the image size
 FILL = 0.88  # of the canvas: the larger side of a typical character
 BACKGROUND = 255
 
 
 @dataclass(frozen=True, slots=True)
 class Scan:
-    """What a font draws for a range of code points; arrays of one length, blank glyphs left out."""
+    """Drawings of a font for a range of code points: arrays of one length, blank glyphs left out."""
 
     codepoints: npt.NDArray[np.int64]
     hashes: npt.NDArray[np.uint64]  # of the bitmap: equal for equal drawings
@@ -41,13 +41,13 @@ class Scan:
 
 
 def han_codepoints(font: FontFile) -> npt.NDArray[np.int64]:
-    """The Han ideographs that the font maps to a glyph other than glyph 0, ascending."""
-    logging.getLogger("fontTools").setLevel(logging.ERROR)  # it warns about tables that do not matter here
+    """Return the Han ideographs that the font maps to a glyph other than glyph 0, ascending."""
+    logging.getLogger("fontTools").setLevel(logging.ERROR)  # its warnings concern tables that are not used
     try:
         with TTFont(font.path, fontNumber=font.index, lazy=True) as tables:
             missing = tables.getGlyphName(0)
             codepoints = sorted(codepoint for codepoint, name in tables.getBestCmap().items() if name != missing)
-    except Exception as error:  # a damaged table shows as any kind of error
+    except Exception as error:  # damaged tables raise any kind of error
         raise DataError(f"font {font.path} (face {font.index}) cannot be read: {error}") from error
     mapped = np.array(codepoints, dtype=np.int64)
     ranges = [limits for block in HAN_BLOCKS for limits in block]
@@ -69,15 +69,16 @@ def scan(font: FontFile, codepoints: npt.NDArray[np.int64]) -> Scan:
 
 
 def render(font: FontFile, codepoints: npt.NDArray[np.int64], size: int, em: int) -> list[bytes]:
-    """PNG of each code point: dark ink on white, ``size`` × ``size`` grey pixels, drawn at ``em`` pixels."""
+    """Return a PNG of each code point: dark ink on white, ``size`` × ``size`` grey pixels, drawn at ``em`` pixels."""
     face = _face(font, em)
     return [_png(_canvas(face, codepoint, size)) for codepoint in codepoints.tolist()]
 
 
 def em_for(size: int, typical_extent: float) -> int:
-    """The em size at which a font's typical character fills FILL of the canvas.
+    """Return the em size at which a font's typical character fills FILL of the canvas.
 
-    ``typical_extent`` is the median larger side of its ink boxes at SCAN_EM: some fonts draw small on their em square.
+    Args:
+        typical_extent: median larger side of its ink boxes at SCAN_EM; some fonts draw small on their em square.
     """
     return max(4, round(FILL * size * SCAN_EM / max(typical_extent, 1.0)))
 
@@ -87,7 +88,7 @@ def _canvas(face: ImageFont.FreeTypeFont, codepoint: int, size: int) -> Image.Im
     ink = _ink(face, codepoint)
     if ink is None:
         return canvas
-    room = size - 2  # one pixel of background all around: a stroke is never cut off
+    room = size - 2  # one pixel of background on each side: no stroke is cut off
     if max(ink.size) > room:
         shrink = room / max(ink.size)
         ink = ink.resize((max(1, round(ink.width * shrink)), max(1, round(ink.height * shrink))), Image.Resampling.BOX)
@@ -96,9 +97,9 @@ def _canvas(face: ImageFont.FreeTypeFont, codepoint: int, size: int) -> Image.Im
 
 
 def _ink(face: ImageFont.FreeTypeFont, codepoint: int) -> Image.Image | None:
-    """The coverage of a character, cropped to its ink: 255 is ink. None if there is none, or it cannot be drawn."""
+    """Return a character's coverage, cropped to its ink (255); None if it is blank or cannot be drawn."""
     em = round(face.size)
-    drawing = Image.new("L", (2 * em, 2 * em))  # roomy: ink may reach beyond the em square
+    drawing = Image.new("L", (2 * em, 2 * em))  # ink may reach beyond the em square
     try:
         ImageDraw.Draw(drawing).text((em // 2, 3 * em // 2), chr(codepoint), fill=255, font=face, anchor="ls")
     except OSError:  # a damaged outline
