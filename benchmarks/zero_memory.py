@@ -87,12 +87,12 @@ def worker(number: int, arguments: argparse.Namespace, engine: dict[str, object]
     if engine["name"] == "deepspeed":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         __import__("deepspeed")  # its own size is no matter here
-    rank = ProcessContext(number, arguments.ranks, torch.device("cpu"), StopRequest(None))
+    process = ProcessContext(number, arguments.ranks, torch.device("cpu"), StopRequest(None))
     torch.manual_seed(0)
-    backbone = build_backbone(config, rank)
+    backbone = build_backbone(config, process)
     size = sum(parameter.numel() * parameter.element_size() for parameter in backbone.parameters())
     before = resident("VmRSS") - size
-    runner = build_engine(backbone, config, rank)
+    runner = build_engine(backbone, config, process)
     images = torch.randn(2, 1, arguments.image_size, arguments.image_size)
     found: list[list[float]] = []
     for step in range(3):
