@@ -3,9 +3,14 @@
 >>> from partialfc import PartialFC, RowSGD, losses
 >>> head = PartialFC(num_classes=1000, embedding_dim=128, loss=losses.ArcFace(scale=64.0, margin=0.5))
 >>> optimizer = RowSGD(head.parameters(), lr=0.1)
+
+The head and the losses are imported at their first use, because they need torch: ``partialfc --help`` and the processes
+beside a training start without it.
 """
 
-from partialfc import losses
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from partialfc.errors import (
     BatchMismatch,
     ConfigError,
@@ -16,17 +21,20 @@ from partialfc.errors import (
     PartialFCError,
     RankLost,
 )
-from partialfc.head import (
-    CenterLoss,
-    ClassPartition,
-    HeadOutput,
-    LinearRate,
-    PartialFC,
-    RowAdagrad,
-    RowAdamW,
-    RowSGD,
-    StepRate,
-)
+
+if TYPE_CHECKING:
+    from partialfc import losses
+    from partialfc.head import (
+        CenterLoss,
+        ClassPartition,
+        HeadOutput,
+        LinearRate,
+        PartialFC,
+        RowAdagrad,
+        RowAdamW,
+        RowSGD,
+        StepRate,
+    )
 
 __version__ = "0.1.0"
 
@@ -50,3 +58,20 @@ __all__ = [
     "StepRate",
     "losses",
 ]
+
+_LAZY_PACKAGES = ("head", "losses")
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name that needs torch (PEP 562)."""
+    if name in _LAZY_PACKAGES:
+        return import_module(f"{__name__}.{name}")
+    if name in __all__:
+        value: object = getattr(import_module(f"{__name__}.head"), name)
+        globals()[name] = value  # the next use does not come here
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_LAZY_PACKAGES})

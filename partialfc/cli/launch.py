@@ -1,41 +1,40 @@
-"""The commands ``partialfc launch …``."""
+"""``partialfc launch``."""
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from partialfc.cli.arguments import ConfigFile, Force, Overrides
 from partialfc.tracking.console import log
 
-launch = typer.Typer(help="Start runs on many hosts, or as jobs of Slurm.", no_args_is_help=True)
-_AS_THEY_ARE = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
+app = typer.Typer(help="Start runs on many hosts, or as Slurm jobs.", no_args_is_help=True)
 
 
-@launch.command("slurm")
+@app.command("slurm")
 def slurm_command(
-    config: Annotated[Path, typer.Argument(help="YAML file")],
-    nodes: Annotated[int, typer.Option(min=1, help="how many")],
-    time: Annotated[str, typer.Option(help="limit of one start, e.g. 24:00:00; the job goes on after it")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value")] = None,
-    partition: Annotated[str | None, typer.Option(help="of the cluster")] = None,
-    account: Annotated[str | None, typer.Option(help="that is charged")] = None,
-    gpus_per_node: Annotated[str | None, typer.Option(help="a number or kind:number; one rank each")] = None,
-    cpus_per_task: Annotated[int | None, typer.Option(min=1, help="cores of a node; a task is a node")] = None,
-    mem: Annotated[str | None, typer.Option(help="memory of a node, e.g. 400G")] = None,
+    config: ConfigFile,
+    nodes: Annotated[int, typer.Option(min=1, help="number of nodes")],
+    time: Annotated[str, typer.Option(help="time limit of one start, e.g. 24:00:00; the job is requeued after it")],
+    overrides: Overrides = None,
+    partition: Annotated[str | None, typer.Option(help="partition of the cluster")] = None,
+    account: Annotated[str | None, typer.Option(help="account to charge")] = None,
+    gpus_per_node: Annotated[str | None, typer.Option(help="number or kind:number of GPUs; one rank each")] = None,
+    cpus_per_task: Annotated[int | None, typer.Option(min=1, help="cores per node (one task runs on a node)")] = None,
+    mem: Annotated[str | None, typer.Option(help="memory per node, e.g. 400G")] = None,
     warning_seconds: Annotated[
-        int, typer.Option(min=10, max=65535, help="before the limit, to write a checkpoint")
+        int, typer.Option(min=10, max=65535, help="seconds before the limit at which a checkpoint is requested")
     ] = 300,
-    image: Annotated[str, typer.Option(help="container: a .sif file (Apptainer), or what Pyxis takes")] = "",
+    image: Annotated[str, typer.Option(help="container: a .sif file (Apptainer), or any image that Pyxis takes")] = "",
     cache: Annotated[str, typer.Option(help="folder on the nodes' own disks to copy the training set to")] = "",
     sbatch: Annotated[
         list[str] | None, typer.Option(help="further option for sbatch, e.g. --sbatch=--qos=high")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="go on with a run although its config has changed")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the job script, and do nothing")] = False,
+    force: Force = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the job script; submit nothing")] = False,
 ) -> None:
     """Write a job script that trains CONFIG, and submit it."""
     from partialfc.config import load_config
@@ -47,7 +46,7 @@ def slurm_command(
         nodes, time, partition, account, gpus_per_node, cpus_per_task, mem, warning_seconds, tuple(sbatch or ())
     )
     words = [*(overrides or []), *(["--force"] if force else [])]
-    # A script that is only printed does not know that there is a run folder for the job's output.
+    # --dry-run creates no run folder, so a script that is only printed sends the job's output elsewhere.
     text = job_script(request, run.name, run, config, words, image, cache, Path() if dry_run else None)
     limit = seconds_of(time)
     if limit and warning_seconds > limit / 2:
@@ -68,18 +67,20 @@ def slurm_command(
     log(f"job {submit(path)}: {path}, output in {run}")
 
 
-@launch.command("torchrun", context_settings=_AS_THEY_ARE)
+@app.command(
+    "torchrun",
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []},
+)
 def torchrun_command(context: typer.Context) -> None:
-    """Become launch/torchrun.sh, with its arguments, settings and exit codes."""
-    from partialfc.launch.scripts import script
+    """Train under torchrun, with the arguments, settings and exit codes of launch/torchrun.sh."""
+    from partialfc.launch.torchrun import main
 
-    os.environ.setdefault("PYTHON", sys.executable)
-    os.execvp("bash", ["bash", str(script("torchrun.sh")), *context.args])
+    sys.exit(main(context.args))
 
 
-@launch.command("script")
+@app.command("script")
 def script_command(name: Annotated[str, typer.Argument(help="e.g. train.sbatch")]) -> None:
-    """Print where one of the scripts lies."""
+    """Print the path of one of the launch scripts."""
     from partialfc.launch.scripts import script
 
     print(script(name))

@@ -1,4 +1,4 @@
-"""The scripts that start runs; they lie beside this file, so that an installed package has them too."""
+"""Paths of the shell scripts beside this file, which start runs."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ _FOLDER = Path(__file__).parent
 
 
 def script(name: str) -> Path:
-    """The path of one of the scripts.
+    """Return the path of a script.
 
     Raises:
-        ConfigError: there is none of this name.
+        ConfigError: there is no script of this name.
     """
     known = sorted(path.name for path in _FOLDER.iterdir() if path.suffix in (".sh", ".sbatch"))
     if name not in known:

@@ -1,4 +1,4 @@
-"""Job scripts for Slurm: ``train.sbatch`` with a request and a run of its own, for people to read and keep."""
+"""Job scripts for Slurm: ``train.sbatch`` with a request and a run filled in, to be read and kept."""
 
 from __future__ import annotations
 
@@ -22,34 +22,34 @@ _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<parts>\d+(?::\d+){0,2})|UNLIMITED|IN
 
 
 class SubmissionFailed(PartialFCError):
-    """Slurm has not taken a job."""
+    """Slurm has refused a job."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a job asks Slurm for; None leaves the choice to Slurm."""
+    """Resources that a job asks Slurm for; None leaves the choice to Slurm."""
 
     nodes: int
     time: str  # as sbatch takes it, e.g. 24:00:00 or 2-00:00:00
     partition: str | None = None
     account: str | None = None
     gpus_per_node: str | None = None  # a number, or kind:number
-    cpus_per_task: int | None = None  # a task is a node here
-    mem: str | None = None  # a node
+    cpus_per_task: int | None = None  # one task runs on a node
+    mem: str | None = None  # per node
     warning_seconds: int = 300  # before the limit
-    more: tuple[str, ...] = ()  # options of sbatch as they are, e.g. --qos=high
+    more: tuple[str, ...] = ()  # further options of sbatch, e.g. --qos=high
 
     def options(self, name: str, output: str, folder: str) -> list[str]:
-        """The options for sbatch; the job works in ``folder``.
+        """Return the options for sbatch; the job works in ``folder``.
 
         Raises:
-            ConfigError: a value is not what sbatch takes.
+            ConfigError: sbatch would not take a value, or would misread it.
         """
         limit = seconds_of(self.time)
         if limit is not None and self.warning_seconds >= limit:
             raise ConfigError(
-                f"--time: the warning, {self.warning_seconds} s before the limit, would come before a start of "
-                f"{limit:g} s begins; raise --time, or lower --warning-seconds"
+                f"--time: a start of {limit:g} s would be warned before it begins, {self.warning_seconds} s before the "
+                "limit; raise --time, or lower --warning-seconds"
             )
         given = {
             "job-name": name,
@@ -66,11 +66,11 @@ class Request:
             "output": output,
         }
         options = [f"--{key}={_quoted(key, value)}" for key, value in given.items() if value is not None]
-        return [*options, "--requeue", "--open-mode=append", *map(_further, self.more)]
+        return [*options, "--requeue", "--open-mode=append", *map(_extra_option, self.more)]
 
 
 def seconds_of(time: str) -> float | None:
-    """A time limit as sbatch takes it, in seconds; None if there is none.
+    """Return sbatch's notation of a time limit in seconds; None for no limit.
 
     Raises:
         ConfigError: sbatch would not take it.
@@ -101,30 +101,31 @@ def job_script(
     cache: str = "",
     output: Path | None = None,
 ) -> str:
-    """The text of a script for sbatch that trains ``config`` in the run folder ``run``, from wherever it is submitted:
-    in the working folder of this process.
+    """Return a script for sbatch that trains ``config`` in the run folder ``run``.
+
+    The job works in the working folder of this process, wherever the script is submitted from.
 
     Args:
         words: overrides, and ``--force``.
-        output: folder for the job's output; default: the run folder. It must exist, or the job fails without a word.
+        output: folder for the job's output; default: the run folder. It must exist, or the job fails silently.
 
     Raises:
-        ConfigError: a value cannot be written into it.
+        ConfigError: a value cannot be written into a job script.
     """
     if re.search(r'["\n]', str(run)):
-        raise ConfigError(f"run.dir: a job script cannot name {str(run)!r}, for its quote or line break")
+        raise ConfigError(f"run.dir: a job script cannot name {str(run)!r}: it holds a quote or a line break")
     here = Path.cwd()
     settings = {"PYTHON": "python3" if image else sys.executable, "IMAGE": image, "CACHE": cache}
     lines = [f"{key}={shlex.quote(value)}" for key, value in settings.items() if value]
     lines.append(f'set -- {shlex.join([str(config), *words])} "$@"')
     if any("\n" in line for line in lines):
-        raise ConfigError("a config's name or an override holds a line break, which a job script cannot")
-    file = str(here / (output or run)).replace("%", "%%") + "/slurm-%j.out"  # sbatch fills in what follows a %
+        raise ConfigError("a job script cannot hold the line break in the name of the config or in an override")
+    file = str(here / (output or run)).replace("%", "%%") + "/slurm-%j.out"  # sbatch expands %
     options = request.options(name, file, str(here))
     header = "".join(f"#SBATCH {option}\n" for option in options)
     about = (
         f"#\n# Written by `partialfc launch slurm`: trains {config} in {run}.\n"
-        "# Submit it again with sbatch to go on; docs/slurm.md tells the rest.\n"
+        "# Submit it again with sbatch to resume; see docs/slurm.md.\n"
     )
     text = script("train.sbatch").read_text(encoding="utf-8")
     assert _SETTINGS in text
@@ -136,23 +137,23 @@ def job_script(
 
 
 def submit(path: Path) -> str:
-    """Give a job script to Slurm; returns the job's number.
+    """Submit a job script to Slurm and return the job's number.
 
     Raises:
-        MissingDependency: there is no sbatch here.
-        SubmissionFailed: Slurm does not take it.
+        MissingDependency: sbatch is not installed.
+        SubmissionFailed: Slurm refuses the job.
     """
     if shutil.which("sbatch") is None:
         raise MissingDependency(f"sbatch is not installed here: take {path} to a login node, or use --dry-run")
     environment = {key: value for key, value in os.environ.items() if not key.startswith("SBATCH_")}
     done = subprocess.run(["sbatch", "--parsable", str(path)], capture_output=True, text=True, env=environment)
     if done.returncode != 0:
-        raise SubmissionFailed(f"sbatch does not take {path}: {done.stderr.strip()}")
+        raise SubmissionFailed(f"sbatch refuses {path}: {done.stderr.strip()}")
     return done.stdout.strip().partition(";")[0]
 
 
-def _further(option: str) -> str:
-    """An option that a person has given for sbatch, for an #SBATCH line."""
+def _extra_option(option: str) -> str:
+    """Return a user's option for sbatch as it is written on an #SBATCH line."""
     if not option.startswith("-") or "\n" in option:
         raise ConfigError(f"--sbatch: expected an option of sbatch such as --qos=high, got {option!r}")
     name, _, value = option.partition("=")
@@ -162,7 +163,7 @@ def _further(option: str) -> str:
 
 
 def _quoted(option: str, value: object) -> str:
-    """A value on an #SBATCH line, in quotes if it needs them."""
+    """Return a value as it is written on an #SBATCH line, in quotes if it needs them."""
     text = str(value)
     if "\n" in text or '"' in text:
         raise ConfigError(f"--{option}: expected a value without quotes and line breaks, got {text!r}")

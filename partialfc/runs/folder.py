@@ -127,7 +127,7 @@ class RunFolder:
         except OSError as error:  # no reason not to train
             log(f"WARNING: tracking.metrics_port={port} cannot be served: {error.strerror}")
             return None
-        self.metrics.listeners.append(endpoint.see)
+        self.metrics.listeners.append(endpoint.record)
         log(f"serving /healthz and /metrics on 127.0.0.1:{port}")
         return endpoint
 

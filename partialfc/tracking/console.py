@@ -1,4 +1,4 @@
-"""The one progress display: a live bar on a terminal, a line with an ETA now and then where output goes to a file."""
+"""Log lines and progress on the console: a live line on a terminal, a line every few seconds where output is a file."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Protocol
 
 
 def log(message: str) -> None:
-    """Print one line in the log format of the package: local time, then the message."""
+    """Print one log line: local time, then the message."""
     print(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {message}", flush=True)
 
 
 def duration(seconds: float) -> str:
-    """A duration for people: ``42s``, ``3m05s``, ``7h12m``, ``2d03h``."""
+    """Return a duration as people read it: ``42s``, ``3m05s``, ``7h12m``, ``2d03h``."""
     whole = max(0, round(seconds))
     if whole < 60:
         return f"{whole}s"
@@ -27,20 +27,20 @@ def duration(seconds: float) -> str:
 
 
 class Advance(Protocol):
-    """Reports progress: ``advance(3)`` after three more items; the last ``note`` is shown behind the ETA."""
+    """Function that counts items done: ``advance(3)`` after three more; the last ``note`` is shown behind the ETA."""
 
     def __call__(self, items: int = 1, note: str = "") -> None: ...
 
 
 class Progress(Protocol):
-    """What long work asks for: ``with progress("rendering", total=100) as advance: ...; advance()``."""
+    """Display that long work reports to: ``with progress("rendering", total=100) as advance: ...; advance()``."""
 
     def __call__(self, what: str, total: int) -> AbstractContextManager[Advance]: ...
 
 
 @contextmanager
 def no_progress(what: str, total: int) -> Iterator[Advance]:
-    """A :class:`Progress` that shows nothing."""
+    """Show nothing (a :class:`Progress`)."""
 
     def advance(items: int = 1, note: str = "") -> None:
         pass
@@ -50,7 +50,7 @@ def no_progress(what: str, total: int) -> Iterator[Advance]:
 
 @contextmanager
 def console_progress(what: str, total: int, seconds_between_lines: float = 10.0) -> Iterator[Advance]:
-    """Show ``what`` with count, rate and ETA on stdout: live on a terminal, a line every few seconds elsewhere."""
+    """Show ``what`` with count, rate and ETA on stdout (a :class:`Progress`)."""
     started = time.monotonic()
     live = sys.stdout.isatty()
     done, last_shown, last_note = 0, started if not live else 0.0, ""

@@ -1,4 +1,4 @@
-"""A run's health over HTTP on loopback: ``/healthz`` for supervisors, ``/metrics`` for Prometheus."""
+"""Health of a run over HTTP on loopback: ``/healthz`` for supervisors, ``/metrics`` for Prometheus."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from prometheus_client.registry import Collector
 
 
 class Endpoint(Collector):
-    """Serves what ``state()`` gives and the newest train line. Its threads are daemons; the run never waits for them.
+    """HTTP server for the state of a run and its newest train line. The run never waits for its threads, all daemons.
 
-    ``/healthz`` answers 200 with the state, or 503 once no step has been made for ``stalled_after`` seconds.
+    ``/healthz`` answers 200 with the state, or 503 if the run is not running or ``stalled_after`` seconds have passed
+    without progress.
 
     Args:
-        port: on 127.0.0.1; 0 takes a free one.
-        state: what state.json holds, and ``seconds_since_progress``.
+        port: port on 127.0.0.1; 0 takes a free one.
+        state: returns the content of state.json, and ``seconds_since_progress``.
+        stalled_after: seconds.
 
     Raises:
         OSError: the port is taken.
@@ -38,21 +40,21 @@ class Endpoint(Collector):
         self.port: int = self._server.server_address[1]
         threading.Thread(target=self._server.serve_forever, name="endpoint", daemon=True).start()
 
-    def see(self, line: dict[str, Any]) -> None:
-        """Take in a line of metrics.jsonl."""
+    def record(self, line: dict[str, Any]) -> None:
+        """Record a line of metrics.jsonl (a listener of :class:`~partialfc.tracking.metrics.MetricsFile`)."""
         if line["kind"] == "train":
             self._newest = line
         elif line["kind"] == "event":
             self._events = {**self._events, line["event"]: self._events.get(line["event"], 0) + 1}
 
     def health(self) -> tuple[int, dict[str, Any]]:
-        """The HTTP status, and what to say."""
+        """Return the HTTP status and the body of ``/healthz``."""
         state = self._state()
-        well = state["state"] == "running" and state["seconds_since_progress"] <= self._stalled_after
-        return (200 if well else 503), state
+        healthy = state["state"] == "running" and state["seconds_since_progress"] <= self._stalled_after
+        return (200 if healthy else 503), state
 
     def collect(self) -> Iterator[Metric]:
-        """Prometheus' view: numbers of the state and of the newest train line, and how often each event happened."""
+        """Yield Prometheus metrics: numbers of the state and of the newest train line, and counts of events by name."""
         state, newest = self._state(), self._newest
         numbers = {"up": int(state["state"] == "running"), **newest, **state}
         for name, value in numbers.items():
@@ -92,4 +94,4 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Say nothing: the console belongs to the run."""
+        """Log nothing: the console belongs to the run."""

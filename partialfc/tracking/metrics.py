@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object a line."""
+"""metrics.jsonl: one JSON object per line."""
 
 from __future__ import annotations
 
@@ -15,22 +15,21 @@ from partialfc.tracking.console import log
 
 
 class MetricsFile:
-    """Appends lines ``{"kind": …, "time": …, …}``; written through at once, so that a killed run loses none.
+    """Appends lines ``{"kind": …, "time": …, …}``, written through at once so that a killed run loses none.
 
-    Kinds: ``train`` (means over the steps since the last such line), ``evaluation``, ``event``.
-
-    A disk that is full is no reason to end a run: lines wait in memory until it takes them.
+    Kinds: ``train`` (means over the steps since the last such line), ``evaluation``, ``event``. A full disk does not
+    end a run: lines are kept in memory until they can be written.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.listeners: list[Callable[[dict[str, Any]], None]] = []  # are given each line, as it is written
+        self.listeners: list[Callable[[dict[str, Any]], None]] = []  # called with each line
         self._file = path.open("ab", buffering=0)
-        self._waiting = b""
+        self._unwritten = b""
         self._lock = threading.Lock()
 
     def write(self, kind: str, **values: Any) -> None:
-        """Append one line. Numbers that JSON cannot hold (NaN, Inf) are written as null."""
+        """Append one line. Numbers that JSON cannot represent (NaN, Inf) are written as null."""
         line = {"kind": kind, "time": round(time.time(), 3), **_jsonable(values)}
         with self._lock:
             self._append(json.dumps(line, ensure_ascii=False).encode() + b"\n")
@@ -38,13 +37,13 @@ class MetricsFile:
                 listener(line)
 
     def _append(self, text: bytes) -> None:
-        had_to_wait = bool(self._waiting)
-        self._waiting += text
+        failed_before = bool(self._unwritten)
+        self._unwritten += text
         try:
-            while self._waiting:
-                self._waiting = self._waiting[self._file.write(self._waiting) :]
+            while self._unwritten:
+                self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
         except OSError as error:
-            if not had_to_wait:
+            if not failed_before:
                 log(f"WARNING: {self._file.name} cannot be written ({error.strerror}); its lines are kept until it can")
 
     def close(self) -> None:
@@ -52,7 +51,7 @@ class MetricsFile:
 
 
 def add_event(run: Path, event: str, **values: Any) -> None:
-    """Write an event into the metrics.jsonl of a run folder, if it is one, from outside its training."""
+    """Append an event to the metrics.jsonl in ``run``, if there is one, from outside the training."""
     path = run / "metrics.jsonl"
     if path.exists():
         metrics = MetricsFile(path)
@@ -61,7 +60,7 @@ def add_event(run: Path, event: str, **values: Any) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a torn last line is left out."""
+    """Return the lines of a metrics.jsonl, without those that are torn."""
     lines = []
     for text in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
@@ -72,7 +71,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def read_last(path: Path, most: int) -> dict[str, dict[str, Any]]:
-    """The last line of each kind among the last ``most`` bytes of a metrics.jsonl; {} if there is none."""
+    """Return the last line of each kind among the last ``most`` bytes of a metrics.jsonl; {} if there is no file."""
     try:
         with path.open("rb") as file:
             start = max(0, file.seek(0, 2) - most)

@@ -172,9 +172,9 @@ def test_health_and_metrics_are_served_on_loopback(tmp_path: Path) -> None:
         "reason": "",
     }
     endpoint = Endpoint(0, lambda: now, stalled_after=60)
-    endpoint.see({"kind": "train", "step": 7, "loss": 1.5, "seconds": {"data": 0.25, "head": 0.5}, "time": 1.0})
-    endpoint.see({"kind": "event", "event": "skipped_step"})
-    endpoint.see({"kind": "event", "event": "skipped_step"})
+    endpoint.record({"kind": "train", "step": 7, "loss": 1.5, "seconds": {"data": 0.25, "head": 0.5}, "time": 1.0})
+    endpoint.record({"kind": "event", "event": "skipped_step"})
+    endpoint.record({"kind": "event", "event": "skipped_step"})
     base = f"http://127.0.0.1:{endpoint.port}"
     with urllib.request.urlopen(f"{base}/healthz", timeout=10) as answer:
         assert (answer.status, json.load(answer)["step"]) == (200, 7)

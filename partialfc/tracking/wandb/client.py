@@ -1,10 +1,12 @@
-"""The process that talks to W&B: it follows metrics.jsonl and hands every line to the client, in order.
+"""Process that talks to W&B: it follows ``metrics.jsonl`` and hands every line to W&B's client, in order.
 
-Started and, if need be, ended by :mod:`partialfc.tracking.wandb.supervisor`. A line on its stdin says that the run has
-ended. What W&B lacks is found anew at each start: the server says how many rows it has, and the lines of the others are
-sent again. So it does not matter how an earlier attempt ended, whether it was online, or what was lost on the way.
+``python -m partialfc.tracking.wandb.client RUN_FOLDER OPTIONS`` is started by :mod:`partialfc.tracking.wandb.run`. A
+line on stdin, its end, or the death of the trainer says that the run has ended. The process says on stdout: ``started
+URL``, then ``finished``, ``unfinished REASON`` (W&B does not have everything, another client would not help) or
+``failed REASON``.
 
-Nothing here waits for anything but W&B itself, and nothing else waits for it.
+What W&B lacks is found anew at each start: the server says how many rows it has, and the lines of the others are sent
+again. It does not matter how an earlier attempt ended, whether it was online, or what was lost on the way.
 """
 
 from __future__ import annotations
@@ -14,43 +16,46 @@ import json
 import math
 import netrc
 import os
+import select
 import sys
 import threading
-import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 from urllib.parse import urlparse
 
 import yaml
 
-from partialfc.tracking.wandb.rows import Lines, Notes, Sent, best, row, table
+from partialfc.tracking.wandb.lock import client_lock
+from partialfc.tracking.wandb.rows import best, row, table
 from partialfc.tracking.wandb.run import GRACE, SENT, UNSENT
+from partialfc.tracking.wandb.sent import Sent, SentLog, UnsentLines
 
 _POLL = 1.0  # seconds
 _FLUSH = 1.0  # seconds after which a line is in the file of an offline run, whatever happens
 
 
-class Follower:
-    """Sends one run folder to one W&B run."""
+class WandbFeeder:
+    """Feeds the lines of one run folder to one W&B run."""
 
     def __init__(self, folder: Path, options: dict[str, Any]) -> None:
-        self.folder, self.options = folder, options
+        self.folder = folder
         self._unsent = folder / "wandb" / UNSENT
         self._unsent.touch()
-        self.run = _start(folder, options)
+        self.run = _start_run(folder, options)
         if not self.run.offline:
             # Artifacts need it; the first one would fail if the server were away just then.
             getattr(self.run, "_public_api", lambda: None)()
         # Rows are numbered over all attempts, as offline ones do not know of each other; charts are over `step`.
         self.run.define_metric("*", step_metric="step")
-        self._notes = Notes(folder / "wandb" / SENT, None if self.run.offline else self.run.starting_step)
-        self._lines = Lines(folder / "metrics.jsonl", self._notes.sent)
+        self._log = SentLog(folder / "wandb" / SENT, None if self.run.offline else self.run.starting_step)
+        self._lines = UnsentLines(folder / "metrics.jsonl", self._log.sent)
         self._best: dict[str, float] = _best_before(folder / "metrics.jsonl")
 
     def send_new(self) -> None:
-        """Hand over the lines that have come since the last call."""
-        for line in self._lines.new():
+        """Hand over the lines that have appeared since the last call."""
+        for line in self._lines.read():
             self._send(line)
 
     def _send(self, line: dict[str, Any]) -> None:
@@ -63,11 +68,12 @@ class Follower:
             self.run.summary.update(self._best)
             values |= self._tables(line)
         if line["kind"] == "event" and line.get("event") in ("checkpoint", "export"):
-            self._refer_to(line["event"], line)
-        self._notes.add(line)  # last: what fails before has sent no row
+            self._log_reference(line["event"], line)
+        self._log.add(line)  # last: what fails before has sent no row
         self.run.log(values, step=sent.rows, commit=True)
 
     def _tables(self, line: dict[str, Any]) -> dict[str, Any]:
+        """Return an evaluation's table of results and its ROC curves as W&B shows them."""
         import wandb
 
         step = line["step"]
@@ -88,8 +94,8 @@ class Follower:
         found["evaluation/roc"] = wandb.plot.line(roc, "log10 FAR", "TAR", stroke="set", title=title)
         return found
 
-    def _refer_to(self, kind: str, line: dict[str, Any]) -> None:
-        """Tell W&B where a checkpoint or an export lies: neither uploaded nor read."""
+    def _log_reference(self, kind: str, line: dict[str, Any]) -> None:
+        """Log the path of a checkpoint or an export as an artifact; its files are neither uploaded nor read."""
         import wandb
 
         path = Path(line["path"])
@@ -99,13 +105,13 @@ class Follower:
         artifact = wandb.Artifact(f"{self.run.id}-{kind}", type=kind, metadata=metadata)
         try:
             artifact.add_reference(path.as_uri(), checksum=False)
-        except (OSError, ValueError):  # it is gone: another one has replaced it
+        except (OSError, ValueError):  # it has been removed: a newer one has replaced it
             return
         aliases = ["latest"] + ([f"step-{line['step']}"] if "step" in line else [])
         self.run.log_artifact(artifact, aliases=aliases)
 
     def finish(self) -> None:
-        """End the run as its state.json says; waits until W&B has everything."""
+        """End the run as its ``state.json`` says, once W&B has everything."""
         try:
             state = json.loads((self.folder / "state.json").read_text(encoding="utf-8"))["state"]
         except (OSError, ValueError, LookupError):
@@ -113,11 +119,11 @@ class Follower:
         if state == "preempted":
             self.run.mark_preempting()
         self.run.finish(exit_code=0 if state == "finished" else 1)
-        if not self.run.offline and self._lines.are_all():  # else the next attempt has begun meanwhile
+        if not self.run.offline and self._lines.all_read():  # else the next attempt has begun meanwhile
             self._unsent.unlink(missing_ok=True)
 
 
-def _start(folder: Path, options: dict[str, Any]) -> Any:
+def _start_run(folder: Path, options: dict[str, Any]) -> Any:
     import wandb
 
     mode = options["mode"]
@@ -154,7 +160,7 @@ def _start(folder: Path, options: dict[str, Any]) -> Any:
 
 
 def _has_key(url: str) -> bool:
-    """Whether W&B's client would find a key without asking."""
+    """Return True if W&B's client finds a key for the server without asking."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     try:
@@ -164,12 +170,54 @@ def _has_key(url: str) -> bool:
 
 
 def _best_before(metrics: Path) -> dict[str, float]:
-    """The best values of all evaluations that the file holds; a summary is of the whole run, not of an attempt."""
+    """Return the best values of all evaluations in the file: W&B's summary covers the run, not an attempt."""
     found: dict[str, float] = {}
-    for line in Lines(metrics, Sent()).new():
+    for line in UnsentLines(metrics, Sent()).read():
         if line["kind"] == "evaluation":
             found = best(row(line), found)
     return found
+
+
+class Trainer:
+    """The process that has started this one: it reads ``output`` and says on stdin that its run has ended."""
+
+    def __init__(self, pid: int, output: TextIO) -> None:
+        self._pid, self._output = pid, output
+        self._ended = False
+
+    def tell(self, word: str, text: str = "") -> None:
+        """Write one line to the trainer, without the key and line breaks."""
+        with contextlib.suppress(OSError):  # the trainer has died: the run is ended in W&B all the same
+            print(f"{word} {_without_key(text)}".replace("\n", " ").rstrip(), file=self._output, flush=True)
+
+    def has_ended(self, seconds: float) -> bool:
+        """Wait at most ``seconds`` for the end of the run, and return True if it has come."""
+        if not self._ended:
+            told, _, _ = select.select([sys.stdin], [], [], seconds)
+            # Loader processes may keep the pipe open after the trainer's death.
+            self._ended = bool(told) or os.getppid() != self._pid
+        return self._ended
+
+
+@contextlib.contextmanager
+def _time_limit(trainer: Trainer, seconds: float | None, word: str, reason: str) -> Iterator[None]:
+    """End this process, with ``word`` and ``reason``, where the block takes longer than ``seconds``; None: no limit.
+
+    W&B's calls cannot be interrupted. Its service process ends by itself when this one has ended.
+    """
+
+    def give_up() -> None:
+        trainer.tell(word, reason)
+        os._exit(1)
+
+    timer = threading.Timer(seconds or 0, give_up)
+    timer.daemon = True
+    if seconds is not None:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _without_key(text: str) -> str:
@@ -177,48 +225,58 @@ def _without_key(text: str) -> str:
     return text.replace(key, "***") if key else text
 
 
-def main(folder: Path, options: dict[str, Any], supervisor: TextIO) -> None:
-    """Follow a run to its end, and say how far it is."""
+@contextlib.contextmanager
+def _wait_for_lock(folder: Path, trainer: Trainer) -> Iterator[bool]:
+    """Wait until no client of an earlier attempt or of ``runs sync`` sends the run; yields False if the run ends."""
+    while True:
+        with client_lock(folder) as free:
+            if free:
+                yield True
+                return
+        if trainer.has_ended(_POLL):
+            yield False
+            return
 
-    def say(word: str, text: str = "") -> None:
-        with contextlib.suppress(OSError):  # nobody listens any more: the run ends in W&B all the same
-            print(word, _without_key(text).replace("\n", " "), file=supervisor, flush=True)
 
-    ended = threading.Event()
+def feed(folder: Path, options: dict[str, Any], trainer: Trainer) -> None:
+    """Send a run until it has ended, and wait for W&B to take it; the process ends if that takes too long."""
+    timeout = options["timeout"]
+    start_limit = finish_limit = None
+    if options["limited"]:
+        start_limit, finish_limit = timeout + GRACE, max(timeout, GRACE)
+    no_answer = f"no answer within {timeout:g} s"
+    with _wait_for_lock(folder, trainer) as free:
+        if not free:
+            trainer.tell("unfinished", "another process is still sending this run")
+            return
+        with _time_limit(trainer, start_limit, "failed", no_answer):
+            feeder = WandbFeeder(folder, options)
+        trainer.tell("started", feeder.run.url or f"offline; send it with: partialfc runs sync {options['shown']}")
+        while not trainer.has_ended(_POLL):
+            feeder.send_new()
+        with _time_limit(trainer, finish_limit, "unfinished", no_answer):
+            feeder.send_new()
+            feeder.finish()
+        trainer.tell("finished")
 
-    def wait_for_end() -> None:
-        sys.stdin.readline()
-        ended.set()
-        sys.stdin.read()  # whoever started this process is gone; nobody else would end it
-        time.sleep(2 * (options["timeout"] + GRACE))
-        os._exit(1)
 
-    threading.Thread(target=wait_for_end, daemon=True).start()
+def main(folder: Path, options: dict[str, Any], output: TextIO) -> NoReturn:
+    """Feed a run to W&B, report a failure to the trainer, and end the process."""
+    trainer = Trainer(options["trainer"], output)
     try:
-        follower = Follower(folder, options)
-        later = f"offline; send it with: partialfc runs sync {options['shown']}"
-        say("started", follower.run.url or later)
-        is_last = False
-        while not is_last:
-            is_last = ended.is_set()
-            follower.send_new()
-            if not is_last:
-                ended.wait(_POLL)
-        say("logged")
-        follower.finish()
-        say("finished")
+        feed(folder, options, trainer)
     except BaseException as error:
-        say("failed", f"{type(error).__name__}: {error}")
         print(_without_key(traceback.format_exc()), file=sys.stderr, flush=True)
-        sys.exit(1)
+        trainer.tell("failed", f"{type(error).__name__}: {error}")
+    os._exit(0)  # at a usual end W&B's client would wait for its service again
 
 
 if __name__ == "__main__":
-    words = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever W&B's client and service print goes to the log
-    os.environ.pop("WANDB_SERVICE", None)  # of somebody else
+    to_trainer = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # the words of W&B's client and service go to the log
+    os.environ.pop("WANDB_SERVICE", None)  # of another process
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # no reports of crashes to third parties
-    run_folder = Path(sys.argv[2])
+    run_folder = Path(sys.argv[1])
     os.environ.setdefault("WANDB_DATA_DIR", str(run_folder / "wandb" / "data"))  # an offline run needs it later
     os.nice(5)
-    main(run_folder, json.loads(sys.argv[3]), words)
+    main(run_folder, json.loads(sys.argv[2]), to_trainer)

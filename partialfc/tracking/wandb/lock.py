@@ -1,37 +1,30 @@
-"""Who follows a run folder for W&B: one process at a time."""
+"""Lock on the W&B files of a run folder: one client process sends a run at a time."""
 
 from __future__ import annotations
 
-import contextlib
-import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 try:
     import fcntl
-except ImportError:  # not a POSIX system: nobody locks
+except ImportError:  # not a POSIX system: there are no locks
     fcntl = None  # type: ignore[assignment]
 
-_POLL = 0.2  # seconds
 
+@contextmanager
+def client_lock(folder: Path) -> Iterator[bool]:
+    """Hold the lock of the run in ``folder``; yields False if another process holds it.
 
-@contextlib.contextmanager
-def alone(folder: Path, patience: float) -> Iterator[bool]:
-    """Wait until nobody else follows the run in ``folder``, but not for ever; whether that came true in time.
-
-    The lock ends with the process that holds it, however that ends.
+    The lock ends with its process. File systems without locks always yield True.
     """
     with (folder / "wandb" / "lock").open("a") as file:
-        deadline = time.monotonic() + patience
-        got = fcntl is None
-        while not got:
+        free = True
+        if fcntl is not None:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                got = True
             except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    break
-                time.sleep(_POLL)
+                free = False
             except OSError:  # a file system without locks
-                got = True
-        yield got
+                pass
+        yield free

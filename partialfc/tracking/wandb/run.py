@@ -1,7 +1,8 @@
-"""W&B beside a run, seen from the trainer: a process of its own that reads metrics.jsonl and talks to W&B.
+"""W&B beside a run, on the trainer's side: a client process that reads ``metrics.jsonl`` and talks to W&B.
 
-The trainer only starts it and tells it the end, so whatever W&B does — a server that is slow, fails or never answers,
-a crash of its client — costs the training nothing.
+The trainer only starts the process, repeats what it says, and tells it the end of the run. A server that is slow, fails
+or never answers costs the training nothing. A client that dies is started again, because a scheduler that stops a job
+signals every process of it, and W&B's own service insists on dying of SIGTERM and SIGINT, its client with it.
 """
 
 from __future__ import annotations
@@ -17,46 +18,45 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from partialfc.errors import MissingDependency
 from partialfc.files import write_atomically
 from partialfc.tracking.console import log
-from partialfc.tracking.wandb.lock import alone
+from partialfc.tracking.wandb.lock import client_lock
 
 if TYPE_CHECKING:
     from partialfc.config import WandbConfig
 
-# In the run folder's wandb/. UNSENT is there until W&B's server has everything.
+# In the run folder's wandb/. UNSENT exists until W&B's server has every row.
 ID, SENT, UNSENT, LOG = "id.txt", "sent.txt", "unsent", "tracking.log"
-_STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 GRACE = 10.0  # seconds for what does not wait for W&B: starting processes, writing files
-
-# The processes of W&B use the modules of this package that need no torch; its own __init__ would load it.
-_WITHOUT_TORCH = (
-    "import runpy, sys, types; package = types.ModuleType('partialfc'); package.__path__ = [sys.argv.pop(1)]; "
-    "sys.modules['partialfc'] = package; runpy.run_module(sys.argv[1], run_name='__main__')"
-)
+_CLIENTS = 4  # processes, one after the other: who stops a job sends a few signals, not many
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
-def light_command(module: str, *arguments: str) -> list[str]:
-    """A command that runs a module of this package in a Python without torch."""
-    # -P: a folder called wandb in the working directory is not the package.
-    return [sys.executable, "-P", "-c", _WITHOUT_TORCH, str(Path(__file__).parent.parent), module, *arguments]
+def wants_wandb(settings: WandbConfig) -> bool:
+    """Return True if a run with these settings is to be written to W&B, online or offline."""
+    mode = os.environ.get("WANDB_MODE") if settings.mode == "auto" else settings.mode
+    return mode != "disabled"
 
 
 def require_wandb(settings: WandbConfig) -> None:
     """Refuse to start a run that asks for W&B where it is not installed.
 
     Raises:
-        MissingDependency: the client is not installed.
+        MissingDependency: W&B's client is not installed.
     """
-    if settings.mode != "disabled":
+    if wants_wandb(settings):
         require_client()
 
 
 def require_client() -> None:
-    """As :func:`require_wandb`, whatever the config."""
+    """Refuse to go on where W&B's client is not installed.
+
+    Raises:
+        MissingDependency: it is not.
+    """
     found = importlib.util.find_spec("wandb")
     if found is None or found.origin is None:  # a folder called wandb is found as a package without a file
         raise MissingDependency(
@@ -65,9 +65,9 @@ def require_client() -> None:
 
 
 def run_id(folder: Path, anew: bool = False) -> str:
-    """The W&B id of a run: made once and kept in the run folder, so that a restart goes on with the same run.
+    """Return the W&B id of a run: made once and kept in the run folder, so that a restart continues the same W&B run.
 
-    In a sweep it is the one that the sweep's agent gives. ``anew`` begins another run.
+    In a sweep it is the id that the sweep's agent gives. ``anew`` begins another W&B run.
     """
     path = folder / "wandb" / ID
     path.parent.mkdir(exist_ok=True)
@@ -83,45 +83,71 @@ def run_id(folder: Path, anew: bool = False) -> str:
 
 
 def start_wandb(folder: Path, settings: WandbConfig, anew: bool = False) -> WandbRun | None:
-    """Begin to send a run folder's metrics.jsonl to W&B, if the config asks for it."""
-    if settings.mode == "disabled":
+    """Start to send a run folder's ``metrics.jsonl`` to W&B, if the settings ask for it."""
+    if not wants_wandb(settings):
         return None
     try:
         return WandbRun(folder, settings, anew)
     except OSError as error:
-        log(f"WARNING: W&B: {error}; the run goes on without it")
+        log(f"WARNING: W&B: {error}; the run continues without it")
         return None
 
 
-def catch_up(folder: Path, settings: WandbConfig) -> None:
-    """Send what has been added to the metrics.jsonl of a run that is over. One that is going on does it itself."""
-    if settings.mode == "disabled" or not (folder / "wandb" / ID).exists():
+def sync_pending(folder: Path, settings: WandbConfig) -> None:
+    """Send the lines that were added to the ``metrics.jsonl`` of a run after its end.
+
+    A run that is still training sends them itself.
+    """
+    if not (folder / "wandb" / ID).exists():
         return
-    with alone(folder, 0) as nobody_else:
+    with client_lock(folder) as free:
         pass
-    run = start_wandb(folder, settings) if nobody_else else None
+    run = start_wandb(folder, settings) if free else None
     if run:
         run.close()
 
 
 def client_options(folder: Path, settings: WandbConfig, anew: bool = False) -> dict[str, Any]:
-    """What W&B's processes are told of a run."""
+    """Return the options of a client process that sends the run in ``folder``."""
     return settings.model_dump() | {
         "id": run_id(folder, anew),
         "name": settings.name or folder.resolve().name,
         "shown": str(folder),
+        "limited": True,  # the server has the time of tracking.wandb.timeout
         "trainer": os.getpid(),
     }
 
 
+def start_client(folder: Path, options: dict[str, Any], stdin: int, stderr: TextIO) -> subprocess.Popen[str]:
+    """Start a client process. It writes lines ``WORD TEXT`` to stdout (see :mod:`partialfc.tracking.wandb.client`).
+
+    Args:
+        stdin: ``subprocess.PIPE``, on which a line says that the run has ended, or ``DEVNULL`` for one that has.
+        stderr: where the words of W&B's client go.
+    """
+    package_folder = str(Path(__file__).parents[3])  # this package may be found by way of the working directory
+    paths = [package_folder, *filter(None, [os.environ.get("PYTHONPATH")])]
+    # -P: no file called wandb.py in the working directory is taken for the package.
+    command = [sys.executable, "-P", "-m", "partialfc.tracking.wandb.client", str(folder.resolve())]
+    return subprocess.Popen(
+        [*command, json.dumps(options)],
+        stdin=stdin,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        start_new_session=True,  # what ends the trainer's group does not end it: it still has something to say
+    )
+
+
 @contextlib.contextmanager
 def _signals_held() -> Iterator[None]:
-    """Processes started here never get the signals that ask a run to stop: they end after it, not with it.
+    """Start processes that never get the signals that ask a run to stop: they end after the run, not with it.
 
-    A scheduler sends them to every process of a job, so a group or session of their own would not do. A blocked signal
-    stays blocked in what they start, from its first moment on; an ignored one would not be until they have got as far.
+    A scheduler sends these signals to every process of a job, so a session of their own is not enough. A blocked signal
+    stays blocked in a new process from its first moment; an ignored one would be so only once the process has said so.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
     try:
         yield
     finally:
@@ -129,43 +155,92 @@ def _signals_held() -> Iterator[None]:
 
 
 class WandbRun:
-    """The processes that follow one run folder."""
+    """Client process that sends one run folder.
+
+    A client that dies is followed by another one. After one that does not reach its server, or dies again and again,
+    the run is written offline. The log says once that W&B lacks something.
+    """
 
     def __init__(self, folder: Path, settings: WandbConfig, anew: bool = False) -> None:
-        self._patience = 2 * settings.timeout + 4 * GRACE
-        self._sync = f"partialfc runs sync {folder}"
-        self._closing = False
-        options = client_options(folder, settings, anew)
+        self._folder = folder
+        self._options = client_options(folder, settings, anew)
+        self.patience = 2 * settings.timeout + 4 * GRACE  # seconds that close() waits
+        self._lock = threading.Lock()  # between the thread, which starts clients, and close()
+        self._ended = self._gave_up = False
+        self._shown = self._warned = False  # in the trainer's log: where the run is, what W&B lacks
         (folder / "wandb" / UNSENT).touch()
-        with (folder / "wandb" / LOG).open("a") as errors, _signals_held():
-            self._process = subprocess.Popen(
-                light_command("partialfc.tracking.wandb.supervisor", str(folder.resolve()), json.dumps(options)),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-                start_new_session=True,  # what ends the trainer does not end it: it still has something to say
-            )
-        threading.Thread(target=self._repeat, name="wandb", daemon=True).start()
+        self._start(settings.mode)
+        self._thread = threading.Thread(target=self._attend, name="wandb", daemon=True)
+        self._thread.start()
 
-    def _repeat(self) -> None:
+    def _start(self, mode: str) -> None:
+        with self._lock, (self._folder / "wandb" / LOG).open("a") as errors, _signals_held():
+            self._process = start_client(self._folder, self._options | {"mode": mode}, subprocess.PIPE, errors)
+            if self._ended:
+                self._tell_end()
+
+    def _attend(self) -> None:
+        """Repeat what the clients say, and start another one after one that fails."""
+        try:
+            for clients_left in reversed(range(_CLIENTS)):
+                failure, had_begun = self._listen()
+                if not failure or self._gave_up:
+                    return
+                if not had_begun or not clients_left:
+                    break
+                self._start(self._options["mode"])
+            self._warn(failure, "the run continues offline and")
+            self._start("offline")
+            failure, _ = self._listen()
+        except OSError as error:  # no process can be started
+            failure = str(error)
+        if failure:
+            self._warn(failure, "the run continues and")
+
+    def _listen(self) -> tuple[str, bool]:
+        """Repeat what one client says until it ends. Return why it failed, or nothing, and True if it had begun."""
         assert self._process.stdout is not None
+        failure, had_begun = "its client has died", False
         for line in self._process.stdout:
-            log(line.rstrip("\n"))
-        if not self._closing:
-            log(f"WARNING: W&B: its processes have ended; the run goes on, and can be sent later: {self._sync}")
+            word, _, text = line.rstrip("\n").partition(" ")
+            if word == "started":
+                had_begun = True
+                if not self._shown:
+                    log(f"W&B: {text}")
+                self._shown = True
+            elif word == "failed":
+                failure = text
+            else:
+                failure = ""
+                if word == "unfinished":
+                    self._warn(text, "the rest")
+        self._kill()
+        return failure, had_begun
 
-    def close(self) -> None:
-        """Say that nothing more will come, and wait until W&B has taken it or its time is over."""
+    def _warn(self, reason: str, what: str) -> None:
+        """Log, once, that W&B does not have everything; its own log has every reason."""
+        if not self._warned:
+            log(f"WARNING: W&B: {reason}; {what} can be sent later: partialfc runs sync {self._folder}")
+        self._warned = self._shown = True
+
+    def _tell_end(self) -> None:
         assert self._process.stdin is not None
-        self._closing = True
         with contextlib.suppress(OSError):  # it has ended by itself
             self._process.stdin.write("end\n")
             self._process.stdin.close()
-        try:
-            self._process.wait(self._patience)
-        except subprocess.TimeoutExpired:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-            log("WARNING: W&B: its client does not come to an end; see tracking.log in the run folder's wandb/")
+
+    def _kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def close(self) -> None:
+        """Say that nothing more will come, and wait until W&B has taken it or its time is over."""
+        with self._lock:
+            self._ended = True
+            self._tell_end()
+        self._thread.join(self.patience)
+        if self._thread.is_alive():
+            self._gave_up = True
+            self._warn("its client does not end (see wandb/tracking.log in the run folder)", "the rest")
+            self._kill()

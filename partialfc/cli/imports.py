@@ -1,0 +1,30 @@
+"""``partialfc import``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from partialfc.cli.arguments import ConfigFile, Overrides
+
+app = typer.Typer(help="Import files that other tools have written.", no_args_is_help=True)
+
+
+@app.command("weights")
+def import_weights_command(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    backbone: Annotated[
+        Path | None, typer.Option(help="backbone file: backbone.pth, model.pt, checkpoint_gpu_0.pt, …")
+    ] = None,
+    head: Annotated[
+        Path | None, typer.Option(help="folder that holds checkpoint_gpu_*.pt or softmax_fc_gpu_*.pt")
+    ] = None,
+) -> None:
+    """Import InsightFace's weights, of any number of ranks, as the first checkpoint of CONFIG's run."""
+    from partialfc.config import load_config
+    from partialfc.exchange.import_weights import import_weights
+
+    import_weights(load_config(config, overrides or []), backbone, head)

@@ -1,0 +1,41 @@
+"""``partialfc train``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from partialfc.cli.arguments import ConfigFile, Force, Overrides
+from partialfc.cli.exits import STOPPED, exit_now
+from partialfc.errors import ConfigError
+
+
+def train_command(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    force: Force = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the memory by part; compute nothing")] = False,
+    ranks: Annotated[int | None, typer.Option(min=1, help="number of ranks for --dry-run (default 1)")] = None,
+) -> None:
+    """Train a model, alone or under torchrun.
+
+    The classifier is sharded over all ranks: torchrun --nproc-per-node 8 -m partialfc train CONFIG key=value …
+    """
+    from partialfc.config import load_config
+
+    if dry_run:
+        from partialfc.planning.dry_run import dry_run as describe
+
+        print("\n".join(describe(load_config(config, overrides or []), ranks or 1)))
+        return
+    if ranks is not None:
+        raise ConfigError(
+            "--ranks belongs to --dry-run; to train on several: torchrun --nproc-per-node N -m partialfc …"
+        )
+    from partialfc.runtime.process import under_torchrun
+    from partialfc.train.main import train
+
+    outcome = train(load_config(config, overrides or []), force)
+    # torchrun takes any other code for a failure and restarts the run; state.json holds the outcome.
+    exit_now(STOPPED if outcome == "preempted" and not under_torchrun() else 0)

@@ -1,0 +1,258 @@
+"""Train under torchrun, on one host or on many, with exit codes that a supervisor can act on:
+
+  launch/torchrun.sh CONFIG [key=value …] [--force]
+
+  0 finished · 1 failed · 2 wrong usage or config · 75 stopped on request with a checkpoint written: start it again
+
+TERM, USR1 and INT ask the run to stop. (Send them here and not to torchrun, which USR1 kills without its workers, and
+which kills its workers 30 seconds after TERM, with or without a checkpoint.)
+
+One host:    NPROC=8 launch/torchrun.sh configs/….yaml
+Many hosts:  the same command on each, with NNODES=4 RDZV_ENDPOINT=first-host:29400
+Elastic:     NNODES=3:4 starts with three or four hosts, and continues when one is lost or joins
+
+Settings are environment variables:
+  PYTHON         Python that partialfc is installed in (of launch/torchrun.sh; default python3)
+  NPROC          ranks per host: a number, or auto (default): one per GPU, without GPUs one per core
+  NNODES         number of hosts, or MIN:MAX (default 1)
+  RDZV_ENDPOINT  host:port of one of the hosts, which all can reach
+  RDZV_ID        name of the rendezvous: the same on all hosts, different for each run (default partialfc)
+  RDZV_CONF      key=value,… for the rendezvous, e.g. last_call_timeout=10
+  LOCAL_ADDR     address at which the others reach this host (default: its name)
+  MAX_RESTARTS   restarts of all ranks after one has failed (default 3)
+  LOG_DIR        folder for stdout and stderr of each attempt and rank (default: logs in the run folder)
+  STOPPED        exit code for a run that was stopped on request (default 75)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, fields
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from partialfc.files import write_atomically
+
+_SELF = "launch/torchrun.sh"
+_POLL = 0.2  # seconds
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of a launch: the environment variables of the same names in capitals; an empty one is unset."""
+
+    nproc: str = "auto"
+    nnodes: str = "1"
+    rdzv_endpoint: str = ""
+    rdzv_id: str = "partialfc"
+    rdzv_conf: str = ""
+    local_addr: str = ""
+    max_restarts: str = "3"
+    log_dir: str = ""
+    stopped: str = "75"
+
+    @classmethod
+    def of(cls, environment: Mapping[str, str]) -> Settings:
+        """Return the settings that ``environment`` holds."""
+        names = [field.name for field in fields(cls)]
+        return cls(**{name: environment[name.upper()] for name in names if environment.get(name.upper())})
+
+    @property
+    def single_host(self) -> bool:
+        """True if the run uses this host alone."""
+        return self.nnodes == "1" and not self.rdzv_endpoint
+
+    def torchrun_options(self, logs: Path) -> list[str]:
+        """Return torchrun's options, up to the program that it starts."""
+        where = ["--standalone"]
+        if not self.single_host:
+            # The other hosts wait for a lost one as long as join_timeout, 600 s by default. It must wait for them as
+            # long: with the default of 60 s, a link that is cut for a minute would end the run.
+            conf = f"read_timeout=600{',' if self.rdzv_conf else ''}{self.rdzv_conf}"
+            where = ["--nnodes", self.nnodes, "--rdzv-backend", "c10d", "--rdzv-endpoint", self.rdzv_endpoint]
+            where += ["--rdzv-id", self.rdzv_id, "--rdzv-conf", conf]
+            where += ["--local-addr", self.local_addr] if self.local_addr else []
+        ranks = ["--nproc-per-node", self.nproc, "--max-restarts", self.max_restarts]
+        return [*where, *ranks, "--log-dir", str(logs), "--tee", "3"]
+
+    def environment(self, own: Mapping[str, str]) -> dict[str, str]:
+        """Return the environment of the ranks: ``own``, and defaults for what is unset or empty there."""
+        defaults = {"NCCL_DEBUG": "WARN", "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1"}
+        if not own.get("OMP_NUM_THREADS"):
+            defaults["OMP_NUM_THREADS"] = str(max(1, _cores() // self._ranks_here()))
+        if not self.single_host:
+            # Otherwise torchrun announces the address of the ranks' store in its first round only, and a host that
+            # joins later waits for it until all give up. With this, rank 0 keeps the store, a new one in each round.
+            defaults["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+        return {**own, **{key: value for key, value in defaults.items() if not own.get(key)}, "PYTHONUNBUFFERED": "1"}
+
+    def _ranks_here(self) -> int:
+        if self.nproc.isdecimal() and int(self.nproc) > 0:
+            return int(self.nproc)
+        return _gpus() or _cores()
+
+
+class StopSignals:
+    """Records signals that ask the run to stop, from its creation on."""
+
+    def __init__(self) -> None:
+        self.name = ""  # of the last signal, without SIG
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, _: FrameType | None) -> None:
+        self.name = signal.Signals(number).name.removeprefix("SIG")
+
+
+class Start:
+    """One start of a run under torchrun.
+
+    Args:
+        run: run folder.
+        own_state: file in which rank 0 reports the state of this start, while ``state.json`` may belong to another
+            start that uses the run folder; None: there is no such file.
+        code_file: file in which a failed rank leaves its exit code and message, which torchrun does not pass on.
+    """
+
+    def __init__(self, run: Path, own_state: Path | None, code_file: Path) -> None:
+        self._run, self._own_state, self._code_file = run, own_state, code_file
+        self._attempt_before = self._state().get("attempt")
+        self._request = ""  # content of the stop file that this process has written
+
+    def wait(self, torchrun: subprocess.Popen[bytes], signals: StopSignals) -> int:
+        """Wait until torchrun has ended and return its exit code. Signals are passed on as requests to stop."""
+        announced = False
+        while (code := torchrun.poll()) is None:
+            if signals.name and not announced:
+                print(f"{_SELF}: got {signals.name}; asking the run to stop", flush=True)
+                announced = True
+            if signals.name and not self._request and self._takes_requests():
+                self._leave_request(signals.name)
+            time.sleep(_POLL)
+        return code
+
+    def exit_code(self, torchrun_code: int, stopped: int) -> int:
+        """Return the exit code of the launch: torchrun's own does not tell failures from requests to stop."""
+        ended = None
+        if self._has_begun():
+            ended = self._state().get("state")
+        elif torchrun_code == 0:  # the run had finished before
+            ended = _read_json(self._run / "state.json").get("state")
+        if ended in ("finished", "preempted"):
+            return 0 if ended == "finished" else stopped
+        code, _, reason = _read_text(self._code_file).partition("\n")
+        if reason.strip():  # said before, but torchrun has printed a report since
+            print(f"error: {reason.splitlines()[0]}", file=sys.stderr, flush=True)
+        return 2 if code == "2" else 1
+
+    def remove_request(self) -> None:
+        """Remove a request that came too late, so that it does not stop the next start."""
+        stop = self._run / "stop"
+        if self._request and _read_text(stop) == self._request:
+            stop.unlink(missing_ok=True)
+
+    def _takes_requests(self) -> bool:
+        """Return False while this start may still wait for another one, which would take the request for its own."""
+        return self._own_state is None or self._has_begun()
+
+    def _leave_request(self, signal_name: str) -> None:
+        job = f", job {os.environ['SLURM_JOB_ID']}" if os.environ.get("SLURM_JOB_ID") else ""
+        request = f"{signal_name} to {_SELF} on {socket.gethostname()}{job}\n"
+        with suppress(OSError):  # the next look tries again
+            write_atomically(self._run / "stop", request)
+            self._request = request
+
+    def _has_begun(self) -> bool:
+        return self._state().get("attempt") != self._attempt_before
+
+    def _state(self) -> dict[str, Any]:
+        return _read_json(self._own_state or self._run / "state.json")
+
+
+def launch(arguments: Sequence[str], settings: Settings, signals: StopSignals) -> int:
+    """Train with the arguments of ``partialfc train`` under torchrun, and return the exit code."""
+    if settings.nnodes != "1" and not settings.rdzv_endpoint:
+        return _usage_error(f"NNODES={settings.nnodes} needs RDZV_ENDPOINT=host:port")
+    if not settings.stopped.isdecimal():
+        return _usage_error(f"STOPPED={settings.stopped}: expected an exit code")
+    # Before any rank starts: an error in the config is then reported once, not by every rank of every restart.
+    overrides = [word for word in arguments if word != "--force"]
+    command = [sys.executable, "-m", "partialfc", "config", *overrides, "--get", "run.dir"]
+    config = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if config.returncode != 0:
+        return config.returncode if config.returncode > 0 else 128 - config.returncode
+    run = Path(config.stdout.rstrip("\n"))
+    logs = Path(settings.log_dir or run / "logs")
+    try:
+        logs.mkdir(parents=True, exist_ok=True)
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        return _usage_error(f"run.dir: cannot create {error.filename}: {error.strerror}")
+    with tempfile.TemporaryDirectory(prefix="partialfc-") as folder:
+        own_state = os.environ.get("PARTIALFC_STATE_FILE") or (f"{folder}/state.json" if settings.single_host else "")
+        files = {"PARTIALFC_STATE_FILE": own_state, "PARTIALFC_CODE_FILE": f"{folder}/code"}
+        environment = settings.environment(os.environ) | files
+        start = Start(run, Path(own_state) if own_state else None, Path(folder) / "code")
+        command = [sys.executable, "-m", "torch.distributed.run", *settings.torchrun_options(logs)]
+        # In a session of its own: signals that a terminal or Slurm sends to this group must not reach torchrun.
+        torchrun = subprocess.Popen(
+            [*command, "-m", "partialfc", "train", *arguments], env=environment, start_new_session=True
+        )
+        try:
+            return start.exit_code(start.wait(torchrun, signals), int(settings.stopped))
+        finally:
+            start.remove_request()
+
+
+def _usage_error(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    return 2
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(_read_text(path))
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def _gpus() -> int:
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    except OSError:
+        return 0
+    return sum(line.startswith("GPU") for line in listed.stdout.splitlines())
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run a launch with the settings of the environment, and return its exit code."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print((__doc__ or "").strip(), file=sys.stdout if arguments else sys.stderr)
+        return 0 if arguments else 2
+    return launch(arguments, Settings.of(os.environ), StopSignals())
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,67 @@
+"""``partialfc runs sync``: send W&B the rows of a run that it lacks.
+
+The rows are lines of ``metrics.jsonl``, and W&B's server says how many it has
+(:mod:`partialfc.tracking.wandb.client`). W&B's own ``wandb sync`` would send each attempt's file in whole, including
+rows that the server has, in whatever order.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import yaml
+
+from partialfc.config import WandbConfig
+from partialfc.errors import ConfigError, DataError, PartialFCError
+from partialfc.runs.lock import FolderLock
+from partialfc.tracking.wandb.lock import client_lock
+from partialfc.tracking.wandb.run import LOG, UNSENT, client_options, require_client, start_client
+
+
+class SyncFailed(PartialFCError):
+    """W&B has not taken a run."""
+
+
+def sync(folder: Path) -> bool:
+    """Send W&B what it lacks of the run in ``folder``, however long it takes; return False if there was nothing.
+
+    Raises:
+        DataError: ``folder`` is no run folder, or its run was not written for W&B.
+        MissingDependency: W&B's client is not installed.
+        SyncFailed: the run is training, or W&B has not taken it; what it has not taken can be sent again.
+    """
+    require_client()
+    if not (folder / "config.yaml").exists() or not (folder / "metrics.jsonl").exists():
+        raise DataError(f"there is no run in {folder}: a run folder has a config.yaml and a metrics.jsonl")
+    if not (folder / "wandb").is_dir():
+        raise DataError(f"{folder} has no wandb folder: it was trained with tracking.wandb.mode=disabled")
+    _refuse_live_run(folder)
+    with client_lock(folder) as free:
+        if not free:
+            raise SyncFailed(f"{folder} is being sent by another process; sync it when that has ended")
+    if not (folder / "wandb" / UNSENT).exists():
+        return False
+    _send(folder)
+    return True
+
+
+def _refuse_live_run(folder: Path) -> None:
+    """Refuse a run that is training, which W&B would take for ended; its own client may have been killed."""
+    try:
+        FolderLock(folder, 0).release()
+    except ConfigError as error:
+        raise SyncFailed(f"{folder}: the run is still training; sync it when it has ended") from error
+
+
+def _send(folder: Path) -> None:
+    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))  # other sections need not be valid
+    settings = WandbConfig.model_validate(config.get("tracking", {}).get("wandb", {}))
+    options = client_options(folder, settings) | {"mode": "online", "limited": False, "system_metrics": False}
+    with (folder / "wandb" / LOG).open("a") as log:
+        client = start_client(folder, options, subprocess.DEVNULL, log)
+    said, _ = client.communicate()
+    word, _, reason = said.strip().rpartition("\n")[2].partition(" ")
+    if word != "finished":
+        known = reason if word in ("failed", "unfinished") else "its client has died"
+        raise SyncFailed(f"W&B has not taken {folder}: {known}; more may be in {folder / 'wandb' / LOG}")

@@ -1,0 +1,107 @@
+"""The command line: help, version and wrong usage, without the packages that commands need to do their work."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import subprocess
+import sys
+
+import pytest
+from typer.main import get_command
+
+import partialfc
+from partialfc.cli.main import app
+
+HEAVY = {"torch", "pydantic", "numpy", "yaml", "matplotlib", "wandb"}
+PRINT_HELP = """
+import json, sys
+from partialfc.cli.main import main
+for words in json.loads(sys.argv[1]):
+    try:
+        main([*words, "--help"])
+    except SystemExit as end:
+        assert not end.code, words
+print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
+"""
+
+
+def verbs(command: object, words: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """Return the words of a command and of all commands below it."""
+    below = getattr(command, "commands", {})
+    return [words, *(found for name, child in below.items() for found in verbs(child, (*words, name)))]
+
+
+def python(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=60)
+
+
+def imported_by_help(commands: list[tuple[str, ...]]) -> set[str]:
+    """Return the top-level packages that are loaded once the help of these commands is printed."""
+    done = python("-c", PRINT_HELP, json.dumps(commands))
+    assert done.returncode == 0, done.stderr
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_help_imports_no_heavy_package() -> None:
+    assert not HEAVY & imported_by_help([()])
+    every = verbs(get_command(app))
+    assert {("train",), ("launch", "torchrun"), ("runs", "sync")} <= set(every)
+    every.remove(("launch", "torchrun"))  # passes --help on to the launcher
+    # Recent releases of typer import pydantic themselves once a command has parameters.
+    assert not (HEAVY - {"pydantic"}) & imported_by_help(every)
+
+
+@pytest.mark.parametrize("module", ["partialfc.launch.torchrun", "partialfc.tracking.wandb.client"])
+def test_a_process_beside_the_training_imports_no_torch(module: str) -> None:
+    done = python("-c", f"import sys, {module}; print('torch' in sys.modules or 'pydantic' in sys.modules)")
+    assert done.stdout == "False\n", done.stderr
+
+
+def test_version() -> None:
+    done = python("-m", "partialfc", "--version")
+    assert (done.returncode, done.stdout) == (0, f"partialfc {partialfc.__version__}\n")
+
+
+def test_help_of_launch_torchrun_is_that_of_the_script() -> None:
+    done = python("-m", "partialfc", "launch", "torchrun", "--help")
+    assert done.returncode == 0, done.stderr
+    assert "launch/torchrun.sh CONFIG" in done.stdout
+
+
+@pytest.mark.parametrize("words", [["nonsense"], ["train"], ["train", "c.yaml", "--nonsense"], ["runs", "list"]])
+def test_wrong_usage_is_2(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        app(words)
+    assert end.value.code == 2
+    assert "Usage:" in capsys.readouterr().err
+
+
+def test_a_missing_package_of_the_trainer_is_one_line() -> None:
+    program = (
+        "import sys; sys.modules['pydantic'] = None; sys.argv = ['partialfc', 'config', 'c.yaml']\n"
+        "from partialfc.__main__ import main; main()"
+    )
+    done = python("-c", program)
+    assert done.returncode == 1
+    assert done.stderr == "error: pydantic is not installed; the command needs: pip install 'partialfc[train]'\n"
+
+
+def test_public_names_are_imported_at_their_first_use() -> None:
+    program = (
+        "import sys, partialfc; assert 'torch' not in sys.modules\n"
+        "assert set(partialfc.__all__) <= set(dir(partialfc)); assert 'torch' not in sys.modules\n"
+        "from partialfc import PartialFC; assert 'torch' in sys.modules\n"
+        "assert partialfc.PartialFC is PartialFC and partialfc.head.PartialFC is PartialFC\n"
+        "from partialfc import *; assert losses.ArcFace and RowSGD and ConfigError and StepRate"
+    )
+    done = python("-c", program)
+    assert done.returncode == 0, done.stderr
+    with pytest.raises(AttributeError, match="module 'partialfc' has no attribute 'nonsense'"):
+        _ = partialfc.nonsense
+
+
+@pytest.mark.parametrize("name", ["PartialFC", "RowSGD", "ClassPartition", "ConfigError"])
+def test_public_classes_can_be_pickled(name: str) -> None:
+    found = getattr(partialfc, name)
+    assert pickle.loads(pickle.dumps(found)) is found
