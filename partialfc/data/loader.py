@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple, Self
 
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from partialfc.config import Config
 from partialfc.data.augment import augment_by_name, sample_rng, to_pixels
@@ -124,6 +126,20 @@ def build_loader(dataset: TarDataset, settings: LoaderSettings, start_step: int,
         pin_memory=torch.cuda.is_available(),
         worker_init_fn=_start_worker,
     )
+
+
+@contextmanager
+def running(loader: DataLoader[Batch]) -> Iterator[Iterator[Batch]]:
+    """Iterate over a loader inside the context, and end its processes after it, also after an exception.
+
+    They ignore SIGTERM, by which Python ends the children of a process that exits: it would wait for them forever.
+    """
+    batches = iter(loader)
+    try:
+        yield batches
+    finally:
+        if isinstance(batches, _MultiProcessingDataLoaderIter):
+            batches._shutdown_workers()  # else it lives as long as the traceback that refers to it
 
 
 def evaluation_batches(

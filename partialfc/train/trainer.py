@@ -17,7 +17,7 @@ from partialfc.checkpoint.manager import Checkpoints
 from partialfc.checkpoint.state import TrainingState
 from partialfc.config import Config, require_num_classes
 from partialfc.data.dataset import TarDataset
-from partialfc.data.loader import Batch, LoaderSettings, build_loader
+from partialfc.data.loader import Batch, LoaderSettings, build_loader, running
 from partialfc.engines.base import Engine
 from partialfc.errors import ConfigError, Diverged, Interrupted, PartialFCError, RankLost
 from partialfc.evaluate.runner import Evaluation
@@ -178,9 +178,10 @@ class Trainer:
         settings = LoaderSettings.from_config(self.config, self.process.rank, self.process.world_size)
         began = time.monotonic()
         progress = console_progress if self.process.is_first else no_progress
-        with progress("training", total_steps - first_step) as advance:
+        loader = build_loader(self.dataset, settings, first_step, total_steps)
+        with progress("training", total_steps - first_step) as advance, running(loader) as batches:
             self.clock.start()
-            for batch in build_loader(self.dataset, settings, first_step, total_steps):
+            for batch in batches:
                 self.clock.end("data")
                 result = self.train_step(batch)
                 self.metrics.add(result.out, result.grad_norm, result.skipped)

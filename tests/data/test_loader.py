@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import multiprocessing
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from PIL import Image
 
 from partialfc.data.augment import LIGHT, Augment, augment_by_name, background, sample_rng, to_pixels
 from partialfc.data.dataset import DatasetWriter, TarDataset
-from partialfc.data.loader import Batch, LoaderSettings, build_loader, evaluation_batches
+from partialfc.data.loader import Batch, LoaderSettings, build_loader, evaluation_batches, running
 from partialfc.errors import ConfigError, DataError
 
 NUM_SAMPLES, BATCH = 23, 10
@@ -50,7 +51,8 @@ def batches(data: TarDataset, **changes: Any) -> list[Batch]:
         "total_steps": 7,
     } | changes
     start, total = arguments.pop("start_step"), arguments.pop("total_steps")
-    return list(build_loader(data, LoaderSettings(**arguments), start, total))
+    with running(build_loader(data, LoaderSettings(**arguments), start, total)) as found:
+        return list(found)
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +174,20 @@ def test_a_sample_that_cannot_be_decoded_is_named(tmp_path: Path, content: bytes
         writer.finish([{"name": "a"}])
     with pytest.raises(DataError, match=r"shard-000000\.tar: sample 'bad-one' \(index 0\) cannot be decoded"):
         batches(TarDataset(tmp_path / "d"), workers=workers)
+
+
+def test_an_exception_leaves_no_loader_process_behind(data: TarDataset) -> None:
+    settings = LoaderSettings(global_batch_size=BATCH, image_size=16, channels=1, workers=1)
+
+    def fail_after_a_step() -> None:
+        with running(build_loader(data, settings, 0, 7)) as found:
+            assert next(found).step == 0
+            assert multiprocessing.active_children()
+            raise KeyError("in a step")
+
+    with pytest.raises(KeyError) as error:
+        fail_after_a_step()
+    assert not multiprocessing.active_children(), error  # whose traceback refers to the loader
 
 
 def test_wrong_arguments_are_refused_before_the_first_batch(data: TarDataset) -> None:
