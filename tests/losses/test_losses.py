@@ -274,7 +274,7 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: losses.ArcFace(margin=math.nan), r"margin must lie in \[0, 1.5708\], got nan"),
     (lambda: losses.SphereFace(margin=0.5), r"margin must lie in \[1, 8\], got 0.5"),
     (lambda: losses.ASoftmax(margin=0), r"margin must lie in \[1, 8\], got 0"),
-    (lambda: losses.ASoftmax(margin=1.35), "whole number in .* SphereFace takes fractions"),
+    (lambda: losses.ASoftmax(margin=1.35), "whole number in .* SphereFace accepts fractions"),
     (lambda: losses.ASoftmax(annealing_start=1.0, annealing_end=5.0), r"annealing_start must lie in \[5, 1e\+09\]"),
     (lambda: losses.SubCenterArcFace(sub_centers=0), r"sub_centers must be a whole number in \[1, 256\], got 0"),
     (lambda: losses.SubCenter(losses.CosFace(), sub_centers=1.5), "sub_centers must be a whole number"),
