@@ -10,16 +10,25 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from partialfc.head.center_loss import CenterLoss
 from partialfc.head.optim.step_hooks import add_step_listener
 from partialfc.head.softmax.sharded_softmax import SoftmaxOutput
+from partialfc.losses import Loss
 
-if TYPE_CHECKING:
-    from partialfc.head.partial_fc import PartialFC
+
+class SteppingHead(Protocol):
+    """The parts of a head that follow its optimizer."""
+
+    weight: Any  # an nn.Parameter
+    bias: Any  # an nn.Parameter, or None
+    loss: Loss
+    center_loss: CenterLoss | None
+    step: Tensor  # [] int64
 
 
 @dataclass(frozen=True)
@@ -39,7 +48,7 @@ class StepState:
         head: the owner.
     """
 
-    def __init__(self, head: PartialFC) -> None:
+    def __init__(self, head: SteppingHead) -> None:
         self._head = head
         self._number: int | None = None  # value of `head.step`, where reading the buffer would wait for a device
         self._under_way = False  # a backward has run since the last optimizer step
