@@ -1,22 +1,88 @@
-"""Files that are as before or complete."""
+"""The one file lock, and the one atomic write."""
 
 from __future__ import annotations
 
+import fcntl
 import os
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+_POLL_SECONDS = 0.2
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write ``text`` so that ``path`` is either as before or complete, also after a crash."""
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replace ``path`` as a whole: after a crash it holds the old content or the new one. Text is written as UTF-8.
+
+    Raises:
+        OSError: the file cannot be written; ``path`` is unchanged.
+    """
+    # Several processes may write the same file: each has a temporary file of its own.
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError:
+        with suppress(OSError):  # some file systems cannot sync a folder
+            sync_to_disk(path.parent)
+    finally:
         with suppress(OSError):
             temporary.unlink()
-        raise
+
+
+def sync_to_disk(path: Path) -> None:
+    """Return when a file's content, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class FileLock:
+    """An exclusive lock between processes, held until :meth:`release` or until the process ends, in whatever way.
+
+    It belongs to the process: forked children do not inherit it, and a second lock on the same file in the same process
+    is granted. Where the file system has no locks, every lock is granted and :attr:`unsupported` says why.
+
+    Args:
+        path: file to lock, created if missing; its content does not matter.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.waited = False  # another process held it
+        self.unsupported = ""
+        self._file = path.open("a")
+
+    def acquire(self, timeout: float = 0.0, on_wait: Callable[[], None] | None = None) -> bool:
+        """Take the lock, or return False if another process still holds it after ``timeout`` seconds.
+
+        Args:
+            on_wait: called once, if another process holds the lock.
+        """
+        deadline = time.monotonic() + timeout
+        while not self._try():
+            if time.monotonic() >= deadline:
+                return False
+            if on_wait and not self.waited:
+                on_wait()
+            self.waited = True
+            time.sleep(_POLL_SECONDS)
+        return True
+
+    def release(self) -> None:
+        """Let other processes take the lock."""
+        self._file.close()
+
+    def _try(self) -> bool:
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            return False
+        except OSError as error:
+            self.unsupported = os.strerror(error.errno or 0)
+        return True

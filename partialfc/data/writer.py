@@ -13,6 +13,7 @@ from typing import IO, Any, Self
 
 from partialfc.data.tar import END_OF_ARCHIVE, IMAGE_EXTENSIONS, padding, ustar_header
 from partialfc.errors import DataError
+from partialfc.files import write_atomically
 
 INDEX, CLASSES, OFFSETS = "index.json", "classes.jsonl", "offsets.npz"
 UNFINISHED = ".unfinished"  # marks a folder that a writer has begun: it may be cleared and written again
@@ -50,7 +51,7 @@ class DatasetWriter:
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / UNFINISHED).touch()
         (self.folder / INDEX).unlink(missing_ok=True)  # first: from here on the folder is incomplete
-        for pattern in ("shard-*.tar", "shard-*.tar.tmp", CLASSES, OFFSETS, "*.json.tmp", "*.jsonl.tmp"):
+        for pattern in ("shard-*.tar", "shard-*.tar.tmp", CLASSES, OFFSETS, ".*.json.[0-9]*", ".*.jsonl.[0-9]*"):
             for path in self.folder.glob(pattern):
                 path.unlink()
 
@@ -158,18 +159,3 @@ def check_target(folder: Path, overwrite: bool) -> None:
         raise DataError(f"{folder} is not a folder")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite and not (folder / UNFINISHED).exists():
         raise DataError(f"{folder} is not empty; choose another folder or ask to overwrite")
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace ``path`` by ``data`` as a whole, on the disk when this returns."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the rename itself
-    finally:
-        os.close(folder)

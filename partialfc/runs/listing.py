@@ -1,4 +1,4 @@
-"""What runs there are below a folder, and how they are doing."""
+"""The table of the runs below a folder."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from partialfc.runs.folder import STATE, read_state
+from partialfc.runs.state import STATE, read_state
 from partialfc.tracking.console import duration
 from partialfc.tracking.metrics import read_last
 
-STALLED_AFTER = 60.0  # seconds without a word from a run that writes every few
-_TAIL = 1 << 20  # bytes of metrics.jsonl that are looked at
+STALLED_AFTER = 60.0  # seconds without an update of state.json, which a live run writes every few
+_TAIL = 1 << 20  # bytes at the end of metrics.jsonl that are read
 
 
 @dataclass(frozen=True)
@@ -28,35 +28,35 @@ class Run:
     total_steps: int
     attempt: int
     seconds_left: float | None
-    silent: float  # seconds since it has written
+    silent: float  # seconds since the last update of state.json
     reason: str
-    train: dict[str, Any]  # the last such line of metrics.jsonl, or {}
-    evaluation: dict[str, Any]
+    train: dict[str, Any]  # the last line of this kind in metrics.jsonl, or {}
+    evaluation: dict[str, Any]  # likewise
 
 
 def find_runs(folder: Path, now: float | None = None) -> list[Run]:
-    """All runs at or below ``folder``, the ones that wrote last first."""
+    """Return all runs at or below ``folder``, the most recently updated first."""
     now = time.time() if now is None else now
-    runs = [run for path in sorted(folder.rglob(STATE)) if (run := _look(path.parent, now))]
+    runs = [run for path in sorted(folder.rglob(STATE)) if (run := _read_run(path.parent, now))]
     return sorted(runs, key=lambda run: run.silent)
 
 
-def _look(folder: Path, now: float) -> Run | None:
+def _read_run(folder: Path, now: float) -> Run | None:
     state = read_state(folder)
     if state is None:
         return None
     silent = max(0.0, now - (_number_of(state, "updated") or 0.0))
-    word = str(state.get("state", "?"))
-    if word == "running" and silent > STALLED_AFTER:
-        word = "stalled"
+    shown = str(state.get("state", "?"))
+    if shown == "running" and silent > STALLED_AFTER:
+        shown = "stalled"
     lines = read_last(folder / "metrics.jsonl", _TAIL)
     return Run(
         folder,
-        word,
+        shown,
         int(_number_of(state, "step") or 0),
         int(_number_of(state, "total_steps") or 0),
         int(_number_of(state, "attempt") or 1),
-        _number_of(state, "seconds_left") if word == "running" else None,
+        _number_of(state, "seconds_left") if shown == "running" else None,
         silent,
         str(state.get("reason") or ""),
         lines.get("train", {}),
@@ -65,7 +65,7 @@ def _look(folder: Path, now: float) -> Run | None:
 
 
 def _number_of(state: dict[str, Any], name: str) -> float | None:
-    """What ``state`` says, if it is a number: a file that somebody else has spoilt must not hide all other runs."""
+    """Return a finite number of ``state``, else None: one corrupt file must not hide all other runs."""
     value = state.get(name)
     with suppress(OverflowError):
         if isinstance(value, int | float) and math.isfinite(value):
@@ -74,7 +74,7 @@ def _number_of(state: dict[str, Any], name: str) -> float | None:
 
 
 def describe_runs(folder: Path) -> str:
-    """A table of the runs below ``folder``, for people."""
+    """Return the runs below ``folder`` as a table, and below it what went wrong."""
     runs = find_runs(folder)
     if not runs:
         return f"no runs below {folder}"
@@ -91,7 +91,7 @@ def describe_runs(folder: Path) -> str:
         lines.append("  ".join(cells).rstrip())
     notes = [f"{_name(run, folder)}: {run.reason}" for run in runs if run.reason and run.state == "failed"]
     notes += [
-        f"{_name(run, folder)}: no word for {duration(run.silent)}; has its machine or its process been lost?"
+        f"{_name(run, folder)}: no update for {duration(run.silent)}; its process or its machine may be lost"
         for run in runs
         if run.state == "stalled"
     ]
@@ -99,7 +99,7 @@ def describe_runs(folder: Path) -> str:
 
 
 def watch_runs(folder: Path, every: float) -> None:
-    """Print the table again and again, in place on a terminal, until the user has seen enough (Ctrl-C)."""
+    """Print the table every ``every`` seconds, in place on a terminal, until Ctrl-C."""
     start = "\x1b[2J\x1b[H" if sys.stdout.isatty() else ""
     with suppress(KeyboardInterrupt):
         while True:
@@ -132,8 +132,8 @@ def _number(value: Any, form: str) -> str:
 
 
 def _result(evaluation: dict[str, Any]) -> str:
-    """The first result of the last evaluation."""
-    with suppress(AttributeError, TypeError, ValueError):  # not as an evaluation has written it
+    """Return the first result of an evaluation in a few words."""
+    with suppress(AttributeError, TypeError, ValueError):  # a corrupt line
         for name, found in evaluation.get("results", {}).items():
             tar = found.get("tar_at_far", {})
             if tar:

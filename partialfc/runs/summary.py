@@ -1,4 +1,4 @@
-"""What a finished run achieved, in a few lines."""
+"""The summary printed when a run has finished."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from partialfc.tracking.metrics import read_metrics
 
 
 def summarize(run: Path) -> str:
-    """A short table of a run: loss, accuracy, TAR at FAR, speed, and where everything lies."""
+    """Return a short table: loss, accuracy, TAR at FAR, speed, and the paths of what was written."""
     lines = read_metrics(run / "metrics.jsonl")
     train: dict[str, Any] = next((line for line in reversed(lines) if line["kind"] == "train"), {})
     end: dict[str, Any] = next((line for line in reversed(lines) if line.get("event") == "finished"), {})

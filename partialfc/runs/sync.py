@@ -13,8 +13,8 @@ from pathlib import Path
 import yaml
 
 from partialfc.config import WandbConfig
-from partialfc.errors import ConfigError, DataError, PartialFCError
-from partialfc.runs.lock import FolderLock
+from partialfc.errors import DataError, PartialFCError
+from partialfc.files import FileLock
 from partialfc.tracking.wandb.lock import client_lock
 from partialfc.tracking.wandb.run import LOG, UNSENT, client_options, require_client, start_client
 
@@ -48,10 +48,12 @@ def sync(folder: Path) -> bool:
 
 def _refuse_live_run(folder: Path) -> None:
     """Refuse a run that is training, which W&B would take for ended; its own client may have been killed."""
+    lock = FileLock(folder / ".lock")  # the trainer's
     try:
-        FolderLock(folder, 0).release()
-    except ConfigError as error:
-        raise SyncFailed(f"{folder}: the run is still training; sync it when it has ended") from error
+        if not lock.acquire():
+            raise SyncFailed(f"{folder}: the run is still training; sync it when it has ended")
+    finally:
+        lock.release()
 
 
 def _send(folder: Path) -> None:

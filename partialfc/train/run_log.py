@@ -11,7 +11,8 @@ from partialfc.engines.base import Engine
 from partialfc.evaluate.runner import describe_results
 from partialfc.head import PartialFC
 from partialfc.planning.describe import describe_memory, describe_rate
-from partialfc.runs.folder import RunFolder, record_failure
+from partialfc.runs.folder import RunFolder
+from partialfc.runs.state import record_failure
 from partialfc.runtime.process import ProcessContext
 from partialfc.tracking.console import log
 from partialfc.train.step_check import Fault

@@ -21,10 +21,12 @@ from partialfc.data.loader import Batch, LoaderSettings, build_loader, running
 from partialfc.engines.base import Engine
 from partialfc.errors import ConfigError, Diverged, Interrupted, PartialFCError, RankLost
 from partialfc.evaluate.runner import Evaluation
+from partialfc.files import FileLock
 from partialfc.head import HeadOutput
 from partialfc.head.random import RandomStream, stream_key
-from partialfc.runs.folder import GivenUp, RunFolder, count_restarts, finished_before, lock_folder, record_failure
-from partialfc.runs.lock import FolderLock
+from partialfc.runs.folder import RunFolder, finished_before, lock_folder
+from partialfc.runs.restarts import GivenUp, count_restarts
+from partialfc.runs.state import record_failure
 from partialfc.runtime.collectives import broadcast_from_rank0, run_on_rank0
 from partialfc.runtime.process import ProcessContext, automatic_restarts
 from partialfc.tracking.console import console_progress, no_progress
@@ -131,12 +133,13 @@ class Trainer:
                 f"at step {self.schedule.total_steps:,}; raise it to train on"
             )
 
-    def _open_folder(self, lock: FolderLock | None) -> RunFolder:
+    def _open_folder(self, lock: FileLock | None) -> RunFolder:
         """Open the run folder on rank 0, which holds its ``lock``."""
         try:
             restarts = count_restarts(self.config, self.step, automatic_restarts())
         except GivenUp as error:
-            record_failure(self.config.run.dir, str(error), states=("running", "failed", "preempted"))
+            states = ("running", "failed", "preempted")
+            record_failure(self.config.run.dir, str(error), states, given_up=True)
             raise
         return RunFolder(self.config, self.schedule.total_steps, self.step, restarts, lock)
 

@@ -19,8 +19,9 @@ from partialfc.config import parse_config
 from partialfc.engines.state import ReplicatedBackbone
 from partialfc.errors import CheckpointFailed
 from partialfc.exchange.merge import merge
-from partialfc.runs.folder import RunFolder, forget_after, read_state
-from partialfc.runs.summary import read_metrics
+from partialfc.runs.folder import RunFolder, forget_after
+from partialfc.runs.state import read_state
+from partialfc.tracking.metrics import read_metrics
 from tests.harness.checkpoints import made, small_disk, train_a_little
 from tests.harness.ranks import Ranks
 

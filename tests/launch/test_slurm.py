@@ -221,7 +221,7 @@ def test_requeues_without_progress_are_given_up(slurm: Cluster, task: Path, tmp_
     shutil.rmtree(folder / "checkpoints")  # as if it had been killed before it could write one
     found = slurm.wait_for(job, *ENDED)
     assert (found["JobState"], found["ExitCode"], found["Restarts"]) == ("FAILED", "1:0", "1"), output(tmp_path)
-    assert "1 restarts in a row have begun at step 0" in state(folder)["reason"]
+    assert "1 restart in a row made no progress beyond step 0" in state(folder)["reason"]
 
 
 def test_an_array_trains_each_line_of_a_list(slurm: Cluster, task: Path, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from partialfc.config import parse_config
 from partialfc.runs.folder import RunFolder
 from partialfc.runs.listing import describe_runs, find_runs
+from partialfc.runs.state import record_failure
 from partialfc.tracking.http import Endpoint
 from tests.harness.running import ENVIRONMENT, command, events, finish, lines, started, state, steps_done, wait_until
 from tests.harness.tasks import write_task
@@ -79,7 +80,7 @@ def test_runs_are_listed_with_state_step_eta_and_last_metrics(several: Path) -> 
     stalled = next(line for line in text.splitlines() if line.startswith("faces/r100 "))
     assert "stalled" in stalled
     assert "2h00m" not in stalled, "nobody knows when it ends"
-    assert "faces/r100: no word for 1h06m" in text
+    assert "faces/r100: no update for 1h06m" in text
     assert "bad: not heard from rank 3" in text
 
 
@@ -153,8 +154,6 @@ def test_the_state_stays_fresh_while_nothing_happens(tmp_path: Path, monkeypatch
 def test_a_failure_that_another_rank_has_written_is_not_overwritten(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from partialfc.runs.folder import record_failure
-
     monkeypatch.setattr("partialfc.runs.folder._HEARTBEAT", 0.05)
     folder = RunFolder(config_of(tmp_path), total_steps=10, step=0)
     record_failure(tmp_path, "rank 1: the disk is gone")

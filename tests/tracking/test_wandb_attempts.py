@@ -11,7 +11,7 @@ from typing import Literal
 import pytest
 
 from partialfc.config import WandbConfig
-from partialfc.runs.lock import FolderLock
+from partialfc.files import FileLock
 from partialfc.tracking.wandb.lock import client_lock
 from partialfc.tracking.wandb.run import start_wandb
 from tests.harness.wandb_log import Logged
@@ -49,7 +49,8 @@ def test_sync_refuses_a_run_that_is_training_although_no_client_sends_it(run: Ru
     run.train(3)
     run.wait_until_sent()
     attempt.close()
-    lock = FolderLock(run.path, 0)  # as the trainer holds it
+    lock = FileLock(run.path / ".lock")  # as the trainer holds it
+    assert lock.acquire()
     done = run.sync()
     assert done.returncode == 1
     assert "the run is still training; sync it when it has ended" in done.stderr

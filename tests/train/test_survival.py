@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from partialfc.config import load_config
-from partialfc.runs.folder import GivenUp, count_restarts
+from partialfc.runs.restarts import GivenUp, count_restarts
 from tests.harness.running import (
     ENVIRONMENT,
     TRAIN,
@@ -274,7 +274,7 @@ def test_restarts_that_get_no_further_are_given_up(task: Path, tmp_path: Path) -
     assert done.returncode == 1
     found = state(folder)
     assert found["state"] == "failed"
-    assert "2 restarts in a row have begun at step 4" in found["reason"]
+    assert "2 restarts in a row made no progress beyond step 4" in found["reason"]
     assert "steps in a row were skipped" in found["reason"], "and why the last one failed"
     assert found["reason"].count("giving up") == 1, "however often torchrun starts it again"
     assert [line["step"] for line in events(folder, "started")] == [0, 4, 4], "one more is allowed, no third"
@@ -290,10 +290,13 @@ def test_only_automatic_restarts_without_progress_count(task: Path, tmp_path: Pa
     (tmp_path / "state.json").write_text(json.dumps(before))
     assert count_restarts(config, 9, automatic=5) == 0, "it got further"
     assert count_restarts(config, 8, automatic=0) == 0, "a person has started it"
-    with pytest.raises(GivenUp, match=r"3 restarts in a row have begun at step 8.*because"):
+    with pytest.raises(GivenUp, match=r"3 restarts in a row made no progress beyond step 8.*because"):
         count_restarts(config, 8, automatic=1)
     (tmp_path / "state.json").write_text(json.dumps(before | {"restarts": 1}))
     assert count_restarts(config, 8, automatic=1) == 2
+    (tmp_path / "state.json").write_text(json.dumps(before | {"reason": "3 restarts …", "given_up": True}))
+    with pytest.raises(GivenUp, match=r"^3 restarts …$"):
+        count_restarts(config, 8, automatic=1)
 
 
 @pytest.mark.slow

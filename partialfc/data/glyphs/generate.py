@@ -31,8 +31,9 @@ from partialfc.data.glyphs import render
 from partialfc.data.glyphs.choice import Choice, Codepoints
 from partialfc.data.glyphs.fonts import Design, FontFile, design_set, fetch_fonts, find_fonts
 from partialfc.data.pool import Pool
-from partialfc.data.writer import INDEX, DatasetWriter, check_target, write_atomically
+from partialfc.data.writer import INDEX, DatasetWriter, check_target
 from partialfc.errors import ConfigError, DataError
+from partialfc.files import write_atomically
 from partialfc.tracking.console import Progress, no_progress
 
 SIZES = (32, 64, 112)
@@ -313,7 +314,7 @@ def _write_verification(
         "look_alikes": _look_alikes(training, choice.held_out, spool, progress),
     }
     with DatasetWriter(folder, overwrite=True) as writer:
-        write_atomically(folder / PROTOCOL, json.dumps(protocol, indent=1).encode())
+        write_atomically(folder / PROTOCOL, json.dumps(protocol, indent=1))
         _write(writer, drawn, choice.held_out, spool, source, progress)
 
 

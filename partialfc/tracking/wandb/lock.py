@@ -6,25 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-try:
-    import fcntl
-except ImportError:  # not a POSIX system: there are no locks
-    fcntl = None  # type: ignore[assignment]
+from partialfc.files import FileLock
 
 
 @contextmanager
 def client_lock(folder: Path) -> Iterator[bool]:
-    """Hold the lock of the run in ``folder``; yields False if another process holds it.
-
-    The lock ends with its process. File systems without locks always yield True.
-    """
-    with (folder / "wandb" / "lock").open("a") as file:
-        free = True
-        if fcntl is not None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                free = False
-            except OSError:  # a file system without locks
-                pass
-        yield free
+    """Hold the lock of the run in ``folder``; yields False if another process holds it."""
+    lock = FileLock(folder / "wandb" / "lock")
+    try:
+        yield lock.acquire()
+    finally:
+        lock.release()

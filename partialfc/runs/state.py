@@ -1,0 +1,65 @@
+"""``state.json``: how a run is doing, written atomically by one process at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from partialfc.files import write_atomically
+
+STATE = "state.json"
+
+
+def read_state(folder: Path) -> dict[str, Any] | None:
+    """Return a run's ``state.json``, or None if it is missing or unreadable."""
+    try:
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return state if isinstance(state, dict) else None
+
+
+def write_state(folder: Path, state: dict[str, Any]) -> None:
+    """Replace a run's ``state.json``.
+
+    Raises:
+        OSError: it cannot be written; the old one is unchanged.
+    """
+    write_atomically(folder / STATE, _to_json(state))
+
+
+def record_failure(
+    folder: Path, reason: str, states: tuple[str, ...] = ("running",), *, given_up: bool = False
+) -> None:
+    """Mark a run as failed without its :class:`RunFolder`: the launcher may end the first rank before it can.
+
+    Args:
+        states: states that a failure replaces; a run in any other state is left alone.
+        given_up: the run must not be restarted automatically.
+    """
+    state = read_state(folder)
+    if state is not None and state.get("state") in states:
+        state |= {"state": "failed", "reason": reason, "updated": round(time.time(), 3)}
+        if given_up:
+            state["given_up"] = True
+        with suppress(OSError):
+            write_state(folder, state)
+            tell_launcher(state)
+
+
+def tell_launcher(state: dict[str, Any]) -> None:
+    """Write ``state`` into the file that a launcher has named, too.
+
+    It describes the start that the launcher made, while ``state.json`` may already describe a later one.
+    """
+    file = os.environ.get("PARTIALFC_STATE_FILE")
+    if file:
+        write_atomically(Path(file), _to_json(state))
+
+
+def _to_json(state: dict[str, Any]) -> str:
+    return json.dumps(state, indent=1) + "\n"
