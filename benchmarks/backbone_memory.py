@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from partialfc import models
-from partialfc.planning.activation_memory import peak_of_a_step
+from partialfc.planning.activation_memory import peak_activation_bytes
 
 DIM, CHANNELS = 512, 3
 
@@ -35,7 +35,7 @@ def peak_bytes(name: str, batch: int, image_size: int, again: bool, fake: bool =
     """Of a training step's forward and backward."""
     with torch.device("meta"):
         backbone = models.build(name, DIM, CHANNELS, image_size, activation_checkpointing=again)
-    return peak_of_a_step(backbone, (batch, CHANNELS, image_size, image_size), fake=fake)
+    return peak_activation_bytes(backbone, (batch, CHANNELS, image_size, image_size), fake=fake)
 
 
 def flops(name: str, image_size: int) -> tuple[int, int]:

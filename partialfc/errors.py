@@ -52,5 +52,9 @@ class CheckpointFailed(PartialFCError, OSError):
     """A checkpoint could not be written; what was there before is untouched."""
 
 
+class DamagedCheckpoint(DataError):
+    """A checkpoint folder does not match its manifest, or has none."""
+
+
 class Diverged(PartialFCError, ArithmeticError):
     """The numbers are no longer finite, or the loss keeps jumping, and skipping steps does not help."""

@@ -1,1 +1,4 @@
-"""Checkpoints: written, found, checked and resumed from."""
+"""Checkpoints: written while training continues, checked before they are read, resumed on any number of ranks.
+
+Imported by evaluate, runs, train, exchange and cli; imports engines, runtime, data, config and the head, never train.
+"""

@@ -1,4 +1,4 @@
-"""Whose row is it? Class tables compared by the names of the identities, so that ids cannot shift unnoticed."""
+"""Class tables compared by identity name, so that class ids cannot shift unnoticed."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ __all__ = ["CLASSES", "check_class_table", "class_names"]
 
 
 def class_names(table: Path) -> Iterator[str]:
-    """The identity names of a class table, in the order of the class ids.
+    """Yield the identity names of a class table, in the order of the class ids.
 
     Raises:
-        DataError: it cannot be read, or a line is not a class with its ``id`` and ``name``.
+        DataError: the table cannot be read, or a line is not a class with its ``id`` and ``name``.
     """
     try:
         with table.open(encoding="utf-8") as lines:
@@ -31,10 +31,10 @@ def class_names(table: Path) -> Iterator[str]:
 
 
 def check_class_table(before: Path, now: Path, may_grow: bool) -> int:
-    """How many classes the table ``now`` has more than the table ``before``, whose classes it must begin with.
+    """Return the number of classes that ``now`` adds to the classes of ``before``, with which it must begin.
 
     Raises:
-        ConfigError: a class has another id than before, is missing, or there are new ones and ``may_grow`` is false.
+        ConfigError: a class has another id than before or is missing, or there are new ones and ``may_grow`` is false.
         DataError: a table cannot be read.
     """
     new = 0
@@ -44,14 +44,14 @@ def check_class_table(before: Path, now: Path, may_grow: bool) -> int:
         elif name != old_name:
             found = f"is {name!r} now" if name is not None else "is missing now"
             raise ConfigError(
-                f"class {number} was {old_name!r} in the run that is gone on with, and {found}"
-                f"{_elsewhere(now, old_name)}. Trained rows belong to ids, so {now} must list the classes of {before} "
-                "first, in their order; new ones come after them"
+                f"class {number} was {old_name!r} when the checkpoint was written, and {found}"
+                f"{_elsewhere(now, old_name)}. Trained rows belong to ids: {now} must list the classes of {before} "
+                "first, in their order, and new ones after them"
             )
     if new and not may_grow:
         raise ConfigError(
-            f"{now} has {new:,} classes more than the run that is gone on with; checkpoint.grow=true adds them, "
-            "another run.dir starts anew"
+            f"{now} has {new:,} classes more than the checkpoint; add them with checkpoint.grow=true, "
+            "or start a new run in another run.dir"
         )
     return new
 

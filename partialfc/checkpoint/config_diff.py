@@ -1,4 +1,4 @@
-"""What has changed in the config of a run that is to be continued, and whether it may."""
+"""Changes of the config between the run that wrote a checkpoint and the run that resumes from it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from partialfc.models import BY_NAME
 
 ChangeSeverity = Literal["harmless", "needs --force", "impossible"]
 
-# The longest prefix decides. Harmless: no number of the run depends on it but where it looks and how much it takes.
+# The longest prefix decides. Harmless: no number depends on it but where the run looks and how much memory it takes.
 _SEVERITY: dict[str, ChangeSeverity] = {
     "": "needs --force",
     "run": "harmless",
@@ -22,7 +22,7 @@ _SEVERITY: dict[str, ChangeSeverity] = {
     "model.options": "needs --force",  # where one changes a shape, the checkpoint does not load
     "model.activation_checkpointing": "harmless",
     "model.channels_last": "harmless",
-    "model.pretrained": "harmless",  # what a run begins with
+    "model.pretrained": "harmless",  # read at step 0 only
     # A checkpoint is the same whoever wrote it. engine.precision is not here: it changes what is computed.
     "engine.name": "harmless",
     "engine.zero_stage": "harmless",
@@ -42,6 +42,16 @@ _SEVERITY: dict[str, ChangeSeverity] = {
     "checkpoint": "harmless",
 }
 
+# What versions without a key did. A key that is newer than version 0.1 has a line here, whatever its default is today;
+# one that is lacking both in the checkpoint and here counts as unchanged.
+BEFORE_KEY: dict[str, Any] = {
+    "model.options": {},
+    "optim.spike": None,
+    "engine.precision": "fp32",
+}
+
+_OPEN_SECTIONS = ("head.loss", "model.options")  # their keys are those of a loss or a backbone, not of the schema
+
 
 @dataclass(frozen=True)
 class Change:
@@ -50,46 +60,59 @@ class Change:
     key: str
     before: Any
     now: Any
-    verdict: ChangeSeverity
+    severity: ChangeSeverity
 
     def __str__(self) -> str:
-        return f"{self.key}: {self.before!r} before, {self.now!r} now ({self.verdict})"
+        return f"{self.key}: {self.before!r} before, {self.now!r} now ({self.severity})"
 
 
 def config_changes(before: dict[str, Any], now: dict[str, Any]) -> list[Change]:
-    """The keys whose values differ between two resolved configs."""
-    old, new = _flat(before), _flat(now)
+    """Return the keys whose values differ between two resolved configs, by name.
+
+    A key that ``before`` lacks because its version did not have it counts as what that version did.
+    """
+    old, new = _flatten(_with_lacking_keys(before, now)), _flatten(now)
     keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-    changes = [Change(key, old.get(key), new.get(key), _verdict(key)) for key in keys]
-    changes = [replace(change, verdict="impossible") if _has_no_centers(change) else change for change in changes]
-    return [replace(change, verdict="harmless") if _is_another_name(change) else change for change in changes]
+    changes = [Change(key, old.get(key), new.get(key), _severity(key)) for key in keys]
+    changes = [replace(change, severity="impossible") if _has_no_centers(change) else change for change in changes]
+    return [replace(change, severity="harmless") if _is_alias(change) else change for change in changes]
+
+
+def _with_lacking_keys(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    complete = dict(before)
+    for name, value in now.items():
+        key = f"{prefix}{name}"
+        if name not in before and key in BEFORE_KEY:
+            complete[name] = BEFORE_KEY[key]
+        elif isinstance(value, dict) and key not in _OPEN_SECTIONS and isinstance(before.get(name, {}), dict):
+            complete[name] = _with_lacking_keys(before.get(name, {}), value, f"{key}.")
+        elif name not in before:
+            complete[name] = value
+    return complete
 
 
 def _has_no_centers(change: Change) -> bool:
-    """Whether it is a center loss that is new, or gone: there are no centers to go on with, or nowhere to put them."""
+    """A center loss that is new or gone: its centers are nowhere, or have nowhere to go."""
     return change.key.startswith("head.center_loss.") and None in (change.before, change.now)
 
 
-def _is_another_name(change: Change) -> bool:
-    """Whether it is but another name of the same backbone: r50 and iresnet50."""
+def _is_alias(change: Change) -> bool:
+    """Another name of the same backbone: r50 and iresnet50."""
     names = (change.before, change.now)
     return change.key == "model.name" and len({id(BY_NAME.get(name, name)) for name in names}) == 1
 
 
-def _verdict(key: str) -> ChangeSeverity:
+def _severity(key: str) -> ChangeSeverity:
     parts = key.split(".")
-    for length in range(len(parts), 0, -1):
-        prefix = ".".join(parts[:length])
-        if prefix in _SEVERITY:
-            return _SEVERITY[prefix]
-    return _SEVERITY[""]
+    prefixes = (".".join(parts[:length]) for length in range(len(parts), 0, -1))
+    return next((_SEVERITY[prefix] for prefix in prefixes if prefix in _SEVERITY), _SEVERITY[""])
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
-            found |= _flat(value, f"{prefix}{key}.")
+            found |= _flatten(value, f"{prefix}{key}.")
         else:
             found[f"{prefix}{key}"] = value
     return found

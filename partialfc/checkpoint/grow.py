@@ -1,4 +1,4 @@
-"""New classes of a head that has been trained on others: where they start."""
+"""Initial weights of classes that are added to a trained head."""
 
 from __future__ import annotations
 
@@ -15,19 +15,21 @@ from partialfc.head import PartialFC
 from partialfc.runtime.process import ProcessContext
 from partialfc.tracking.console import console_progress, no_progress
 
-_ELEMENTS = 1 << 22  # of the sums that the ranks exchange at once
+_ELEMENTS = 1 << 22  # of the sums exchanged at once
 
 
 @torch.no_grad()
 def start_at_mean_embeddings(
     config: Config, process: ProcessContext, dataset: TarDataset, backbone: nn.Module, head: PartialFC, first_class: int
 ) -> None:
-    """Turn the weights of the classes from ``first_class`` on to the mean of their samples' unit embeddings.
+    """Rotate the weights of the classes from ``first_class`` on to the mean of their samples' unit embeddings.
 
-    They keep their initial length, on which the size of their first steps depends. With sub-centers the first one is
-    turned, the others stay drawn; the center loss's centers are put at the mean of the embeddings themselves. A class
-    without samples stays as it was drawn. All ranks share the embedding, whoever owns the classes: a collective. The
-    backbone is in evaluation mode.
+    Weights keep their initial length, on which the size of their first steps depends. With sub-centers only the first
+    one is rotated. Centers of a center loss are set to the mean of the embeddings themselves. A class without samples
+    keeps its random weight. A collective: the ranks share the embedding, whoever owns the classes.
+
+    Args:
+        backbone: in evaluation mode.
     """
     new = np.flatnonzero(dataset.labels >= first_class)
     new = new[np.argsort(dataset.labels[new], kind="stable")]
@@ -52,7 +54,7 @@ def start_at_mean_embeddings(
 
 
 def _set_rows(head: PartialFC, first: int, sums: Tensor, counts: Tensor) -> None:
-    """Set this rank's rows among the classes ``first …``, from the sums [2, n, D] over their ``counts [n]`` samples."""
+    """Set this rank's rows of the n classes from ``first`` on; ``sums`` [2, n, D] are over ``counts`` [n] samples."""
     ids = torch.arange(first, first + len(counts), device=counts.device)
     mine = (ids >= head.first_class) & (ids < head.first_class + len(head.weight)) & (counts > 0)
     rows = ids[mine] - head.first_class

@@ -1,4 +1,4 @@
-"""A run's checkpoints: written as it trains, and gone on from when it starts again."""
+"""A run's checkpoints: written while it trains, resumed from when it starts again."""
 
 from __future__ import annotations
 
@@ -13,35 +13,43 @@ from torch import nn
 from partialfc import __version__
 from partialfc.checkpoint.class_table import CLASSES, check_class_table
 from partialfc.checkpoint.config_diff import Change, config_changes
-from partialfc.checkpoint.folders import DamagedCheckpoint, prune, set_aside, step_folders, undo_half_a_replacement
+from partialfc.checkpoint.folders import (
+    latest_valid,
+    prune,
+    restore_replaced,
+    set_aside,
+    step_folder,
+    step_folders,
+    step_of,
+)
 from partialfc.checkpoint.grow import start_at_mean_embeddings
-from partialfc.checkpoint.state import TrainingState, latest_valid
+from partialfc.checkpoint.state import TrainingState
 from partialfc.checkpoint.writer import Saver
 from partialfc.config import Config
 from partialfc.data.dataset import TarDataset
 from partialfc.data.order import samples_before, steps_per_epoch
-from partialfc.errors import ConfigError, Diverged
+from partialfc.errors import ConfigError, DamagedCheckpoint, Diverged
 from partialfc.runs.folder import RunFolder
-from partialfc.runtime.collectives import broadcast_from_rank0, run_on_rank0
+from partialfc.runtime.collectives import broadcast_from_rank0
 from partialfc.runtime.process import ProcessContext
 from partialfc.tracking.console import log
 
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """How far a run has come."""
+    """Where a run continues."""
 
     step: int = 0
     samples: int = 0
-    counts: dict[str, Any] = field(default_factory=dict)  # what :meth:`Checkpoints.save` was given
+    counts: dict[str, Any] = field(default_factory=dict)  # as given to :meth:`Checkpoints.save`
 
 
 class Checkpoints:
-    """Every rank has one.
+    """Writes and resumes from the checkpoints of a run; every rank has one.
 
     Args:
         evaluating: gives the backbone to embed images with, as an engine does.
-        force: go on although the config has changed in ways that change results.
+        force: resume although the config has changed in ways that change results.
     """
 
     def __init__(
@@ -58,21 +66,21 @@ class Checkpoints:
         self.folder = config.run.dir / "checkpoints"
         keep = config.checkpoint
         self._saver = Saver(keep.asynchronous, lambda: prune(self.folder, keep.keep_last, keep.keep_every))
-        self._other_samples = 0  # seen in data sets that this one has replaced, over those of as many steps of this one
-        self._newest_step = -1  # that was loaded, or is written or being written
-        self._whole_step = -1  # that was loaded, or has been written
-        self._rolled_back = (-1, 0)  # the checkpoint's step, how often
+        self._other_samples = 0  # seen in earlier data sets, beyond those of as many steps of this one
+        self._newest_step = -1  # loaded, written or being written
+        self._complete_step = -1  # loaded or written
+        self._rolled_back = (-1, 0)  # step of the checkpoint, number of times
 
-    # --- going on -----------------------------------------------------------------------------------------------------
+    # --- resuming -----------------------------------------------------------------------------------------------------
 
     def resume(self) -> ResumePoint:
-        """Take the newest whole checkpoint of the run folder, if there is one. A collective.
+        """Load the newest valid checkpoint of the run folder, if there is one. A collective.
 
         Raises:
-            ConfigError: it is of a config, data set or class table that this run cannot go on from.
-            DamagedCheckpoint: there are some, and none is whole.
+            ConfigError: this run cannot resume from its config, data set or class table.
+            DamagedCheckpoint: there are checkpoints, and none is valid.
         """
-        run_on_rank0(lambda: undo_half_a_replacement(self.folder))
+        broadcast_from_rank0(lambda: restore_replaced(self.folder))
         if self.config.checkpoint.resume == "never":
             self._set_aside(-1)
             return ResumePoint()
@@ -80,20 +88,20 @@ class Checkpoints:
         if found is None:
             if broadcast_from_rank0(lambda: step_folders(self.folder)):
                 raise DamagedCheckpoint(
-                    f"none of the checkpoints in {self.folder} is whole, and the run would begin at step 0; bring back "
-                    "a whole one, choose another run.dir, or begin anew with checkpoint.resume=never, all set aside"
+                    f"all checkpoints in {self.folder} are damaged, and the run would start again at step 0; restore "
+                    "one, choose another run.dir, or start anew with checkpoint.resume=never, which sets them aside"
                 )
             return ResumePoint()
         path, manifest = found
-        new_classes = self._check_classes(path, manifest)
+        new_classes = self._count_new_classes(path, manifest)
         self._check_unchanged(path, manifest, new_classes)
         num_classes = self.state.load(path, grow=new_classes > 0)
-        self._set_aside(int(path.name[5:]))
+        self._set_aside(step_of(path))
         step: int = manifest["step"]
-        self._whole_step = step
-        self._newest_step = -1 if new_classes else step  # the checkpoint that is there lacks them
+        self._complete_step = step
+        self._newest_step = -1 if new_classes else step  # the checkpoint of this step lacks them
         if self.process.is_first:
-            log(f"going on from {path}, written on {manifest.get('world_size')} ranks")
+            log(f"resuming from step {step:,} ({path}, written on {manifest.get('world_size')} ranks)")
         if new_classes:
             self._start_new_classes(num_classes)
         samples: int = manifest["samples"]
@@ -101,33 +109,37 @@ class Checkpoints:
         return ResumePoint(step, samples, manifest.get("counts", {}))
 
     def roll_back(self, step: int, most: int) -> str | None:
-        """Take weights, optimizers and state from the newest whole checkpoint, for a run that goes on from ``step``, at
-        most so often from the same one. A collective.
+        """Load the newest valid checkpoint into a run that continues at ``step``. A collective.
+
+        Args:
+            most: number of times that one checkpoint may be rolled back to.
 
         Returns:
-            Its path; None if there is none.
+            Its path, or None if there is none.
+
         Raises:
-            Diverged: going back to it has not helped.
+            Diverged: rolling back to it has not helped.
         """
         self._saver.wait()
         found = latest_valid(self.folder)
         if found is None or found[1]["step"] > step:
             return None
         path, manifest = found
-        since, times = self._rolled_back
-        self._rolled_back = (manifest["step"], times + 1 if since == manifest["step"] else 1)
-        if self._rolled_back[1] > most:
-            raise Diverged(f"the loss jumped again and again after going back to {path} {most} times; lower optim.lr")
+        last, times = self._rolled_back
+        times = times + 1 if last == manifest["step"] else 1
+        self._rolled_back = (manifest["step"], times)
+        if times > most:
+            raise Diverged(f"the loss kept jumping after rolling back to {path} {most} times; lower optim.lr")
         self.state.load(path)
-        self.state.head.step.fill_(step)  # its samples, negatives and learning rate are not those of the checkpoint
+        self.state.head.step.fill_(step)  # samples, negatives and learning rate are those of this step
         self.state.head.restart_step()
         return str(path)
 
-    def newest_in_words(self) -> str:
-        """Where a run that fails now can go on from."""
-        if self._whole_step < 0:
+    def describe_newest(self) -> str:
+        """Return the checkpoint that a run which fails now would resume from, in words."""
+        if self._complete_step < 0:
             return "there is no checkpoint yet"
-        return f"the newest checkpoint, of step {self._whole_step:,}, is from before"
+        return f"the newest checkpoint is of step {self._complete_step:,}, before them"
 
     def _set_aside(self, after: int) -> None:
         for place in broadcast_from_rank0(lambda: set_aside(self.folder, after)):
@@ -145,9 +157,8 @@ class Checkpoints:
             with self._evaluating() as backbone:
                 start_at_mean_embeddings(self.config, self.process, self.dataset, backbone, self.state.head, first)
 
-    def _check_classes(self, path: Path, manifest: dict[str, Any]) -> int:
-        """How many classes are new since the checkpoint."""
-        before, now = path / CLASSES, self.dataset.folder / CLASSES
+    def _count_new_classes(self, path: Path, manifest: dict[str, Any]) -> int:
+        """Return the number of classes added since the checkpoint; refuse any other difference between the classes."""
         if manifest.get("data_digest") == self.dataset.digest:
             return 0
         if CLASSES not in manifest["files"]:
@@ -157,18 +168,19 @@ class Checkpoints:
                 f"{path} has {manifest.get('num_classes')} classes and no {CLASSES} to compare with the "
                 f"{self.dataset.num_classes} classes of {self.dataset.folder}"
             )
+        before, now = path / CLASSES, self.dataset.folder / CLASSES
         return broadcast_from_rank0(lambda: check_class_table(before, now, self.config.checkpoint.grow))
 
     def _check_unchanged(self, path: Path, manifest: dict[str, Any], new_classes: int) -> None:
-        """Say what is different from the run that wrote the checkpoint; refuse what cannot be, or not without force."""
+        """Report what differs from the run that wrote the checkpoint; refuse what must not, or not without force."""
         changes = config_changes(manifest.get("config", {}), self.config.model_dump(mode="json"))
         if manifest.get("data_digest") != self.dataset.digest and not new_classes:
             change = Change("data.train", "another data set", str(self.config.data.train), "needs --force")
             changes = [other for other in changes if other.key != "data.train"] + [change]
-        impossible = [str(change) for change in changes if change.verdict == "impossible"]
-        forced = [str(change) for change in changes if change.verdict == "needs --force"]
+        impossible = [str(change) for change in changes if change.severity == "impossible"]
+        forced = [str(change) for change in changes if change.severity == "needs --force"]
         if impossible or (forced and not self.force):
-            advice = "choose another run.dir" + ("" if impossible else ", or pass --force to go on all the same")
+            advice = "choose another run.dir" + ("" if impossible else ", or pass --force to resume all the same")
             raise ConfigError(
                 f"{path} was written with another config:\n  " + "\n  ".join(impossible + forced) + f"\n{advice}"
             )
@@ -178,10 +190,10 @@ class Checkpoints:
     # --- saving -------------------------------------------------------------------------------------------------------
 
     def save(self, step: int, counts: dict[str, Any] | None = None) -> None:
-        """Begin to write a checkpoint; how it ends is told by :meth:`report`. A collective.
+        """Start to write a checkpoint; :meth:`report` tells the outcome. A collective.
 
         Args:
-            counts: what else :meth:`resume` is to give back.
+            counts: what :meth:`resume` returns besides; must fit JSON.
         """
         if step == self._newest_step:
             return
@@ -192,7 +204,7 @@ class Checkpoints:
             "samples": self._other_samples + self._samples_before(step),
             "counts": counts or {},
             "loader": {"epoch": epoch, "batch": batch},
-            # All random numbers are functions of the seed and of step, class, sample or rank: nothing else to keep.
+            # Every random number is a function of the seed and of step, class, sample or rank: there is no other state.
             "rng": {"seed": self.config.run.seed, "step": step},
             "num_classes": self.dataset.num_classes,
             "data_digest": self.dataset.digest,
@@ -201,11 +213,14 @@ class Checkpoints:
             "partialfc": __version__,
         }
         table = self.dataset.folder / CLASSES
-        path = self.folder / f"step-{step:08d}"
-        self._saver.save(path, self.state.tensors(), manifest, (table,) if table.exists() else ())
+        extra = (table,) if table.exists() else ()
+        self._saver.save(step_folder(self.folder, step), self.state.tensors(), manifest, extra)
 
     def report(self, folder: RunFolder | None, wait: bool = False) -> None:
-        """Say how the saves that have ended went. With ``wait``, of all, and the last must have succeeded.
+        """Log the outcomes of the saves that have ended.
+
+        Args:
+            wait: wait for all saves; the last one must have succeeded.
 
         Raises:
             CheckpointFailed: the last one failed, with ``wait``.
@@ -213,18 +228,18 @@ class Checkpoints:
         if wait:
             self._saver.wait()
         ended = self._saver.ended()
-        for saved in ended:
-            step = int(saved.folder.name[5:])
-            self._whole_step = step if saved.error is None else self._whole_step
-            if folder and saved.error is None:
-                folder.metrics.write("event", event="checkpoint", step=step, path=str(saved.folder))
-            elif folder and not (wait and saved is ended[-1]):
-                # The run is worth more than one checkpoint of it, and the one before is still there.
-                log(f"WARNING: {saved.error}; training goes on without it")
-                folder.metrics.write("event", event="checkpoint_failed", step=step, reason=str(saved.error))
+        for result in ended:
+            step = step_of(result.folder)
+            self._complete_step = step if result.error is None else self._complete_step
+            if folder and result.error is None:
+                folder.metrics.write("event", event="checkpoint", step=step, path=str(result.folder))
+            elif folder and not (wait and result is ended[-1]):
+                # A run is worth more than one of its checkpoints, and the previous one is still there.
+                log(f"WARNING: {result.error}; training continues without it")
+                folder.metrics.write("event", event="checkpoint_failed", step=step, reason=str(result.error))
         if wait and ended and ended[-1].error is not None:
             raise ended[-1].error
 
-    def let_end(self, seconds: float) -> None:
-        """Give what is being written some time to become complete, in a process that is about to end."""
+    def wait(self, seconds: float) -> None:
+        """Give a checkpoint that is being written ``seconds`` to become complete, before the process ends."""
         self._saver.wait(seconds)

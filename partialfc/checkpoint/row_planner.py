@@ -1,4 +1,4 @@
-"""Reads of a checkpoint just the rows of the classes that a rank owns, whichever ranks wrote them."""
+"""Reads only the rows of the classes that a rank owns, whichever ranks wrote them."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import LoadPlan
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from partialfc.checkpoint.folders import CheckedReader, DamagedCheckpoint
+from partialfc.checkpoint.reader import CheckedReader
+from partialfc.errors import DamagedCheckpoint
 from partialfc.runtime.collectives import Group, reason_of
 
 
 class RowLoadPlanner(DefaultLoadPlanner):
-    """Loads into plain tensors; those named in ``first_row`` are this rank's rows of a larger one.
+    """Loads into plain tensors; those named in ``first_row`` are this rank's rows of a larger tensor.
 
-    Rows beyond the stored ones stay as they are: so a head of more classes than before is filled, wherever its rows lie
-    now, without forming the old shape anywhere.
+    Rows beyond the stored ones stay as they are: a head that has more classes than the checkpoint is filled without
+    forming the old shape anywhere.
 
     Args:
-        first_row: for each tensor of which a rank holds some rows, the first of them.
+        first_row: index of this rank's first row, by tensor name.
     """
 
     def __init__(self, first_row: dict[str, int]) -> None:
@@ -51,7 +52,7 @@ class RowLoadPlanner(DefaultLoadPlanner):
 
 
 def stored_rows(stored: TensorStorageMetadata, first: int, count: int) -> int:
-    """How many of the ``count`` rows from ``first`` on were stored."""
+    """Return how many of the ``count`` rows from ``first`` on are stored."""
     return max(0, min(count, stored.size[0] - first))
 
 
@@ -64,7 +65,7 @@ def read_tensors(
         DamagedCheckpoint: it cannot be read.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # about loading in a single process, which is meant
+        warnings.simplefilter("ignore", UserWarning)  # about loading in a single process, which is intended
         try:
             dcp.load(targets, storage_reader=reader, planner=planner, process_group=group, no_dist=group is None)
         except CheckpointException as error:

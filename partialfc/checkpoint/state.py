@@ -1,12 +1,10 @@
-"""Checkpoints: torch DCP, everything per class as a ``Shard(0)`` DTensor, beside a manifest of sizes and digests.
+"""All tensors of a run under the names that checkpoints use: saved from any number of ranks, loaded on any other.
 
-A checkpoint folder is complete or absent: it is written under a temporary name, synced, and renamed. It loads on any
-number of ranks: each takes its own range of the classes.
+A tensor with one row a class is a ``Shard(0)`` DTensor over the ranks; each reads its own range of the classes.
 """
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,38 +15,30 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 
-from partialfc.checkpoint.folders import (
-    CheckedReader,
-    DamagedCheckpoint,
-    check_file,
-    read_manifest,
-    step_folders,
-)
+from partialfc.checkpoint.reader import CheckedReader, stored_tensors
 from partialfc.checkpoint.row_planner import RowLoadPlanner, read_tensors
 from partialfc.engines.state import OPTIMIZER, WEIGHTS, BackboneState
 from partialfc.errors import ConfigError
 from partialfc.head import PartialFC
-from partialfc.runtime.collectives import all_gather_object, broadcast_from_rank0, is_rank0, rank_slice
-from partialfc.tracking.console import log
 
 _PER_CLASS = {"weight", "bias", "center_loss.centers"}  # of the head
-_HEAD_OPTIMIZER = "head.optimizer."
+_HEAD, _HEAD_OPTIMIZER = "head.", "head.optimizer."
 
 
 class TrainingState:
-    """Everything of a run that is tensors, by the names that checkpoints use.
+    """Weights, buffers and optimizer state of the backbone and the head.
 
-    Replicated tensors are saved as they are; those with one row a class as DTensors over the ranks. Without optimizers
-    it only loads what an evaluation needs.
+    Args:
+        head_optimizer: None to load only what an evaluation needs.
     """
 
     def __init__(self, backbone: BackboneState, head: PartialFC, head_optimizer: Optimizer | None = None) -> None:
         self.backbone, self.head, self.head_optimizer = backbone, head, head_optimizer
 
     def tensors(self) -> dict[str, Tensor]:
-        """All of them, as they lie. A collective."""
+        """Return all tensors, not copied; those with one row a class as DTensors. A collective."""
         assert self.head_optimizer is not None
-        found = self.backbone.tensors() | self._of_head()
+        found = self.backbone.tensors() | self._head_tensors()
         for name, parameter in self.head.named_parameters():
             for key, value in self.head_optimizer.state.get(parameter, {}).items():
                 if isinstance(value, Tensor):
@@ -57,69 +47,75 @@ class TrainingState:
             name: _sharded(self.head, value) if _has_rows(name, value.dim()) else value for name, value in found.items()
         }
 
-    def _of_head(self) -> dict[str, Tensor]:
-        return {f"head.{name}": value for name, value in self.head.state_dict().items()}
-
     def load(self, checkpoint: Path, grow: bool = False) -> int:
-        """Take everything from a checkpoint folder that has been checked. A collective of the head's ranks.
+        """Fill all tensors from a checkpoint folder that has been checked. A collective of the head's ranks.
 
-        With ``grow`` it may be of fewer classes: the others keep the weight that they have, and their optimizer state
-        is zero, as at the start.
+        Args:
+            grow: accept a checkpoint of fewer classes: the others keep their weights, with zero optimizer state.
 
         Returns:
-            The number of classes that the checkpoint has.
+            The number of classes in the checkpoint.
+
         Raises:
-            ConfigError: it is of another model, head or number of classes.
+            ConfigError: it is of another model, head, optimizer or number of classes.
             DamagedCheckpoint: it cannot be read.
         """
-        reader = CheckedReader(checkpoint)
-        stored = reader.read_metadata().state_dict_metadata
-        targets = self.backbone.targets() | self._of_head()
+        stored = stored_tensors(checkpoint)
+        targets = self.backbone.targets() | self._head_tensors()
         self._check_shapes(checkpoint, targets, stored, grow)
-        weight: Any = stored["head.weight"]
-        num_classes: int = weight.size[0]
-        owners = {OPTIMIZER: self.backbone.shapes(), _HEAD_OPTIMIZER: self._shapes_of_head()}
-        wanted = tuple(owners) if self.head_optimizer is not None else ()
+        targets |= self._optimizer_targets(checkpoint, stored)
+        first = self.head.first_class
+        planner = RowLoadPlanner({name: first for name, value in targets.items() if _has_rows(name, value.dim())})
+        read_tensors(CheckedReader(checkpoint), targets, planner, self.head.collectives.group)
+        self.backbone.load({name: value for name, value in targets.items() if name.startswith((WEIGHTS, OPTIMIZER))})
+        self._set_head_optimizer(targets)
+        self.head.restart_step()
+        return stored["head.weight"].size[0]
+
+    def _head_tensors(self) -> dict[str, Tensor]:
+        return {f"{_HEAD}{name}": value for name, value in self.head.state_dict().items()}
+
+    def _optimizer_targets(self, checkpoint: Path, stored: dict[str, TensorStorageMetadata]) -> dict[str, Tensor]:
+        """Return zeros in the shapes in which this rank holds the optimizer state of the checkpoint."""
+        if self.head_optimizer is None:
+            return {}
+        head_shapes = {name: parameter.shape for name, parameter in self.head.named_parameters()}
+        shapes = {OPTIMIZER: self.backbone.shapes(), _HEAD_OPTIMIZER: head_shapes}
+        num_classes = stored["head.weight"].size[0]
+        targets = {}
         for name, entry in stored.items():
-            prefix = next((prefix for prefix in wanted if name.startswith(prefix)), None)
-            if prefix is None or not isinstance(entry, TensorStorageMetadata):
+            prefix = next((prefix for prefix in shapes if name.startswith(prefix)), None)
+            if prefix is None:
                 continue
             owner = name.removeprefix(prefix).rpartition(".")[0]
-            if owner not in owners[prefix]:
+            if owner not in shapes[prefix]:
                 raise ConfigError(f"{checkpoint} holds optimizer state of {owner!r}, which this run does not have")
-            parameter = owners[prefix][owner]
+            parameter = shapes[prefix][owner]
             rows = _has_rows(name, len(entry.size))
             shape = torch.Size((parameter[0], *entry.size[1:])) if rows else entry.size
             if shape not in ((), parameter[:1], parameter) or (rows and entry.size[0] != num_classes):
-                raise ConfigError(f"{checkpoint} is of another optimizer: {name} is {list(entry.size)} there")
+                raise ConfigError(f"{checkpoint} is of another optimizer: {name} has shape {list(entry.size)} there")
             device = self.head.weight.device if prefix == _HEAD_OPTIMIZER and shape else torch.device("cpu")
             targets[name] = torch.zeros(shape, dtype=entry.properties.dtype, device=device)
-        first = self.head.first_class
-        planner = RowLoadPlanner({name: first for name, value in targets.items() if _has_rows(name, value.dim())})
-        read_tensors(reader, targets, planner, self.head.collectives.group)
-        self.backbone.load({name: value for name, value in targets.items() if name.startswith((WEIGHTS, OPTIMIZER))})
-        optimizer = self.head_optimizer
-        if optimizer is not None:
-            optimizer.state.clear()
+        return targets
+
+    def _set_head_optimizer(self, tensors: dict[str, Tensor]) -> None:
+        if self.head_optimizer is None:
+            return
+        self.head_optimizer.state.clear()
         parameters = dict(self.head.named_parameters())
-        for name, value in targets.items():
+        for name, value in tensors.items():
             if name.startswith(_HEAD_OPTIMIZER):
                 owner, _, key = name.removeprefix(_HEAD_OPTIMIZER).rpartition(".")
-                assert optimizer is not None
-                optimizer.state[parameters[owner]][key] = value
-        self.head.restart_step()
-        return num_classes
-
-    def _shapes_of_head(self) -> dict[str, torch.Size]:
-        return {name: parameter.shape for name, parameter in self.head.named_parameters()}
+                self.head_optimizer.state[parameters[owner]][key] = value
 
     def _check_shapes(self, checkpoint: Path, targets: dict[str, Tensor], stored: dict[str, Any], grow: bool) -> None:
         missing = [name for name in targets if name not in stored]
         optimizers = (OPTIMIZER, _HEAD_OPTIMIZER)
-        foreign = [name for name in stored if name not in targets and not name.startswith(optimizers)]
-        if missing or foreign:
-            words = f"lacks {missing[0]}" if missing else f"holds {foreign[0]}, which this run does not have"
-            raise ConfigError(f"{checkpoint} is of another model or head: it {words}")
+        unknown = [name for name in stored if name not in targets and not name.startswith(optimizers)]
+        if missing or unknown:
+            problem = f"lacks {missing[0]}" if missing else f"holds {unknown[0]}, which this run does not have"
+            raise ConfigError(f"{checkpoint} is of another model or head: it {problem}")
         for name, value in targets.items():
             rows = _has_rows(name, value.dim())
             here = [self.head.num_classes, *value.shape[1:]] if rows else list(value.shape)
@@ -127,38 +123,21 @@ class TrainingState:
             fits = there[1:] == here[1:] and there[0] <= here[0] if rows and grow else there == here
             if not fits:
                 raise ConfigError(
-                    f"{checkpoint} is of another model or head: {name} is {there} there and {here} in this run"
+                    f"{checkpoint} is of another model or head: {name} has shape {there} there and {here} in this run"
                 )
 
 
 def _has_rows(name: str, dimensions: int) -> bool:
-    """Whether a tensor of this name has one row a class; an optimizer's own step count has none."""
-    owner = name.removeprefix(_HEAD_OPTIMIZER).rpartition(".")[0] if name.startswith(_HEAD_OPTIMIZER) else name[5:]
-    return name.startswith("head.") and owner in _PER_CLASS and dimensions > 0
-
-
-def latest_valid(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint in ``folder`` all of whose files are as they were written, and its manifest.
-
-    Damaged ones are reported and passed over. A collective; the ranks share the reading, and agree.
-    """
-    for checkpoint in broadcast_from_rank0(lambda: step_folders(folder)):
-        try:
-            manifest = broadcast_from_rank0(partial(read_manifest, checkpoint))
-            files = manifest["files"]
-            mine = [check_file(checkpoint, name, files[name]) for name in rank_slice(sorted(files))]
-            problems = [problem for part in all_gather_object(mine) for problem in part if problem]
-            if problems:
-                raise DamagedCheckpoint(f"{checkpoint}: {'; '.join(problems)}")
-            return checkpoint, manifest
-        except DamagedCheckpoint as error:
-            if is_rank0():
-                log(f"damaged checkpoint, the one before is used: {error}")
-    return None
+    """Return True if a tensor of this name has one row a class; an optimizer's own step count has none."""
+    if name.startswith(_HEAD_OPTIMIZER):
+        owner = name.removeprefix(_HEAD_OPTIMIZER).rpartition(".")[0]
+    else:
+        owner = name.removeprefix(_HEAD)
+    return name.startswith(_HEAD) and owner in _PER_CLASS and dimensions > 0
 
 
 def _sharded(head: PartialFC, local: Tensor) -> Tensor:
-    """``local``, this rank's rows, as its part of the tensor of all classes."""
+    """Return ``local``, this rank's rows, as its shard of the tensor of all classes."""
     if not head.collectives.distributed:
         return local
     mesh = DeviceMesh(local.device.type, torch.arange(head.collectives.world_size))

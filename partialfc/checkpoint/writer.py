@@ -1,11 +1,9 @@
-"""Writes checkpoints: complete or absent, on request while training goes on."""
+"""Writes checkpoints, complete or absent: under a hidden name, synced to disk, then renamed."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-import os
 import shutil
 import threading
 import warnings
@@ -21,8 +19,10 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from partialfc.checkpoint.folders import FORMAT, MANIFEST, REPLACED, manifest_digest
+from partialfc.checkpoint.folders import REPLACED
+from partialfc.checkpoint.manifest import FORMAT, MANIFEST, describe_file, manifest_digest
 from partialfc.errors import CheckpointFailed
+from partialfc.files import sync_to_disk
 from partialfc.runtime.collectives import Group, is_rank0, rank_slice, run_on_all_ranks
 from partialfc.runtime.process import LONG_TIMEOUT
 
@@ -34,12 +34,18 @@ def save_checkpoint(
     extra: tuple[Path, ...] = (),
     group: Group = None,
 ) -> None:
-    """Write ``folder``. A collective: every rank calls it. ``manifest`` and the ``extra`` files to copy into it are the
-    first rank's.
+    """Write a checkpoint folder. A collective.
+
+    Args:
+        folder: its final name; what another checkpoint there holds is replaced.
+        tensors: this rank's.
+        manifest: what the manifest says besides files, versions and digest; the first rank's.
+        extra: files to copy into it; the first rank's.
+        group: ranks that take part; None: all.
 
     Raises:
-        CheckpointFailed: on every rank, if it cannot be written (a full disk), or holds NaN; no other checkpoint is
-            touched.
+        CheckpointFailed: on every rank, if it cannot be written (a full disk), or a tensor holds NaN; no other
+            checkpoint is touched.
     """
     first = is_rank0()
     temporary = folder.with_name(f".{folder.name}.incomplete")
@@ -47,99 +53,85 @@ def save_checkpoint(
         run_on_all_ranks(lambda: _check_finite(tensors), group)
         run_on_all_ranks(lambda: _begin(temporary, extra) if first else None, group)
         run_on_all_ranks(lambda: _write_tensors(temporary, tensors, group), group)
-        # The first rank's listing: on a network file system another's may still lack something.
+        # The first rank's listing: on a network file system another rank may not see all files yet.
         names = run_on_all_ranks(lambda: sorted(path.name for path in temporary.iterdir()) if first else None, group)[0]
-        files = run_on_all_ranks(lambda: {name: _describe(temporary / name) for name in rank_slice(names)}, group)
+        files = run_on_all_ranks(lambda: {name: describe_file(temporary / name) for name in rank_slice(names)}, group)
         run_on_all_ranks(lambda: _finish(temporary, folder, manifest, files) if first else None, group)
     except CheckpointFailed:
         if first:
-            shutil.rmtree(temporary, ignore_errors=True)  # its room is needed
+            shutil.rmtree(temporary, ignore_errors=True)  # its space is needed
         raise
 
 
 def _check_finite(tensors: dict[str, Tensor]) -> None:
-    """A run must not replace checkpoints that it can go on from by one that it cannot."""
+    """Refuse NaN and Inf: a run must not replace checkpoints that it can resume from by one that it cannot."""
     for name, value in tensors.items():
         local = value.to_local() if isinstance(value, DTensor) else value
         if local.is_floating_point() and local.numel():
             largest = torch.linalg.vector_norm(local.detach(), math.inf)
-            # A backbone's buffers may hold Inf on purpose (a mask).
+            # A backbone's buffers may hold Inf on purpose, as masks do.
             if largest.isnan() or (largest.isinf() and not name.startswith("backbone.")):
                 raise CheckpointFailed(f"{name} holds NaN or Inf")
 
 
 def _begin(folder: Path, extra: tuple[Path, ...]) -> None:
-    for leftover in folder.parent.glob(".step-*"):  # of a run that was killed: only one is ever written at a time
+    for leftover in folder.parent.glob(".step-*"):  # of a killed run: only one checkpoint is written at a time
         shutil.rmtree(leftover, ignore_errors=True)
     folder.mkdir(parents=True)
     for path in extra:
         shutil.copyfile(path, folder / path.name)
-        _sync(folder / path.name)
+        sync_to_disk(folder / path.name)
 
 
 def _write_tensors(folder: Path, tensors: dict[str, Tensor], group: Group) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # about saving in a single process, which is meant
+        warnings.simplefilter("ignore", UserWarning)  # about saving in a single process, which is intended
         writer = dcp.FileSystemWriter(folder, sync_files=True)
-        # Batch statistics differ between ranks, and the first one's are those that count: DDP hands them to the others.
+        # Batch statistics differ between ranks; the first rank's count, since DDP broadcasts them.
         planner = dcp.DefaultSavePlanner(dedup_save_to_lowest_rank=True)
         alone = not dist.is_initialized()
         dcp.save(tensors, storage_writer=writer, planner=planner, process_group=group, no_dist=alone)
 
 
-def _describe(path: Path) -> dict[str, Any]:
-    """Size and digest of a file that has been written, read back."""
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
 def _finish(temporary: Path, folder: Path, manifest: dict[str, Any], files: list[dict[str, Any]]) -> None:
     """Write the manifest, and give the folder its name: only now it is a checkpoint.
 
-    Of two renames a kill may come between: :func:`undo_half_a_replacement` is for that.
+    A kill between the two renames is repaired by :func:`partialfc.checkpoint.folders.restore_replaced`.
     """
     described = dict(sorted((name, file) for part in files for name, file in part.items()))
     for name, file in described.items():
         if (temporary / name).stat().st_size != file["bytes"]:
-            raise CheckpointFailed(f"{name} is not what its rank has written: {file['bytes']:,} bytes")
+            raise CheckpointFailed(f"{name} does not have the {file['bytes']:,} bytes that its rank wrote")
     path = temporary / MANIFEST
     content = {"format": FORMAT, **manifest, "files": described, "torch": torch.__version__}
     path.write_text(json.dumps(content | {"digest": manifest_digest(content)}, indent=1), encoding="utf-8")
-    _sync(path)
-    _sync(temporary)
+    sync_to_disk(path)
+    sync_to_disk(temporary)
     replaced = folder.with_name(f".{folder.name}{REPLACED}")
     if folder.exists():  # of this step, before the head has grown
         folder.rename(replaced)
     temporary.rename(folder)
-    _sync(folder.parent)
-    shutil.rmtree(replaced, ignore_errors=True)  # only now: it takes long, and a kill must leave the one or the other
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_to_disk(folder.parent)
+    shutil.rmtree(replaced, ignore_errors=True)  # last: it takes long, and a kill must leave one of the two
 
 
 @dataclass(frozen=True)
-class Saved:
-    """How the writing of a checkpoint has ended."""
+class SaveResult:
+    """Outcome of a save: the checkpoint is complete, or ``error`` says why not."""
 
     folder: Path
     error: CheckpointFailed | None
 
 
 class Saver:
-    """Saves while training goes on, at most one checkpoint at a time.
+    """Saves while training continues, at most one checkpoint at a time.
 
-    :meth:`save` copies the state into host memory, which it keeps for the next time, and returns; a thread with a
-    process group of its own writes the copy. Every rank makes one, and calls :meth:`save` in the same steps.
+    :meth:`save` copies the state into host memory, which it keeps for the next save, and returns; a thread with a
+    process group of its own writes the copy. Every rank has a saver, and calls :meth:`save` in the same steps.
 
     Args:
         asynchronous: if false, :meth:`save` returns when the checkpoint is written, and there is no copy.
-        saved: called on the first rank, by the thread that writes, when a checkpoint is complete.
+        saved: called on the first rank, by the writing thread, when a checkpoint is complete.
     """
 
     def __init__(self, asynchronous: bool, saved: Callable[[], object]) -> None:
@@ -149,34 +141,34 @@ class Saver:
             self._group = dist.new_group(backend="gloo", timeout=LONG_TIMEOUT)
         self._copies: dict[str, Tensor] = {}
         self._thread: threading.Thread | None = None
-        self._ended: list[Saved] = []
+        self._ended: list[SaveResult] = []
 
     def save(
         self, folder: Path, tensors: dict[str, Tensor], manifest: dict[str, Any], extra: tuple[Path, ...] = ()
     ) -> None:
-        """Save as :func:`save_checkpoint` does; waits for the save before to end. :meth:`ended` tells of errors."""
+        """Save as :func:`save_checkpoint` does, once the previous save has ended; :meth:`ended` returns the outcome."""
         self.wait()
         if not self.asynchronous:
             self._write(folder, tensors, manifest, extra)
             return
         arguments = (folder, self._copied(tensors), manifest, extra)
-        # A daemon: a rank that is lost would keep it, and with it this process, for ever.
+        # A daemon: a lost rank would block this thread, and with it the end of the process, for ever.
         self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint", daemon=True)
         self._thread.start()
 
     def wait(self, seconds: float | None = None) -> None:
-        """Return when nothing is being written any more, or after some ``seconds``."""
+        """Return when nothing is being written any more, or after ``seconds``."""
         if self._thread is not None:
             self._thread.join(seconds)
             if not self._thread.is_alive():
                 self._thread = None
 
     def is_writing(self) -> bool:
-        """Whether a save is going on."""
+        """Return True while a checkpoint is being written."""
         return self._thread is not None and self._thread.is_alive()
 
-    def ended(self) -> list[Saved]:
-        """What has ended since the last call, in order."""
+    def ended(self) -> list[SaveResult]:
+        """Return the outcomes of the saves that ended since the last call, in order."""
         ended, self._ended = self._ended, []
         return ended
 
@@ -193,13 +185,13 @@ class Saver:
         except Exception as failed:
             if not self.asynchronous:
                 raise
-            # Most likely another rank is gone: training will notice, and say which.
+            # Most likely another rank is lost: training will notice, and name it.
             error = CheckpointFailed(f"the checkpoint could not be written ({type(failed).__name__}: {failed})")
             error.__cause__ = failed
-        self._ended.append(Saved(folder, error))
+        self._ended.append(SaveResult(folder, error))
 
     def _copied(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Copies in host memory, in the buffers of the last time where they fit."""
+        """Return copies in host memory, in the previous save's buffers where they fit."""
         for name, value in tensors.items():
             local = value.to_local() if isinstance(value, DTensor) else value
             copy = self._copies.get(name)
@@ -216,6 +208,6 @@ class Saver:
 
 
 def _like(value: DTensor, local: Tensor) -> DTensor:
-    """``local``, in host memory, as this rank's part of a tensor such as ``value``."""
+    """Return ``local``, in host memory, as this rank's shard of a tensor such as ``value``."""
     mesh = value.device_mesh if value.device_mesh.device_type == "cpu" else DeviceMesh("cpu", value.device_mesh.mesh)
     return DTensor.from_local(local, mesh, value.placements, run_check=False, shape=value.shape, stride=value.stride())

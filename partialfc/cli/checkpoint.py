@@ -18,7 +18,7 @@ def inspect_command(
     verify: Annotated[bool, typer.Option(help="read all files and compare their digests")] = True,
 ) -> None:
     """Print the contents of a checkpoint without loading it."""
-    from partialfc.checkpoint.folders import describe
+    from partialfc.checkpoint.reader import describe
 
     for line in describe(folder, verify):
         print(line)

@@ -1,1 +1,4 @@
-"""Open-set verification, closed-set identification, and their figures."""
+"""What a network is worth: open-set verification, closed-set identification, and their figures.
+
+Imported by train and cli; imports checkpoint, build, data, runtime and the head.
+"""

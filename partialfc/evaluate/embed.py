@@ -1,4 +1,4 @@
-"""Embeddings of a whole data set, computed by all ranks together."""
+"""Embeddings of a whole data set; the ranks share the work."""
 
 from __future__ import annotations
 
@@ -18,20 +18,22 @@ def embed(
     device: torch.device,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> Tensor:
-    """Embeddings of all samples, [num_samples, dim] float32, not normalised, on every rank. A collective.
+    """Return the embeddings of all samples, [num_samples, dim] float32, not normalised, on every rank. A collective.
 
     Args:
         batches: this rank's (indices [b], images [b, C, H, W]); the ranks' batches together hold every sample once.
-        interrupted: asked before each batch; once it is true the rest is left out, and the result is of no use.
+        interrupted: called before each batch; once it returns True, the rest is left out and the result is useless.
     """
     was_training = backbone.training
     backbone.eval()
     embeddings = torch.zeros(num_samples, dim, device=device)
-    for indices, images in batches:
-        if interrupted():
-            break
-        embeddings[indices.to(device)] = backbone(images.to(device, non_blocking=True)).float()
-    backbone.train(was_training)
+    try:
+        for indices, images in batches:
+            if interrupted():
+                break
+            embeddings[indices.to(device)] = backbone(images.to(device, non_blocking=True)).float()
+    finally:
+        backbone.train(was_training)
     if dist.is_initialized():
         dist.all_reduce(embeddings)
     return embeddings

@@ -11,22 +11,20 @@ from partialfc.evaluate.verification import Scores
 
 def draw_roc(curves: dict[str, Scores], path: Path, title: str) -> None:
     """Write the ROC of several protocols as a PNG: TAR over FAR, FAR logarithmic."""
-    import matplotlib
+    from matplotlib.figure import Figure  # not pyplot, which would choose a backend for the whole process
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6.4, 4.4), dpi=150, layout="constrained")
+    figure = Figure(figsize=(6.4, 4.4), dpi=150, layout="constrained")
+    axes = figure.subplots()
     lowest = 1.0
     for name, scores in curves.items():
         far, tar = scores.roc()
-        seen = far > 0
-        if not seen.any():
+        shown = far > 0  # on a logarithmic axis
+        if not shown.any():
             continue
-        lowest = min(lowest, float(far[seen][0]))
+        lowest = min(lowest, float(far[shown][0]))
         tar_at, _ = scores.tar_at_far(1e-3)
         label = f"{name.replace('_', ' ')}" + ("" if np.isnan(tar_at) else f" (TAR {tar_at:.4f} at FAR 1e-3)")
-        axes.step(far[seen], tar[seen], where="post", linewidth=1.8, label=label)
+        axes.step(far[shown], tar[shown], where="post", linewidth=1.8, label=label)
     axes.set_xscale("log")
     axes.set_xlim(10 ** np.floor(np.log10(max(lowest, 1e-9))), 1)
     axes.set_ylim(0, 1.005)
@@ -36,4 +34,3 @@ def draw_roc(curves: dict[str, Scores], path: Path, title: str) -> None:
     axes.grid(True, which="major", alpha=0.35)
     axes.legend(loc="lower right", fontsize=8)
     figure.savefig(path)
-    pyplot.close(figure)

@@ -1,4 +1,4 @@
-"""Closed-set identification: which of the known classes is it?"""
+"""Closed-set identification: the known class nearest to an embedding."""
 
 from __future__ import annotations
 
@@ -10,10 +10,14 @@ from partialfc.head import PartialFC
 
 @torch.no_grad()
 def nearest_classes(head: PartialFC, embeddings: Tensor, classes_per_chunk: int = 8192, rows: int = 1024) -> Tensor:
-    """The class with the highest logit for each of ``embeddings [N, D]``, over all shards, [N] int64. A collective.
+    """Return the class with the highest logit over all shards for each embedding, [N] int64. A collective.
 
-    Every rank passes the same embeddings, not normalised. But for plain Softmax the highest logit is that of the
-    highest cosine.
+    Except with plain Softmax that is the class with the highest cosine.
+
+    Args:
+        embeddings: [N, D], not normalised, the same on every rank.
+        classes_per_chunk: classes of a block of logits.
+        rows: embeddings of a block of logits.
     """
     device = head.weight.device
     best = torch.full((len(embeddings),), -torch.inf, dtype=torch.float64, device=device)
@@ -24,17 +28,17 @@ def nearest_classes(head: PartialFC, embeddings: Tensor, classes_per_chunk: int 
         weight = head.weight[start : start + classes_per_chunk].to(head.compute_dtype)
         weight = weight if raw else torch.nn.functional.normalize(weight, dim=-1)
         for first in range(0, len(embeddings), rows):
-            part = slice(first, first + rows)
-            logits = embeddings[part].to(weight.dtype) @ weight.flatten(0, -2).T
-            if weight.dim() == 3:  # the nearest of each class's sub-centers
+            block = slice(first, first + rows)
+            logits = embeddings[block].to(weight.dtype) @ weight.flatten(0, -2).T
+            if weight.dim() == 3:  # the best of each class's sub-centers
                 logits = logits.unflatten(1, weight.shape[:2]).amax(dim=2)
             if head.bias is not None:
                 logits += head.bias[start : start + classes_per_chunk]
             value, column = logits.max(dim=1)
-            better = value.double() > best[part]
-            best[part] = torch.where(better, value.double(), best[part])
-            found[part] = torch.where(better, column + start + head.first_class, found[part])
+            better = value.double() > best[block]
+            best[block] = torch.where(better, value.double(), best[block])
+            found[block] = torch.where(better, column + start + head.first_class, found[block])
     highest = head.collectives.maximum(best.clone())
-    # Of shards that share the highest logit the lowest class wins; the maximum of negated ids finds it.
+    # Where shards share the highest logit, the lowest class wins: the maximum of negated ids.
     candidates = torch.where(best == highest, -found.double(), -float(head.num_classes))
     return (-head.collectives.maximum(candidates)).long()

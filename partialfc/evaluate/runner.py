@@ -1,10 +1,10 @@
-"""What a run measures of its network: every evaluation set of the config."""
+"""Evaluates a network on every evaluation set of a config."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,12 @@ FARS = (1e-2, 1e-3, 1e-4, 1e-5)
 class Evaluation:
     """Evaluates a network on all sets of a config.
 
-    A set with ``protocol.json`` is for verification. Any other is for identification: labelled samples of the
-    training classes. ``accuracy`` is the share whose class has the highest logit.
+    A set with ``protocol.json`` is for verification. Any other is for identification, with labelled samples of the
+    training classes: ``accuracy`` is the share of samples whose own class has the highest logit.
 
     Raises:
         DataError: a set is missing or incomplete, or its classes are not those of the training set.
-        ConfigError: two sets would give results of one name.
+        ConfigError: two sets would give results of the same name.
     """
 
     def __init__(self, config: Config, num_classes: int) -> None:
@@ -43,7 +43,7 @@ class Evaluation:
         self.sets = [(folder, TarDataset(folder)) for folder in config.evaluation.sets]
         names: list[str] = []
         for folder, dataset in self.sets:
-            protocols = read_protocols(folder)[0] if (folder / "protocol.json").exists() else []
+            protocols = read_protocols(folder)[0] if _is_verification(folder) else []
             names += [protocol.name for protocol in protocols] or [folder.name]
             if not protocols and dataset.num_classes != num_classes:
                 raise DataError(
@@ -55,49 +55,43 @@ class Evaluation:
             raise ConfigError(f"evaluation.sets: two sets give results called {', '.join(twice)}; rename one of them")
 
     def run(self, backbone: nn.Module, head: PartialFC, process: ProcessContext, name: str) -> dict[str, Any] | None:
-        """All results, e.g. ``{"unseen_font": {"tar_at_far": {"0.001": 0.9}, …}}``; None if the ranks were asked to
-        stop meanwhile. A collective.
+        """Return all results, e.g. ``{"unseen_font": {"tar_at_far": {"0.001": 0.9}, …}}``. A collective.
 
         The first rank also writes them, with a ROC figure, into the run folder's ``evaluation/`` under ``name``.
+
+        Returns:
+            The results by protocol or set, or None if a request to stop came in between.
         """
 
-        def asked() -> bool:  # this rank; the others learn of it within a second or two
+        def interrupted() -> bool:  # on this rank; the others learn of it within a second or two
             process.report_progress()
             return process.stop.requested
 
         results: dict[str, Any] = {}
         curves: dict[str, Scores] = {}
         for folder, dataset in self.sets:
-            embeddings = self._embed(backbone, dataset, process, asked)
+            embeddings = self._embed(backbone, dataset, process, interrupted)
             if process.agree_to_stop():
                 return None
             labels = torch.from_numpy(dataset.labels).to(process.device)
-            if not (folder / "protocol.json").exists():
-                right = nearest_classes(head, embeddings) == labels
-                results[folder.name] = {"accuracy": float(right.double().mean()), "samples": len(labels)}
+            if not _is_verification(folder):
+                correct = nearest_classes(head, embeddings) == labels
+                results[folder.name] = {"accuracy": float(correct.double().mean()), "samples": len(labels)}
                 continue
             embeddings = nn.functional.normalize(embeddings)
             protocols, look_alikes = read_protocols(folder)
             designs = [key.partition("-")[2] for key in dataset.keys]
             for protocol in protocols:
-                scores = score_pairs(embeddings, labels, designs, protocol, look_alikes, asked)
+                scores = score_pairs(embeddings, labels, designs, protocol, look_alikes, interrupted)
                 if process.agree_to_stop():
                     return None
-                curves[protocol.name] = scores
-                found = {f"{far:g}": scores.tar_at_far(far) for far in FARS}
-                results[protocol.name] = {
-                    "tar_at_far": {far: tar for far, (tar, _) in found.items() if not math.isnan(tar)},
-                    "threshold": {far: edge for far, (_, edge) in found.items() if not math.isnan(edge)},
-                    "genuine_pairs": int(scores.genuine.sum()),
-                    "impostor_pairs": int(scores.impostors.sum()),
-                    **{name: value for name, value in scores.spread().items() if not math.isnan(value)},
-                }
+                curves[protocol.name], results[protocol.name] = scores, _summarize(scores)
         if process.is_first and results:
             self._write(results, curves, name)
         return results
 
     def _embed(
-        self, backbone: nn.Module, dataset: TarDataset, process: ProcessContext, asked: Callable[[], bool]
+        self, backbone: nn.Module, dataset: TarDataset, process: ProcessContext, interrupted: Callable[[], bool]
     ) -> torch.Tensor:
         settings = LoaderSettings.from_config(self.config, process.rank, process.world_size)
         batches = evaluation_batches(dataset, settings, self.config.evaluation.batch_size)
@@ -105,13 +99,13 @@ class Evaluation:
         share = -(-dataset.num_samples // process.world_size)
         with progress(f"embedding {dataset.folder.name}", share) as advance:
 
-            def counted() -> Any:
+            def counted() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
                 for indices, images in batches:
                     yield indices, images
                     advance(len(indices))
 
             dim = self.config.model.embedding_dim
-            return embed(backbone, counted(), dataset.num_samples, dim, process.device, asked)
+            return embed(backbone, counted(), dataset.num_samples, dim, process.device, interrupted)
 
     def _write(self, results: dict[str, Any], curves: dict[str, Scores], name: str) -> None:
         folder: Path = self.config.run.dir / "evaluation"
@@ -123,8 +117,24 @@ class Evaluation:
             draw_roc(curves, folder / f"roc-{name}.png", f"{self.config.run.dir.name}, {name}")
 
 
+def _is_verification(folder: Path) -> bool:
+    return (folder / "protocol.json").exists()
+
+
+def _summarize(scores: Scores) -> dict[str, Any]:
+    """Return what the results say of one protocol; figures that too few pairs leave undefined are left out."""
+    rates = {f"{far:g}": scores.tar_at_far(far) for far in FARS}
+    return {
+        "tar_at_far": {far: tar for far, (tar, _) in rates.items() if not math.isnan(tar)},
+        "threshold": {far: edge for far, (_, edge) in rates.items() if not math.isnan(edge)},
+        "genuine_pairs": int(scores.genuine.sum()),
+        "impostor_pairs": int(scores.impostors.sum()),
+        **{name: value for name, value in scores.spread().items() if not math.isnan(value)},
+    }
+
+
 def describe_results(results: dict[str, Any]) -> list[str]:
-    """A line for people on each set."""
+    """Return one line for people on each protocol or set."""
     lines = []
     for name, found in results.items():
         tar = "  ".join(f"TAR {value:.4f} at FAR {far}" for far, value in found.get("tar_at_far", {}).items())

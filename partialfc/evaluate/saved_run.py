@@ -1,4 +1,4 @@
-"""``partialfc evaluate``: what the newest checkpoint of a run is worth, on its own sets or on others."""
+"""``partialfc evaluate``: the newest checkpoint of a run, on its own evaluation sets or on others."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 from partialfc import models
 from partialfc.build.backbone import build_backbone
 from partialfc.build.head import build_head
-from partialfc.checkpoint.folders import DamagedCheckpoint, step_folders
-from partialfc.checkpoint.state import TrainingState, latest_valid
+from partialfc.checkpoint.folders import latest_valid, step_folders
+from partialfc.checkpoint.state import TrainingState
 from partialfc.config import parse_config
 from partialfc.engines.state import ReplicatedBackbone
-from partialfc.errors import ConfigError, DataError
+from partialfc.errors import ConfigError, DamagedCheckpoint, DataError
 from partialfc.evaluate.runner import Evaluation, describe_results
 from partialfc.runtime.collectives import broadcast_from_rank0
 from partialfc.runtime.process import joined
@@ -23,26 +23,27 @@ _TIMEOUT = 120.0  # seconds of silence after which a rank is lost
 
 
 def evaluate(run: Path, sets: Sequence[Path] = (), model: str | None = None) -> dict[str, Any] | None:
-    """Evaluate a run's newest whole checkpoint, on the ranks that torchrun started, or alone.
+    """Evaluate a run's newest valid checkpoint, on the ranks that torchrun started, or in this process alone.
 
-    The results are printed, and written into the run's ``evaluation/``; those on ``sets``, which take the place of the
-    sets of its config, under a name that tells them.
+    Results are printed, and written into the run's ``evaluation/``.
 
     Args:
-        model: the run's ``model.name``, repeated, where that is not one of ours.
+        sets: evaluation sets instead of those of the run's config; their names become part of the file's name.
+        model: the run's ``model.name``, repeated, if it is not one of this package's: it names code to run.
 
     Returns:
-        The results; None if asked to stop.
+        The results, or None if a request to stop came in between.
+
     Raises:
         ConfigError: there is nothing to evaluate on, or ``model`` is missing.
-        DataError: the run has no whole checkpoint, or a set is not what it should be.
+        DataError: the run has no valid checkpoint, or a set is missing, incomplete or malformed.
     """
-    with joined(None, _TIMEOUT) as process:  # the file stop in the run folder is for a training there
+    with joined(None, _TIMEOUT) as process:  # the file `stop` in the run folder is for a training run
         if not broadcast_from_rank0(lambda: step_folders(run / "checkpoints")):
             raise DataError(f"{run} is not the folder of a run with checkpoints")
         found = latest_valid(run / "checkpoints")
         if found is None:
-            raise DamagedCheckpoint(f"none of the checkpoints in {run / 'checkpoints'} is whole")
+            raise DamagedCheckpoint(f"all checkpoints in {run / 'checkpoints'} are damaged")
         path, manifest = found
         config = parse_config(manifest["config"])
         config.run.dir = run
@@ -60,6 +61,6 @@ def evaluate(run: Path, sets: Sequence[Path] = (), model: str | None = None) -> 
         name = f"step-{manifest['step']:08d}" + "".join(f"-{folder.name}" for folder in sets)
         results = evaluation.run(backbone, head, process, name)
         if process.is_first:
-            for line in describe_results(results) if results is not None else ["stopped as asked"]:
+            for line in describe_results(results) if results is not None else ["stopped on request"]:
                 log(line)
         return results

@@ -1,8 +1,8 @@
 """Open-set verification: TAR at FAR over all pairs.
 
-A pair is *genuine* if both samples are of one class, else an *impostor*. TAR is the share of genuine pairs, FAR of
-impostors, whose cosine reaches the threshold. Scores are counted in a histogram of 2^20 bins over [-1, 1], so any
-number of pairs fits and ranks just add up their counts; a threshold is a bin's edge (steps of 2e-6 in cosine).
+A pair is *genuine* if both samples are of one class, else an *impostor*. TAR (FAR) is the share of genuine (impostor)
+pairs whose cosine reaches the threshold. Cosines are counted in a histogram of 2^20 bins over [-1, 1], so any number of
+pairs fits and ranks add up their counts; a threshold is a bin's edge (steps of 2e-6 in cosine).
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from torch import Tensor
 from partialfc.errors import DataError
 
 _BINS = 1 << 20
-_ROWS = 256
+_ROWS = 256  # probes compared at once
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """Which samples meet which: every sample of a probe design with every one of a gallery design."""
+    """Pairs to compare: every sample of a probe design with every sample of a gallery design."""
 
     name: str
     probe: frozenset[str]
@@ -36,26 +36,27 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Scores:
-    """Counts of cosines, [bins] int64 each, from -1 to 1."""
+    """Histograms of cosines from -1 to 1, [bins] int64 each."""
 
     genuine: Tensor
     impostors: Tensor
 
     def tar_at_far(self, far: float) -> tuple[float, float]:
-        """The largest TAR at which FAR is at most ``far``, and its threshold.
+        """Return the largest TAR at which FAR is at most ``far``, and its threshold.
 
-        NaN where there are fewer than 1/far impostors: such a rate could not be told from zero.
+        NaN if there are fewer than 1/far impostors: such a rate cannot be told from zero.
         """
         impostors, genuine = int(self.impostors.sum()), int(self.genuine.sum())
         if impostors * far < 1 or not genuine:
             return math.nan, math.nan
         accepted = self.impostors.flip(0).cumsum(0).flip(0)  # impostors at or above each edge
-        lowest = int((accepted > math.floor(impostors * far + 1e-9)).sum())  # the first edge that lets few enough in
+        lowest = int((accepted > math.floor(impostors * far + 1e-9)).sum())  # first edge with few enough
         return int(self.genuine[lowest:].sum()) / genuine, lowest * 2.0 / _BINS - 1.0
 
     def spread(self) -> dict[str, float]:
-        """How close a class's samples are to each other, and how far classes lie apart: mean and standard deviation of
-        the genuine and of the impostor pairs' cosines; NaN where there are no pairs.
+        """Return mean and standard deviation of the genuine and of the impostor pairs' cosines; NaN without pairs.
+
+        They tell how close the samples of a class are to each other, and how far apart classes lie.
         """
         found = {}
         for name, counts in (("genuine", self.genuine), ("impostor", self.impostors)):
@@ -67,28 +68,28 @@ class Scores:
         return found
 
     def roc(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-        """FAR and TAR at every threshold at which FAR changes, FAR ascending."""
+        """Return FAR and TAR at every threshold at which FAR changes, FAR ascending."""
         false = self.impostors.flip(0).cumsum(0).cpu().numpy()
         true = self.genuine.flip(0).cumsum(0).cpu().numpy()
         steps = np.flatnonzero(np.diff(false, append=false[-1] + 1))
         return false[steps] / max(1, false[-1]), true[steps] / max(1, true[-1])
 
-    def roc_points(self, most: int = 200) -> dict[str, list[float]]:
-        """``far`` and ``tar`` at no more than ``most`` points of the curve, evenly spread over the logarithm of FAR."""
+    def roc_points(self, max_points: int = 200) -> dict[str, list[float]]:
+        """Return ``far`` and ``tar`` at up to ``max_points`` points of the curve, evenly spread over log FAR."""
         far, tar = self.roc()
         far, tar = far[far > 0], tar[far > 0]
         if not len(far):
             return {"far": [], "tar": []}
-        chosen = np.searchsorted(far, np.geomspace(far[0], far[-1], most)).clip(max=len(far) - 1)
+        chosen = np.searchsorted(far, np.geomspace(far[0], far[-1], max_points)).clip(max=len(far) - 1)
         chosen = np.unique(chosen)
         return {"far": far[chosen].tolist(), "tar": tar[chosen].tolist()}
 
 
 def read_protocols(folder: Path) -> tuple[list[Protocol], list[tuple[int, int]]]:
-    """The protocols of a verification set, and the pairs of classes that count as neither genuine nor impostor.
+    """Return the protocols of a verification set, and the pairs of classes that are neither genuine nor impostor.
 
     Raises:
-        DataError: protocol.json is missing or not of this form.
+        DataError: protocol.json is missing or malformed.
     """
     path = folder / "protocol.json"
     try:
@@ -115,10 +116,10 @@ def score_pairs(
     Args:
         embeddings: [N, D], unit length.
         labels: [N] int64.
-        designs: N names; a sample is a probe or a gallery sample by its name. A pair is counted once, and no sample
-            meets itself.
+        designs: N names, which make a sample a probe or a gallery sample. A pair counts once, and no sample is
+            compared with itself.
         look_alikes: pairs of classes that are left out.
-        interrupted: asked now and then; once it is true the rest is left out, and the result is of no use.
+        interrupted: called now and then; once it returns True, the rest is left out and the result is useless.
     """
     device = embeddings.device
     probes = torch.tensor([i for i, design in enumerate(designs) if design in protocol.probe], device=device)
@@ -155,7 +156,7 @@ def score_pairs(
 
 
 def _pair_codes(pairs: Sequence[tuple[int, int]], labels: Tensor) -> Tensor:
-    """One int64 for each unordered pair of classes."""
+    """Return one int64 for each unordered pair of classes."""
     classes = int(labels.max()) + 1 if len(labels) else 1
     codes = [min(pair) * classes + max(pair) for pair in pairs if max(pair) < classes]
     return torch.tensor(codes, dtype=torch.int64, device=labels.device)

@@ -1,4 +1,4 @@
-"""What a run has learnt, in formats that other programs read."""
+"""The trained backbone and class centres of a run, in formats that other programs read."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import json
 import logging
 import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,10 +19,11 @@ from torch.distributed.checkpoint.planner import ReadItem
 
 from partialfc import __version__, models
 from partialfc.checkpoint.class_table import CLASSES
+from partialfc.checkpoint.reader import stored_tensors
 from partialfc.checkpoint.row_planner import RowLoadPlanner
 from partialfc.config import Config, parse_config
 from partialfc.errors import ConfigError, DataError, ExportFailed, MissingDependency
-from partialfc.exchange.reading import find_checkpoint, map_file, read_into, reserve, stored_tensors
+from partialfc.exchange.reading import find_checkpoint, map_file, read_into, reserve
 from partialfc.tracking.console import Advance, Progress, no_progress
 from partialfc.tracking.metrics import add_event
 
@@ -32,13 +35,13 @@ ABOUT, WEIGHTS, ONNX, CENTERS, EXAMPLE = (
     "nearest.py",
 )
 _TOLERANCE = 1e-4  # largest difference between onnxruntime and torch, over the largest value
-_EMBEDDED = 1 << 30  # bytes of weights up to which an ONNX file holds them itself; its format ends at 2 GiB
-_PIECE = 1 << 14  # class centres normalised at once
+_MAX_EMBEDDED = 1 << 30  # bytes of weights within an ONNX file, whose format ends at 2 GiB; larger ones lie beside it
+_BLOCK = 1 << 14  # class centres normalised at once
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What has been written."""
+    """The files of an export."""
 
     folder: Path
     files: list[str]
@@ -55,7 +58,7 @@ def export(
     progress: Progress = no_progress,
     model: str | None = None,
 ) -> Exported:
-    """Write the backbone of a run's newest whole checkpoint, and on request its class centres, into a folder.
+    """Write the backbone of a run's newest valid checkpoint, and on request its class centres, into a folder.
 
     ``backbone.safetensors`` holds its state dict; ``backbone.onnx`` takes ``images`` [batch, channels, size, size]
     float32 in [-1, 1] of any batch size and gives ``embeddings`` [batch, D], not normalised; ``class_centers.npy``
@@ -64,17 +67,16 @@ def export(
 
     Args:
         run: a run folder, or one of its checkpoints.
-        out: default: ``export`` in the run folder.
+        out: folder to write; default: ``export`` in the run folder.
         centers: write the class centres, and ``nearest.py``, which uses them.
-        center_dtype: of the class centres.
         onnx: write the ONNX file.
-        model: the run's ``model.name``, repeated, where that is not one of ours: a checkpoint may come from anywhere,
-            and only the caller can say that the code it names may run.
+        model: the run's ``model.name``, repeated, if it is not one of this package's: a checkpoint may come from
+            anywhere, and only the caller can allow the code that it names to run.
 
     Raises:
         ConfigError: ``out`` holds something else, or ``model`` is missing.
-        DamagedCheckpoint: there is no whole checkpoint.
-        ExportFailed: the ONNX file does not compute what the backbone does.
+        DamagedCheckpoint: there is no valid checkpoint.
+        ExportFailed: the ONNX file computes other embeddings than the backbone.
         DataError: ``out`` cannot be written.
         MissingDependency: an exporter is not installed.
     """
@@ -92,19 +94,7 @@ def export(
     try:
         temporary.mkdir(parents=True)
         shape = (config.data.channels, config.data.image_size, config.data.image_size)
-        about: dict[str, Any] = {
-            "model": config.model.name,
-            "embedding_dim": config.model.embedding_dim,
-            "input": {
-                "mode": "L" if config.data.channels == 1 else "RGB",
-                "size": config.data.image_size,
-                "pixels": "value / 127.5 - 1, channels first",
-            },
-            "step": manifest["step"],
-            "samples": manifest["samples"],
-            "num_classes": manifest["num_classes"],
-            "partialfc": __version__,
-        }
+        about = _describe(config, manifest)
         _write_weights(backbone, temporary / WEIGHTS, about)
         difference = _write_onnx(backbone, temporary / ONNX, shape) if onnx else None
         if (checkpoint / CLASSES).exists():
@@ -122,6 +112,23 @@ def export(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return Exported(out, sorted(path.name for path in out.iterdir()), checkpoint, difference)
+
+
+def _describe(config: Config, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Return the content of ``export.json``."""
+    return {
+        "model": config.model.name,
+        "embedding_dim": config.model.embedding_dim,
+        "input": {
+            "mode": "L" if config.data.channels == 1 else "RGB",
+            "size": config.data.image_size,
+            "pixels": "value / 127.5 - 1, channels first",
+        },
+        "step": manifest["step"],
+        "samples": manifest["samples"],
+        "num_classes": manifest["num_classes"],
+        "partialfc": __version__,
+    }
 
 
 def _read_backbone(checkpoint: Path, config: Config) -> nn.Module:
@@ -153,13 +160,9 @@ def _missing(name: str) -> MissingDependency:
 
 
 def _write_onnx(backbone: nn.Module, path: Path, shape: tuple[int, int, int]) -> float:
-    """Write, and compare with torch on batches of several sizes; returns the largest relative difference."""
-    import onnxruntime
-
+    """Write the ONNX file, compare it with torch, and return the largest relative difference."""
     size = sum(value.numel() * value.element_size() for value in backbone.state_dict().values())
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # what it does not find and does not need
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with _quiet_exporter():
         torch.onnx.export(
             backbone,
             (torch.zeros(2, *shape),),
@@ -168,9 +171,30 @@ def _write_onnx(backbone: nn.Module, path: Path, shape: tuple[int, int, int]) ->
             output_names=["embeddings"],
             dynamic_shapes=({0: torch.export.Dim("batch")},),
             dynamo=True,
-            external_data=size > _EMBEDDED,
+            external_data=size > _MAX_EMBEDDED,
             verbose=False,
         )
+    return _compare_onnx(backbone, path, shape)
+
+
+@contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """Silence what torch's exporter says of optional packages and of its own internals."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _compare_onnx(backbone: nn.Module, path: Path, shape: tuple[int, int, int]) -> float:
+    """Return the largest difference to torch on batches of several sizes, relative to the largest value."""
+    import onnxruntime
+
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     generator = torch.Generator().manual_seed(0)
     worst = 0.0
@@ -183,12 +207,12 @@ def _write_onnx(backbone: nn.Module, path: Path, shape: tuple[int, int, int]) ->
             raise ExportFailed(f"the ONNX file gives {found.shape} for a batch of {batch}, not {tuple(expected.shape)}")
         worst = max(worst, float((torch.from_numpy(found) - expected).abs().max() / expected.abs().max()))
     if not worst <= _TOLERANCE:
-        raise ExportFailed(f"the ONNX file differs from the backbone by {worst:.1e}, more than {_TOLERANCE:.0e}")
+        raise ExportFailed(f"the ONNX file differs from the backbone by {worst:.1e}; the limit is {_TOLERANCE:.0e}")
     return worst
 
 
 class _UnitRows(RowLoadPlanner):
-    """Divides rows by their length on the way from the dtype in which they were stored to another."""
+    """Scales rows to unit length in the stored dtype, before they are converted to the target's."""
 
     def __init__(self, advance: Advance) -> None:
         super().__init__({})
@@ -199,14 +223,14 @@ class _UnitRows(RowLoadPlanner):
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
         target = super().resolve_tensor(read_item)
-        for start in range(0, len(tensor), _PIECE):
-            piece = slice(start, start + _PIECE)
-            target[piece] = nn.functional.normalize(tensor[piece], dim=-1).to(target.dtype)
-            self._advance(len(tensor[piece]))
+        for start in range(0, len(tensor), _BLOCK):
+            block = slice(start, start + _BLOCK)
+            target[block] = nn.functional.normalize(tensor[block], dim=-1).to(target.dtype)
+            self._advance(len(tensor[block]))
 
 
 def _write_centers(checkpoint: Path, path: Path, dtype: str, progress: Progress) -> dict[str, Any]:
-    """The head's rows at unit length in one ``.npy``, of which memory never holds more than one stored part."""
+    """Write the head's rows at unit length into one ``.npy``; memory holds one stored part at a time."""
     shape = tuple(stored_tensors(checkpoint)["head.weight"].size)
     with path.open("wb") as file:
         header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}

@@ -1,4 +1,4 @@
-"""Weights of InsightFace's arcface_torch, and backbones of anyone, into a checkpoint that a run begins with."""
+"""Weights of InsightFace's arcface_torch, and any backbone's, as the checkpoint that a run starts from."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from partialfc.checkpoint.folders import step_folders
+from partialfc.checkpoint.folders import step_folder, step_folders
 from partialfc.config import Config
 from partialfc.errors import ConfigError, DataError, PartialFCError
 from partialfc.head import PartialFC
@@ -23,29 +23,32 @@ _NUMBERED = re.compile(r"(.*?)(\d+)(\.pth?)")
 
 
 def import_weights(config: Config, backbone: Path | None, head: Path | None) -> Path:
-    """Write the checkpoint of step 0 into the run folder of ``config``, on the ranks that torchrun started, or alone.
+    """Write the checkpoint of step 0 into a run folder, on the ranks that torchrun started or in this process alone.
 
     ``partialfc train`` with the same config then starts from these weights. What is not given is initialised as usual;
-    the optimizers start anew.
+    optimizer state is empty.
 
     Args:
         backbone: a state dict (``backbone.pth``, ``model.pt``), a ``checkpoint_gpu_*.pt``, or a safetensors file.
-        head: one file of a set ``checkpoint_gpu_{0..W-1}.pt`` or ``softmax_fc_gpu_{0..W-1}.pt``, or their folder. W is
-            the number of ranks that wrote them, any number.
+        head: one file of a set ``checkpoint_gpu_{0..W-1}.pt`` or ``softmax_fc_gpu_{0..W-1}.pt`` written by any number
+            W of ranks, or their folder.
+
+    Returns:
+        The checkpoint's folder.
 
     Raises:
-        ConfigError: the weights do not fit the config, or the run folder holds checkpoints already.
-        DataError: a file is missing, cannot be read, holds more than plain tensors, or NaN.
+        ConfigError: the weights do not fit the config, or the run folder already holds checkpoints.
+        DataError: a file is missing, cannot be read, or holds NaN or anything but plain tensors.
     """
     if backbone is None and head is None:
         raise ConfigError("nothing to import: give --backbone, --head or both")
     with joined(config.run.dir, config.run.timeout) as process:
         present = any(all_gather_object(bool(step_folders(config.run.dir / "checkpoints"))))
         if present:
-            raise ConfigError(f"{config.run.dir} holds checkpoints already; choose another run.dir")
+            raise ConfigError(f"{config.run.dir} already holds checkpoints; choose another run.dir")
         plain = config.engine.model_copy(update={"name": "ddp"})  # each rank has a backbone to fill
         trainer = Trainer(config.model_copy(update={"engine": plain}), process)
-        trainer.checkpoints.config = config  # of the run that shall start from them
+        trainer.checkpoints.config = config  # the manifest holds that of the run to be started
         problem = None
         try:
             if backbone is not None:
@@ -54,37 +57,37 @@ def import_weights(config: Config, backbone: Path | None, head: Path | None) -> 
                 load_head(trainer.head, head)
         except PartialFCError as error:
             problem = error
-        for found in all_gather_object(problem):  # it may be in what only one rank has read
+        for found in all_gather_object(problem):  # only the rank that read a bad file knows
             if found is not None:
                 raise found
         trainer.checkpoints.save(0)
         trainer.checkpoints.report(None, wait=True)
-        path = trainer.checkpoints.folder / "step-00000000"
+        path = step_folder(trainer.checkpoints.folder, 0)
         if process.is_first:
             log(f"{path} written: `partialfc train` with this config starts from it")
         return path
 
 
 def load_head(head: PartialFC, path: Path) -> None:
-    """Fill this rank's rows of a head from a set of shards, of which it reads the ones that it needs.
+    """Fill this rank's rows of a head from a set of shards; each rank reads only the rows that it needs.
 
     Raises:
         ConfigError: number of classes, dimension or sub-centers differ.
-        DataError: a shard is missing, cannot be read, has not the size that its rank would have, or holds NaN.
+        DataError: a shard is missing, cannot be read, has the wrong size for its rank, or holds NaN.
     """
     shards = find_shards(path)
     sizes = [len(_rows(shard)) for shard in shards]  # mapped, not read
     total, world_size = sum(sizes), len(shards)
     for number, (shard, size) in enumerate(zip(shards, sizes, strict=True)):
-        # Their partition: the first (total mod W) ranks have one class more.
+        # arcface_torch gives the first (total mod W) ranks one class more.
         expected = total // world_size + (number < total % world_size)
         if size != expected:
             raise DataError(
                 f"{shard} has {size:,} classes; of {total:,} classes over {world_size} ranks it should have "
-                f"{expected:,}. Are files of two runs mixed, or is the last one missing?"
+                f"{expected:,}; are files of two runs mixed, or is the last one missing?"
             )
     if total != head.num_classes:
-        raise ConfigError(f"{path} has {total:,} classes, and data.train {head.num_classes:,}")
+        raise ConfigError(f"{path} has {total:,} classes, but data.train has {head.num_classes:,}")
     first_of_shard = 0
     with torch.no_grad():
         for shard, size in zip(shards, sizes, strict=True):
@@ -95,8 +98,8 @@ def load_head(head: PartialFC, path: Path) -> None:
                 target = head.weight[first - head.first_class : last - head.first_class]
                 if rows.shape != target.shape:
                     raise ConfigError(
-                        f"{shard}: its classes have weights of shape {list(rows.shape[1:])}, and "
-                        f"{list(target.shape[1:])} in this head (model.embedding_dim, sub-centers)"
+                        f"{shard}: weights have shape {list(rows.shape[1:])} a class, but {list(target.shape[1:])} "
+                        "in this head (model.embedding_dim, sub-centers)"
                     )
                 check_finite(f"{shard}: weight", rows)
                 target.copy_(rows)
@@ -104,16 +107,16 @@ def load_head(head: PartialFC, path: Path) -> None:
 
 
 def find_shards(path: Path) -> list[Path]:
-    """The files of a set, in the order of their ranks, given one of them or their folder.
+    """Return the files of a set in the order of their ranks, given one of them or their folder.
 
     Raises:
-        DataError: there is none, there are two sets, or a rank's file is missing.
+        DataError: there is no set, there are two, or a rank's file is missing.
     """
     if path.is_dir():
         sets = [found for pattern in _SETS if (found := list(path.glob(pattern)))]
         if len(sets) != 1:
-            what = "two sets; name one file of the one to take" if sets else "none"
-            raise DataError(f"{path}: expected files {' or '.join(_SETS)}, found {what}")
+            found_instead = "both; name one file of the set to use" if sets else "none"
+            raise DataError(f"{path}: expected files {' or '.join(_SETS)}, found {found_instead}")
         files = sets[0]
     else:
         match = _NUMBERED.fullmatch(path.name)
@@ -134,11 +137,11 @@ def _number(file: Path, prefix: str) -> int | None:
 
 
 def _rows(shard: Path) -> Tensor:
-    """The weights of a shard's classes, [n, D]."""
+    """Return the weights of a shard's classes, [n, D]."""
     content = read_weights(shard, "state_dict_softmax_fc")
     weight = {plain_name(name): value for name, value in content.items()}.get("weight")
     if not isinstance(weight, Tensor) or weight.dim() < 2:
         raise DataError(
-            f"{shard}: expected a head's state with a matrix 'weight', found {', '.join(content) or 'none'}"
+            f"{shard}: expected a head's state dict with a matrix 'weight', found {', '.join(content) or 'none'}"
         )
     return weight

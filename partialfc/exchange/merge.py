@@ -1,4 +1,4 @@
-"""All parts of a checkpoint in one file that other tools read."""
+"""All parts of a checkpoint in one safetensors file."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 
+from partialfc.checkpoint.reader import stored_tensors
 from partialfc.errors import ConfigError, DataError
-from partialfc.exchange.reading import find_checkpoint, map_file, read_into, reserve, stored_tensors
+from partialfc.exchange.reading import find_checkpoint, map_file, read_into, reserve
 from partialfc.tracking.console import Progress, no_progress
 
 _DTYPES = {
@@ -27,17 +28,18 @@ _DTYPES = {
 
 
 def merge(folder: Path, out: Path, only: str = "", progress: Progress = no_progress) -> int:
-    """Write the tensors of a checkpoint, or of a run's newest, whole into one safetensors file; returns its bytes.
+    """Write the tensors of a checkpoint, whole, into one safetensors file, and return its size in bytes.
 
     The file is mapped and filled part by part: memory holds one part of one tensor at a time, whatever the size of the
     head. (The format's own library writes from memory only.)
 
     Args:
-        only: just the tensors whose names begin with this, for example ``head.weight``.
+        folder: a checkpoint, or a run folder for its newest valid one.
+        only: write only the tensors whose names begin with this, for example ``head.weight``.
 
     Raises:
-        ConfigError: no tensor begins so, or ``out`` exists.
-        DamagedCheckpoint: the checkpoint is not as it was written.
+        ConfigError: no tensor's name begins with ``only``, or ``out`` exists.
+        DamagedCheckpoint: the checkpoint was modified.
         DataError: ``out`` cannot be written (a full disk).
     """
     checkpoint, manifest = find_checkpoint(folder)
@@ -46,7 +48,7 @@ def merge(folder: Path, out: Path, only: str = "", progress: Progress = no_progr
         raise ConfigError(f"{checkpoint} holds no tensor whose name begins with {only!r}")
     if out.exists():
         raise ConfigError(f"{out} exists; choose another file, or remove it")
-    # Wide types first, so that every tensor begins at a multiple of its own width.
+    # Wide types first: every tensor then begins at a multiple of its own width.
     names = sorted(stored, key=lambda name: (-stored[name].properties.dtype.itemsize, name))
     header: dict[str, object] = {"__metadata__": {"step": str(manifest["step"]), "format": "pt"}}
     places, end = {}, 0

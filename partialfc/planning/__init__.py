@@ -1,1 +1,4 @@
-"""What a run needs before it is started."""
+"""Memory of a run, known before it starts.
+
+Imported by train and cli; imports build, engines, config, models and the head.
+"""

@@ -1,4 +1,4 @@
-"""The memory of a network's training step, found without doing it."""
+"""Activation memory of a training step, measured without computing it."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 
-def peak_of_a_step(
+def peak_activation_bytes(
     module: nn.Module,
     shape: tuple[int, ...],
     dtype: torch.dtype = torch.float32,
     autocast: torch.dtype | None = None,
     fake: bool = True,
 ) -> int:
-    """The most bytes that forward and backward of a batch hold at once, besides parameters, gradients, buffers, images.
+    """Return the most bytes that forward and backward hold at once besides parameters, gradients, buffers and images.
 
-    With fake tensors every operation runs with its shapes and without its numbers, as on a CPU, whatever the size. The
-    workspaces of convolution libraries and the fragments of an allocator come on top.
+    With fake tensors every operation propagates its shapes as on a CPU, without numbers, whatever the size. Workspaces
+    of convolution libraries and fragmentation of an allocator come on top.
 
     Args:
-        module: on any device, "meta" for instance. Its tensors are replaced.
-        shape: of the batch.
-        dtype: of the parameters.
-        autocast: what to compute in besides. Its copies of the parameters count, too.
-        fake: false really computes.
+        module: on any device, for instance "meta". Its tensors are replaced.
+        shape: shape of the batch of images.
+        dtype: dtype of the parameters.
+        autocast: dtype of autocast; its copies of the parameters count, too.
+        fake: if false, really compute.
 
     Raises:
-        RuntimeError, ValueError: the module cannot compute that; with fake tensors a forward pass that looks at values
-            cannot be followed.
+        RuntimeError, ValueError: the module cannot compute this batch, or with fake tensors its forward pass depends on
+            values.
     """
     module.to(dtype)
     with FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext():
@@ -44,15 +44,15 @@ def peak_of_a_step(
             if parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)
         gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
-        with LiveBytes([*module.parameters(), *module.buffers(), *gradients, images]) as live:
+        with _LiveBytes([*module.parameters(), *module.buffers(), *gradients, images]) as live:
             with nullcontext() if autocast is None else torch.autocast("cpu", autocast):
                 embeddings = module(images)
             embeddings.sum().backward()
     return live.peak
 
 
-class LiveBytes(TorchDispatchMode):
-    """Follows the memory of tensors that are made within, from birth to death."""
+class _LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all storages created within, until they are freed, except ``known`` ones."""
 
     def __init__(self, known: list[Tensor]) -> None:
         super().__init__()
@@ -66,9 +66,9 @@ class LiveBytes(TorchDispatchMode):
                 self._known.add(storage._cdata)
                 self.now += storage.nbytes()
                 self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self._died, storage._cdata, storage.nbytes())
+                weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
         return result
 
-    def _died(self, key: int, size: int) -> None:
+    def _freed(self, key: int, size: int) -> None:
         self._known.discard(key)
         self.now -= size

@@ -1,4 +1,4 @@
-"""``partialfc train CONFIG --dry-run``: everything is built, nothing is computed, and the memory is told by part."""
+"""``partialfc train CONFIG --dry-run``: build everything, compute nothing, and print the memory by part."""
 
 from __future__ import annotations
 
@@ -17,63 +17,63 @@ from partialfc.engines.deepspeed_config import deepspeed_options, loss_scale
 from partialfc.errors import ConfigError
 from partialfc.head.partition import ClassPartition
 from partialfc.head.sample_rate import largest_rate
-from partialfc.planning.activation_memory import peak_of_a_step
-from partialfc.planning.describe import memory_of_head, size
-from partialfc.planning.memory import backbone_memory
+from partialfc.planning.activation_memory import peak_activation_bytes
+from partialfc.planning.memory import backbone_memory, configured_head_memory
+from partialfc.tracking.console import format_bytes
 
 
 @dataclass(frozen=True)
 class Part:
     """A line of the table."""
 
-    where: str
-    what: str
+    owner: str  # backbone or head
+    name: str
     num_bytes: float
     note: str = ""
     on_host: bool = False
 
 
 def dry_run(config: Config, ranks: int) -> list[str]:
-    """Build backbone, head and optimizers without memory, as rank 0 of ``ranks``; a table of what they would take.
+    """Build backbone, head and optimizers without memory, as rank 0 of ``ranks``, and return a table of their memory.
 
     Raises:
-        ConfigError: a run would not start with it, as far as can be told without ranks and devices; or there is neither
-            a data set to count the classes of, nor ``data.num_classes``.
+        ConfigError: a run would not start with this config, as far as that is known without ranks and devices; or
+            neither a data set nor ``data.num_classes`` tells the number of classes.
     """
     num_classes = count_classes(config)
-    parts = [*_of_backbone(config, ranks), *_of_head(config, num_classes, ranks)]
+    parts = [*_backbone_parts(config, ranks), *_head_parts(config, num_classes, ranks)]
     total = sum(part.num_bytes for part in parts if not part.on_host)
-    width = max(len(part.what) for part in parts)
+    width = max(len(part.name) for part in parts)
     lines = [
         f"{config.model.name}, {num_classes:,} classes over {ranks} ranks, {config.engine.precision}, "
         f"global batch {config.data.global_batch_size:,}: memory of rank 0"
     ]
-    before = ""
+    previous = ""
     for part in parts:
-        where = part.where if part.where != before else ""
-        before = part.where
-        lines.append(f"  {where:<10}{part.what:<{width}}  {size(part.num_bytes):>11}  {part.note}".rstrip())
-    rest = "workspaces of libraries, fragments and NCCL come on top"
-    lines.append(f"  {'total':<10}{'':<{width}}  {size(total):>11}  {rest}")
+        owner = part.owner if part.owner != previous else ""
+        previous = part.owner
+        lines.append(f"  {owner:<10}{part.name:<{width}}  {format_bytes(part.num_bytes):>11}  {part.note}".rstrip())
+    note = "library workspaces, fragmentation and NCCL come on top"
+    lines.append(f"  {'total':<10}{'':<{width}}  {format_bytes(total):>11}  {note}")
     named = {"data.train": config.data.train, "model.pretrained": config.model.pretrained}
     missing = [f"{key}={path}" for key, path in named.items() if path is not None and not path.exists()]
     return [*lines, f"not there yet: {', '.join(missing)}"] if missing else lines
 
 
 def count_classes(config: Config) -> int:
-    """Of the data set, if it is there, else as the config says."""
+    """Return the number of classes of the data set or, where it does not exist yet, of the config."""
     if (config.data.train / "index.json").exists():
         found: int = read_index(config.data.train)["num_classes"]
         require_num_classes(config, found)
         return found
     if config.data.num_classes is None:
         raise ConfigError(
-            f"data.train: {config.data.train} is not there, and data.num_classes does not say how many classes it has"
+            f"data.train: {config.data.train} does not exist, and data.num_classes does not tell its number of classes"
         )
     return config.data.num_classes
 
 
-def _of_backbone(config: Config, ranks: int) -> list[Part]:
+def _backbone_parts(config: Config, ranks: int) -> list[Part]:
     engine, dtype = config.engine, DTYPES[config.engine.precision]
     backbone = _build_without_memory(config)
     parameters = sum(parameter.numel() for parameter in backbone.parameters())
@@ -83,7 +83,7 @@ def _of_backbone(config: Config, ranks: int) -> list[Part]:
         options = deepspeed_options(config, ranks, parameters)["zero_optimization"]
         zero_stage, weight_dtype = engine.zero_stage, dtype or torch.float32
         bucket = int(options["reduce_bucket_size"]) * weight_dtype.itemsize if zero_stage else 0
-    lasting = backbone_memory(
+    constant = backbone_memory(
         parameters,
         config.optim.name,
         momentum=config.optim.momentum > 0,
@@ -92,13 +92,13 @@ def _of_backbone(config: Config, ranks: int) -> list[Part]:
         world_size=ranks,
     )
     batch = -(-config.data.global_batch_size // (ranks * config.optim.accumulation))
-    peak = _peak_of_a_step(config, backbone, batch, weight_dtype)
-    parts = [Part("backbone", what, num_bytes) for what, num_bytes in lasting.items()]
+    peak = _activation_bytes(config, backbone, batch, weight_dtype)
+    parts = [Part("backbone", name, num_bytes) for name, num_bytes in constant.items()]
     parts[0] = replace(parts[0], note=f"{parameters / 1e6:,.1f} M parameters")
     if engine.offload == "cpu":
         parts[-1] = replace(parts[-1], note="in host memory (engine.offload), not in the total", on_host=True)
     if bucket:
-        parts.append(Part("backbone", "averaging", bucket, "what is averaged over ranks at once"))
+        parts.append(Part("backbone", "averaging", bucket, "bucket of gradients averaged over ranks"))
     return [*parts, Part("backbone", "activations", peak, f"{batch} images, peak of forward and backward")]
 
 
@@ -116,47 +116,47 @@ def _build_without_memory(config: Config) -> nn.Module:
     if not models.is_external(config.model.name):
         with torch.device("meta"):
             return build()
-    return build().to("meta")  # its constructor may look at values, which tensors without memory do not have
+    return build().to("meta")  # its constructor may read values, which meta tensors do not have
 
 
-def _peak_of_a_step(config: Config, backbone: nn.Module, batch: int, weight_dtype: torch.dtype) -> int:
+def _activation_bytes(config: Config, backbone: nn.Module, batch: int, weight_dtype: torch.dtype) -> int:
     shape = (batch, config.data.channels, config.data.image_size, config.data.image_size)
     try:
-        return peak_of_a_step(backbone, shape, weight_dtype, DTYPES[config.engine.precision])
+        return peak_activation_bytes(backbone, shape, weight_dtype, DTYPES[config.engine.precision])
     except ValueError as error:
         if batch > 1 or "more than 1 value per channel" not in str(error):
             raise
         raise ConfigError(
-            "data.global_batch_size: batch normalisation needs two images or more, and here a rank has 1 at a time; "
-            "take a larger batch, fewer ranks or a smaller optim.accumulation"
+            "data.global_batch_size: batch normalisation needs at least 2 images, but a rank has 1 at a time; "
+            "use a larger batch, fewer ranks or a smaller optim.accumulation"
         ) from error
     except RuntimeError as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ConfigError(
-            f"model.name: a step of {config.model.name} cannot be followed without computing it ({reason})"
+            f"model.name: the memory of a step of {config.model.name} cannot be found without computing it ({reason})"
         ) from error
 
 
-def _of_head(config: Config, num_classes: int, ranks: int) -> list[Part]:
+def _head_parts(config: Config, num_classes: int, ranks: int) -> list[Part]:
     first, last = ClassPartition(num_classes, ranks).range(0)
     rows = last - first
     head = build_head(config, rows, device="meta")
     build_head_optimizer(config, head)
     rate = largest_rate(head.sample_rate)
-    memory = memory_of_head(config, head)
+    memory = configured_head_memory(config, head)
     optim = config.optim.head_optimizer
-    lasting = {
+    constant = {
         "weights": (memory.weight, f"{rows:,} classes"),
         f"optimizer ({optim})": (memory.optimizer + memory.counter, ""),
         "centers": (memory.centers, ""),
     }
     gathered = config.data.global_batch_size // config.optim.accumulation * config.model.embedding_dim * 4
-    # With a sample rate rows are gathered, with their gradient's values: at most so many take part.
+    # With sampling the active rows are gathered, and so is their gradient.
     active = min(rows, round(rate * num_classes / ranks) + config.data.global_batch_size)
-    notes = f"sample rate {rate:g}: up to {active:,} classes take part"
+    note = f"sample rate {rate:g}: up to {active:,} active rows"
     return [
-        *(Part("head", what, each * rows, note) for what, (each, note) in lasting.items() if each),
-        Part("head", "rows' gradient", active * memory.active, notes),
+        *(Part("head", name, each * rows, about) for name, (each, about) in constant.items() if each),
+        Part("head", "rows' gradient", active * memory.active, note),
         Part("head", "logits", head.memory_budget_mb * 2**20, "head.memory_budget_mb"),
         Part("head", "gathered batch", 3 * gathered, "embeddings of all ranks, their gradient, their message"),
     ]

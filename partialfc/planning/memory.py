@@ -1,9 +1,13 @@
-"""What a run needs in memory, by arithmetic."""
+"""Memory of head and backbone, by arithmetic."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
+
+from partialfc.config import Config
+from partialfc.head import PartialFC
+from partialfc.head.sample_rate import largest_rate
 
 HeadOptimizer = Literal["sgd", "adamw", "adagrad"]
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -12,7 +16,7 @@ BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}
 
 @dataclass(frozen=True)
 class HeadMemory:
-    """Bytes that a class costs for as long as the run lasts, by part, and while it takes part in a step."""
+    """Bytes a class, by part: for as long as the run lasts, and (``active``) while it takes part in a step."""
 
     weight: int
     optimizer: int
@@ -22,15 +26,15 @@ class HeadMemory:
 
     @property
     def per_class(self) -> int:
-        """Bytes a class, whether it takes part or not."""
+        """Bytes of a class that does not take part in a step."""
         return self.weight + self.optimizer + self.counter + self.centers
 
     def total(self, num_classes: int, sample_rate: float, budget_mb: float = 256.0) -> float:
-        """Bytes of a shard of ``num_classes`` at the peak of a step."""
+        """Return the bytes of a shard of ``num_classes`` at the peak of a step."""
         return num_classes * (self.per_class + sample_rate * self.active) + budget_mb * 2**20
 
     def largest_num_classes(self, num_bytes: float, sample_rate: float, budget_mb: float = 256.0) -> int:
-        """How many classes ``num_bytes`` hold."""
+        """Return the number of classes that fit in ``num_bytes``."""
         return max(0, int((num_bytes - budget_mb * 2**20) // (self.per_class + sample_rate * self.active)))
 
 
@@ -47,13 +51,13 @@ def head_memory(
     center_loss: bool = False,
     sampled: bool = True,
 ) -> HeadMemory:
-    """The bytes of a head's class.
+    """Return the bytes of a class of a head.
 
     Args:
         embedding_dim: D.
-        state_dtype: of momentum or moments; default: ``weight_dtype``.
-        sub_centers: K.
-        sampled: whether the sample rate is below 1: a step then gathers the rows that take part.
+        state_dtype: dtype of momentum or moments; default: ``weight_dtype``.
+        sub_centers: weight rows of a class, K.
+        sampled: the sample rate is below 1, and a step gathers the active rows.
     """
     numbers = embedding_dim * sub_centers
     width = BYTES[state_dtype or weight_dtype]
@@ -65,9 +69,25 @@ def head_memory(
         weight += 4
         state += (BYTES[state_dtype] if state_dtype else 4) * vectors
         counter *= 2
-    # The rows' gradient in float32, their indices, and where rows are gathered the indices of the sample.
+    # The rows' gradient in float32, their indices, and with sampling the indices of the sample.
     active = numbers * 4 + 8 + (8 if sampled else 0)
     return HeadMemory(weight, state, counter, embedding_dim * 4 if center_loss else 0, active)
+
+
+def configured_head_memory(config: Config, head: PartialFC) -> HeadMemory:
+    """Return the bytes of a class in a run of this config."""
+    return head_memory(
+        head.embedding_dim,
+        config.optim.head_optimizer,
+        unsampled_rows=config.optim.unsampled_rows,
+        momentum=config.optim.momentum > 0,
+        weight_dtype=config.head.weight_dtype,
+        state_dtype=config.optim.head_state_dtype,
+        sub_centers=head.loss.sub_centers or 1,
+        class_bias=head.loss.class_bias,
+        center_loss=head.center_loss is not None,
+        sampled=largest_rate(head.sample_rate) < 1,
+    )
 
 
 def backbone_memory(
@@ -79,10 +99,10 @@ def backbone_memory(
     zero_stage: int | None = None,
     world_size: int = 1,
 ) -> dict[str, int]:
-    """Bytes a rank of a backbone's lasting tensors, by part.
+    """Return the bytes a rank of a backbone's weights, gradients and optimizer state.
 
     Args:
-        parameters: how many numbers.
+        parameters: number of scalars.
         zero_stage: 0 to 3 under DeepSpeed; None for DistributedDataParallel, whose weights and gradients are float32
             in any precision.
     """

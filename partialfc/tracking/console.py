@@ -26,6 +26,15 @@ def duration(seconds: float) -> str:
     return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"
 
 
+def format_bytes(num_bytes: float) -> str:
+    """A number of bytes for people: ``512.0 bytes``, ``1.5 MiB``, ``12,345.6 GiB``."""
+    for unit in ("bytes", "KiB", "MiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:,.1f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:,.1f} GiB"
+
+
 class Advance(Protocol):
     """Function that counts items done: ``advance(3)`` after three more; the last ``note`` is shown behind the ETA."""
 

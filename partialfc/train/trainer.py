@@ -149,7 +149,7 @@ class Trainer:
         if isinstance(error, Exception):
             explained = self.process.explain(error)
             if not isinstance(explained, RankLost):
-                self.checkpoints.let_end(self.config.run.timeout / 2)
+                self.checkpoints.wait(self.config.run.timeout / 2)
         elif isinstance(error, KeyboardInterrupt):
             explained = Interrupted(_INTERRUPTED)
         # Every other rank reports a lost one: that may be rank 0.
@@ -293,7 +293,7 @@ class Trainer:
         if self.skipped_in_a_row >= self.config.run.skipped_in_a_row:
             raise Diverged(
                 f"{self.skipped_in_a_row} steps in a row were skipped, the last for {reason}; "
-                f"{self.checkpoints.newest_in_words()}. {advice}"
+                f"{self.checkpoints.describe_newest()}. {advice}"
             )
 
     def _roll_back(self) -> str | None:

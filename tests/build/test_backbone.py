@@ -114,7 +114,7 @@ def test_what_may_change_in_a_run_that_goes_on() -> None:
         "channels_last": True,
     }
     now = config(model=changed, engine={"compile": True, "sync_batchnorm": False}).model_dump(mode="json")
-    assert {change.key: change.verdict for change in config_changes(before, now)} == {
+    assert {change.key: change.severity for change in config_changes(before, now)} == {
         "model.name": "impossible",
         "model.options.drop_path": "needs --force",
         "model.pretrained": "harmless",
@@ -126,13 +126,13 @@ def test_what_may_change_in_a_run_that_goes_on() -> None:
     names = {
         name: config(model={"name": name}).model_dump(mode="json") for name in ("r50", "iresnet50", "r100", "x.y:net")
     }
-    for before_name, now_name, verdict in (
+    for before_name, now_name, severity in (
         ("r50", "iresnet50", "harmless"),
         ("r50", "r100", "impossible"),
         ("r50", "x.y:net", "impossible"),
     ):
         (change,) = config_changes(names[before_name], names[now_name])
-        assert change.verdict == verdict
+        assert change.severity == severity
 
 
 # --- compiled ---------------------------------------------------------------------------------------------------------

@@ -90,9 +90,9 @@ def test_a_hundred_thousand_classes_grow_by_thirty_thousand(ranks: Ranks, tmp_pa
 
 def test_without_being_asked_a_head_does_not_grow_and_it_never_shrinks(tmp_path: Path) -> None:
     _save(None, tmp_path, 5, RowSGD)
-    with pytest.raises(ConfigError, match=r"head.weight is \[5, 8\] there and \[7, 8\] in this run"):
+    with pytest.raises(ConfigError, match=r"head.weight has shape \[5, 8\] there and \[7, 8\] in this run"):
         made(classes=7).load(tmp_path / "step-00000003")
-    with pytest.raises(ConfigError, match=r"head.weight is \[5, 8\] there and \[4, 8\] in this run"):
+    with pytest.raises(ConfigError, match=r"head.weight has shape \[5, 8\] there and \[4, 8\] in this run"):
         made(classes=4).load(tmp_path / "step-00000003", grow=True)
 
 
@@ -158,7 +158,7 @@ def test_a_finished_run_goes_on_with_more_classes_on_fewer_ranks(trained: Path, 
     grow = [*more, "checkpoint.grow=true", f"checkpoint.grow_init={how}"]
     refused = run(trained, 0, *more, "--force", "optim.epochs=4")
     assert refused.returncode == 2
-    assert "has 13 classes more than the run" in refused.stderr
+    assert "has 13 classes more than the checkpoint" in refused.stderr
     assert "checkpoint.grow=true" in refused.stderr
     short = run(trained, 0, *grow, "optim.epochs=2", "--force")
     assert short.returncode == 2
@@ -185,7 +185,7 @@ def test_shifted_ids_are_refused_even_where_the_number_fits(trained: Path, tmp_p
     for ranks in (0, 2):
         done = run(trained, ranks, *settings, "--force", "optim.epochs=4")
         assert done.returncode != 0
-        assert "class 0 was 'class 0' in the run that is gone on with, and is 'class 3' now" in done.stderr
+        assert "class 0 was 'class 0' when the checkpoint was written, and is 'class 3' now" in done.stderr
 
 
 def _mean_start(group: Any, config_file: Path, sub_centers: int | None) -> list[tuple[torch.Tensor, ...]]:

@@ -121,7 +121,7 @@ def test_a_run_goes_on_to_its_end_as_the_old_version_would(tmp_path: Path, run: 
     needs_deepspeed(run)
     folder = copied(run, tmp_path)
     checkpoint = newest_checkpoint(folder)
-    assert f"going on from {checkpoint}" in train(folder, "data", ranks=ranks).stdout
+    assert f"({checkpoint}, written on" in train(folder, "data", ranks=ranks).stdout
     assert lines(folder, "train")[-1]["step"] == expected_of(run)["total_steps"]
     check_lines(folder, run, expected_of(run)["resumed"][str(ranks)])
 

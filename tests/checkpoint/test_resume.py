@@ -20,23 +20,17 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, ChunkSto
 
 from partialfc import ConfigError, RowAdamW, RowSGD
 from partialfc.checkpoint.config_diff import config_changes
-from partialfc.checkpoint.folders import (
-    CheckedReader,
-    DamagedCheckpoint,
-    prune,
-    read_manifest,
-    set_aside,
-    step_folders,
-    verify,
-)
-from partialfc.checkpoint.state import latest_valid
+from partialfc.checkpoint.folders import latest_valid, prune, set_aside, step_folders
+from partialfc.checkpoint.manifest import read_manifest, verify
+from partialfc.checkpoint.reader import CheckedReader
 from partialfc.checkpoint.writer import save_checkpoint
-from partialfc.errors import CheckpointFailed
-from tests.harness.checkpoints import Hostile, made, train_a_little
+from partialfc.errors import CheckpointFailed, DamagedCheckpoint
+from tests.harness.checkpoints import Hostile, made, small_disk, train_a_little
 from tests.harness.ranks import Ranks
 from tests.harness.running import ENVIRONMENT, command, lines, run
 from tests.harness.tasks import write_task
 
+__all__ = ["small_disk"]
 STEPS, EVERY, KILLED_AFTER = 36, 10, 20
 # A learning rate at which rounding, which differs between world sizes, does not grow: the nearest sub-center is a jump.
 SETTINGS = [f"checkpoint.every={EVERY}", "checkpoint.keep_last=5", "evaluation.every=0", "optim.lr=0.02"]
@@ -147,8 +141,8 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_used(task: P
     victim.write_bytes(content)
     done = run(task, 2, f"run.dir={folder}", *SETTINGS, *STATEFUL)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"{victim.name} has another digest than when it was written" in done.stdout
-    assert "going on from" in done.stdout
+    assert f"{victim.name} was modified (digest mismatch)" in done.stdout
+    assert "resuming from step 10 (" in done.stdout
     assert [line["step"] for line in lines(folder, "event") if line["event"] == "started"] == [0, 10]
     assert [line["step"] for line in lines(folder, "train")] == list(range(1, STEPS + 1))
 
@@ -171,7 +165,7 @@ def test_damaged_or_unwanted_checkpoints_push_no_whole_one_out(task: Path, kille
     (checkpoints / f"step-{STEPS:08d}" / "manifest.json").write_text("")
     refused = run(task, 0, *settings, "--force", "optim.epochs=4")  # else it has finished before
     assert refused.returncode != 0
-    assert "none of the checkpoints" in refused.stderr
+    assert "all checkpoints in" in refused.stderr
     assert lines(folder, "train")[-1]["step"] == STEPS, "nothing is lost of the run that was"
     anew = run(task, 0, *settings, "checkpoint.resume=never", "--force")
     assert anew.returncode == 0, anew.stdout + anew.stderr
@@ -202,15 +196,15 @@ def test_a_changed_config_is_explained(task: Path, killed: dict[int, Path]) -> N
 def test_changes_are_judged_by_the_longest_prefix() -> None:
     before = {"run": {"dir": "a", "seed": 1}, "head": {"loss": {"name": "arcface", "margin": 0.5}}, "optim": {"lr": 1}}
     now = {"run": {"dir": "b", "seed": 2}, "head": {"loss": {"name": "arcface"}}, "optim": {"lr": 1}}
-    verdicts = {change.key: change.verdict for change in config_changes(before, now)}
-    assert verdicts == {"run.dir": "harmless", "run.seed": "needs --force", "head.loss.margin": "needs --force"}
+    severities = {change.key: change.severity for change in config_changes(before, now)}
+    assert severities == {"run.dir": "harmless", "run.seed": "needs --force", "head.loss.margin": "needs --force"}
     centers = {"head": {"center_loss": {"weight": 0.1}}}
-    for before, now, verdict in (
+    for before, now, severity in (
         (centers, {"head": {"center_loss": None}}, "impossible"),
         ({"head": {"center_loss": None}}, centers, "impossible"),
         (centers, {"head": {"center_loss": {"weight": 0.2}}}, "needs --force"),
     ):
-        assert [change.verdict for change in config_changes(before, now)] == [verdict]
+        assert [change.severity for change in config_changes(before, now)] == [severity]
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -237,7 +231,7 @@ def test_another_head_or_model_is_refused_with_what_differs(tmp_path: Path) -> N
     train_a_little(state)
     save_checkpoint(tmp_path / "step-00000003", state.tensors(), {"step": 3, "samples": 21})
     for options, words in (
-        ({"classes": 12}, r"head.weight is \[11, 8\] there and \[12, 8\] in this run"),
+        ({"classes": 12}, r"head.weight has shape \[11, 8\] there and \[12, 8\] in this run"),
         ({"center_loss": None}, "holds head.center_loss.centers, which this run does not have"),
     ):
         with pytest.raises(ConfigError, match=words):
@@ -281,10 +275,10 @@ def test_no_random_damage_is_ever_loaded(tmp_path: Path) -> None:
     ("content", "words"),
     [
         ("[" * 100_000, "cannot be read"),
-        ("{}", "is not one of a checkpoint"),
+        ("{}", "is not a checkpoint's manifest"),
         (
             '{"format": 1, "step": 3, "samples": 21, "files": {".metadata": {"bytes": 1, "sha256": ""}}}',
-            "another digest",
+            "digest mismatch",
         ),
     ],
 )
@@ -325,7 +319,7 @@ def test_an_index_cannot_change_what_the_process_is_made_of(tmp_path: Path) -> N
     attributes = b"N}\x8c\x04name\x8c\x0c../../secrets\x86b."
     for kind in (b"cpathlib\nPosixPath\n", b"ctorch.distributed.checkpoint.metadata\nMetadata\n"):
         (checkpoint / ".metadata").write_bytes(b"\x80\x04" + kind + attributes)
-        with pytest.raises(DamagedCheckpoint, match="is not to be filled with attributes"):
+        with pytest.raises(DamagedCheckpoint, match="must not be given attributes"):
             CheckedReader(checkpoint).read_metadata()
     assert Path("a/b").name == "b"
 
@@ -387,7 +381,7 @@ def test_tensors_of_another_optimizer_or_that_cannot_be_read_are_refused(tmp_pat
     train_a_little(state)
     tensors = state.tensors()
     save_checkpoint(tmp_path / "step-00000003", tensors | {MOMENTUM: torch.zeros(11, 9)}, {"step": 3, "samples": 21})
-    with pytest.raises(ConfigError, match=r"is of another optimizer: .*momentum_buffer is \[11, 9\] there"):
+    with pytest.raises(ConfigError, match=r"is of another optimizer: .*momentum_buffer has shape \[11, 9\] there"):
         made().load(tmp_path / "step-00000003")
     save_checkpoint(tmp_path / "step-00000004", tensors, {"step": 4, "samples": 21})
     (data,) = (tmp_path / "step-00000004").glob("*.distcp")
@@ -460,7 +454,7 @@ def test_a_checkpoint_tells_what_is_in_it(killed: dict[int, Path]) -> None:
         f"step {KILLED_AFTER}, ",
         "written on 3 ranks",
         "37 classes",
-        "all as they were written",
+        "all digests match",
         "head.weight  [37, 2, 32] float32, in 3 parts",
         "head.loss.base.state  [1] float64",
     ):
@@ -469,7 +463,7 @@ def test_a_checkpoint_tells_what_is_in_it(killed: dict[int, Path]) -> None:
         [*inspect[:-1], str(killed[3])], capture_output=True, text=True, env=ENVIRONMENT, check=False
     )
     assert empty.returncode == 1
-    assert "its manifest cannot be read" in empty.stderr
+    assert "manifest.json cannot be read" in empty.stderr
 
 
 def _save_until_full(group: Any, folder: Path) -> list[str]:
@@ -506,7 +500,7 @@ def test_training_goes_on_when_the_disk_is_full(task: Path, small_disk: Path, tm
     assert done.returncode != 0, "without the last checkpoint a run is not finished"
     failures = [line for line in lines(folder, "event") if line["event"] == "checkpoint_failed"]
     assert [line["step"] for line in failures] == [10, 20]
-    assert "training goes on without it" in done.stdout
+    assert "training continues without it" in done.stdout
     assert [line["step"] for line in lines(folder, "train")] == list(range(1, 25))
     assert json.loads((folder / "state.json").read_text())["state"] == "failed"
     (small_disk / "ballast").unlink()

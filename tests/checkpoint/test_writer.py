@@ -12,8 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from partialfc.checkpoint import writer as saving
-from partialfc.checkpoint.folders import undo_half_a_replacement
-from partialfc.checkpoint.state import latest_valid
+from partialfc.checkpoint.folders import latest_valid, restore_replaced
 from partialfc.checkpoint.writer import Saver
 from partialfc.config import parse_config
 from partialfc.engines.state import ReplicatedBackbone
@@ -136,7 +135,7 @@ def _save_with_a_failing_rank(group: Any, folder: Path) -> list[str]:
     found = []
     with pytest.MonkeyPatch.context() as patch:
         if group.rank() == 1:
-            patch.setattr(saving, "_describe", lambda path: [].pop())
+            patch.setattr(saving, "describe_file", lambda path: [].pop())
         saver.save(folder / "step-00000003", state.tensors(), MANIFEST)
         saver.wait(20)
         found += [str(ended.error) for ended in saver.ended()]
@@ -194,7 +193,7 @@ def test_a_kill_while_one_of_the_same_step_is_replaced_leaves_the_one_or_the_oth
         patch.setattr(saving.shutil, "rmtree", move_or_die(saving.shutil.rmtree))
         with pytest.raises(KeyboardInterrupt):
             saving._finish(*begun)
-    undo_half_a_replacement(tmp_path)
+    restore_replaced(tmp_path)
     found = latest_valid(tmp_path)
     assert found is not None
     assert found[1]["samples"] == (2 if killed_at == 3 else 1)
@@ -207,7 +206,7 @@ def _begun(folder: Path) -> tuple[Path, Path, dict[str, Any], list[dict[str, Any
     temporary = folder / ".step-00000003.incomplete"
     saving._begin(temporary, ())
     saving._write_tensors(temporary, made(start=1).tensors(), None)
-    files = {path.name: saving._describe(path) for path in temporary.iterdir()}
+    files = {path.name: saving.describe_file(path) for path in temporary.iterdir()}
     return temporary, folder / "step-00000003", MANIFEST | {"samples": 2}, [files]
 
 

@@ -14,7 +14,7 @@ import yaml
 
 from partialfc import ConfigError, models
 from partialfc.config import load_config
-from partialfc.planning.activation_memory import peak_of_a_step
+from partialfc.planning.activation_memory import peak_activation_bytes
 from partialfc.planning.dry_run import count_classes, dry_run
 from partialfc.planning.memory import backbone_memory
 from tests.harness.running import ENVIRONMENT
@@ -95,7 +95,7 @@ def test_the_command_prints_the_table_and_says_what_it_lacks(tmp_path: Path) -> 
     later = dry_run(load_config(config, ["model.pretrained=/nowhere.pth"]), 1)
     assert later[-1] == "not there yet: model.pretrained=/nowhere.pth"
     lost = load_config(config, ["data.train=/nowhere"])
-    with pytest.raises(ConfigError, match=r"data.train: /nowhere is not there, and data.num_classes does not say"):
+    with pytest.raises(ConfigError, match=r"data.train: /nowhere does not exist, and data.num_classes does not tell"):
         count_classes(lost)
     assert count_classes(load_config(config, ["data.train=/nowhere", "data.num_classes=5"])) == 5
 
@@ -131,10 +131,10 @@ ZERO = ["engine.name=deepspeed", "engine.zero_stage=2"]
         (["data.num_classes=99"], "data.num_classes: 99 expected, and .* has 37"),
         ([*ZERO, "engine.deepspeed_config=/nowhere.json"], "engine.deepspeed_config: cannot read /nowhere.json"),
         ([*ZERO, "engine.deepspeed_config={folder}/ds.json"], "train_batch_size is 7, but data.global_batch_size"),
-        (["model.name=mobilefacenet", "data.global_batch_size=2"], "batch normalisation needs two images or more"),
+        (["model.name=mobilefacenet", "data.global_batch_size=2"], "batch normalisation needs at least 2 images"),
         (
             ["model.name=tests.harness.backbones:guessing"],
-            "backbones:guessing cannot be followed without computing",
+            "backbones:guessing cannot be found without computing",
         ),
     ],
 )
@@ -172,12 +172,12 @@ def test_the_peak_under_autocast_is_nearly_the_same_with_real_numbers(weights: t
     peaks = []
     for fake in (True, False):
         backbone = models.build("vit_t", 64, 3, 27, {"depth": 2, "width": 64, "heads": 2}, True)
-        peaks.append(peak_of_a_step(backbone, (3, 3, 27, 27), weights, torch.bfloat16, fake=fake))
+        peaks.append(peak_activation_bytes(backbone, (3, 3, 27, 27), weights, torch.bfloat16, fake=fake))
     assert peaks[0] == pytest.approx(peaks[1], rel=0.005), "copies of weights die a little sooner or later"
 
 
 @pytest.mark.parametrize("again", [False, True])
-def test_the_peak_of_a_step_is_the_same_with_real_numbers(again: bool) -> None:
+def test_the_peak_activation_bytes_is_the_same_with_real_numbers(again: bool) -> None:
     peaks = []
     for fake in (True, False):
         backbone = (
@@ -187,5 +187,5 @@ def test_the_peak_of_a_step_is_the_same_with_real_numbers(again: bool) -> None:
         )
         size = 27 if again else 32
         torch.manual_seed(0)
-        peaks.append(peak_of_a_step(backbone, (3, 3, size, size), fake=fake))
+        peaks.append(peak_activation_bytes(backbone, (3, 3, size, size), fake=fake))
     assert peaks[0] == peaks[1] > 0

@@ -16,7 +16,8 @@ import yaml
 from safetensors.torch import load_file
 
 from partialfc.checkpoint.config_diff import config_changes
-from partialfc.checkpoint.folders import read_manifest, step_folders
+from partialfc.checkpoint.folders import step_folders
+from partialfc.checkpoint.manifest import read_manifest
 from partialfc.config import load_config
 from partialfc.engines.deepspeed_config import deepspeed_options, loss_scale
 from partialfc.errors import ConfigError
@@ -393,9 +394,9 @@ def test_the_loss_scale_survives_a_restart_and_a_change_of_engine(continued: Pat
 def test_another_engine_is_harmless_and_another_precision_is_not() -> None:
     before = {"engine": {"name": "ddp", "zero_stage": 1, "offload": "none", "precision": "fp32"}}
     now = {"engine": {"name": "deepspeed", "zero_stage": 3, "offload": "cpu", "precision": "bf16"}}
-    verdicts = {change.key: change.verdict for change in config_changes(before, now)}
-    assert verdicts.pop("engine.precision") == "needs --force"
-    assert set(verdicts.values()) == {"harmless"}
+    severities = {change.key: change.severity for change in config_changes(before, now)}
+    assert severities.pop("engine.precision") == "needs --force"
+    assert set(severities.values()) == {"harmless"}
 
 
 def test_what_is_frozen_stays_as_it_was_also_where_it_is_used_rounded(task: Path, tmp_path: Path) -> None:

@@ -124,7 +124,7 @@ def test_a_broken_shard_ends_the_run_with_a_diagnosis_and_the_last_checkpoint_in
     assert [path.name for path in sorted((folder / "checkpoints").iterdir())] == ["step-00000002", "step-00000004"]
     again = run(task, 2, f"run.dir={folder}", *QUICK, *settings)
     assert again.returncode == 0, again.stdout + again.stderr
-    assert "going on from" in again.stdout
+    assert "resuming from step" in again.stdout
     assert lines(folder, "train")[-1]["loss"] is not None
 
 

@@ -1,0 +1,98 @@
+"""Configs of checkpoints against that of the run that resumes: keys that one of them does not have."""
+
+from __future__ import annotations
+
+import json
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from partialfc.checkpoint.config_diff import BEFORE_KEY, config_changes
+from partialfc.config import parse_config
+
+VERSIONS = sorted((Path(__file__).parents[1] / "fixtures" / "checkpoints").glob("*/*/checkpoints/*/manifest.json"))
+
+
+def resolved(**sections: Any) -> dict[str, Any]:
+    return parse_config({"data": {"train": "x"}, **sections}).model_dump(mode="json")
+
+
+def without(tree: dict[str, Any], key: str) -> dict[str, Any]:
+    """A copy of ``tree`` as a version wrote it that did not have ``key``."""
+    copy = deepcopy(tree)
+    *sections, name = key.split(".")
+    inner = copy
+    for section in sections:
+        inner = inner[section]
+    del inner[name]
+    return copy
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["optim.spike", "head.filter_threshold", "checkpoint.grow", "tracking.wandb.tags", "tracking.wandb", "engine"],
+)
+def test_a_key_or_section_that_the_checkpoint_lacks_is_no_change(key: str) -> None:
+    now = resolved()
+    assert config_changes(without(now, key), now) == []
+
+
+def test_a_lacking_key_counts_as_what_its_version_did() -> None:
+    vit = {"name": "vit_t", "embedding_dim": 64}
+    now = resolved(
+        engine={"precision": "bf16"}, optim={"spike": {"factor": 2.0}}, model=vit | {"options": {"depth": 3}}
+    )
+    before = now
+    for key in BEFORE_KEY:
+        before = without(before, key)
+    severities = {change.key: (change.before, change.severity) for change in config_changes(before, now)}
+    assert severities == {
+        "engine.precision": ("fp32", "needs --force"),
+        "model.options.depth": (None, "needs --force"),
+        "optim.spike.factor": (None, "needs --force"),
+        "optim.spike.window": (None, "needs --force"),
+    }
+    assert config_changes(before, resolved(model=vit)) == []
+
+
+def test_a_key_of_an_optional_section_may_be_lacking() -> None:
+    now = resolved(head={"center_loss": {"weight": 0.1}})
+    assert config_changes(without(now, "head.center_loss.alpha"), now) == []
+    (change, other) = config_changes(resolved(), now)
+    assert {change.severity, other.severity} == {"impossible"}, "no centers: that the section is off is no lacking key"
+
+
+def test_a_key_that_this_version_does_not_know_is_judged_by_its_section() -> None:
+    now, before = resolved(), resolved()
+    before["head"]["temperature"] = 0.5
+    before["tracking"]["elsewhere"] = True
+    severities = {change.key: change.severity for change in config_changes(before, now)}
+    assert severities == {"head.temperature": "needs --force", "tracking.elsewhere": "harmless"}
+
+
+def test_parameters_of_a_loss_are_no_keys_of_a_version() -> None:
+    before, now = (resolved(head={"loss": {"name": "arcface"} | more}) for more in ({}, {"margin": 0.3}))
+    assert [str(change) for change in config_changes(before, now)] == [
+        "head.loss.margin: None before, 0.3 now (needs --force)"
+    ]
+
+
+def _lacking(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    """The keys of ``now`` that ``before`` lacks, those of a section that is there at all."""
+    found = []
+    for name, value in now.items():
+        if name not in before:
+            found.append(f"{prefix}{name}")
+        elif isinstance(value, dict) and isinstance(before[name], dict):
+            found += _lacking(before[name], value, f"{prefix}{name}.")
+    return found
+
+
+@pytest.mark.parametrize("manifest", VERSIONS, ids=lambda path: "-".join(path.parts[-5:-3]))
+def test_each_key_newer_than_a_released_version_says_what_that_version_did(manifest: Path) -> None:
+    before = json.loads(manifest.read_text())["config"]
+    parsed = parse_config(before).model_dump(mode="json")
+    assert [key for key in _lacking(before, parsed) if key not in BEFORE_KEY] == []
+    assert config_changes(before, parsed) == []
