@@ -38,7 +38,7 @@ def _grow(group: Any, folder: Path, classes: int, kind: Any) -> tuple[int, dict[
     """Load into a head of more classes; returns the number of old ones, the local rows, and losses that follow."""
     state = made(kind, classes=classes, process_group=group, sample_rate=1.0)
     before = state.load(folder / "step-00000003", grow=True)
-    local = state.backbone.targets() | state._of_head()
+    local = state.backbone.targets() | state._head_tensors()
     for key, value in state.head_optimizer.state[state.head.weight].items():
         local[f"head.optimizer.weight.{key}"] = value
     local = {name: value.clone() for name, value in local.items()}
