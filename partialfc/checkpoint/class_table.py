@@ -50,8 +50,8 @@ def check_class_table(before: Path, now: Path, may_grow: bool) -> int:
             )
     if new and not may_grow:
         raise ConfigError(
-            f"{now} has {new:,} classes more than the checkpoint; add them with checkpoint.grow=true, "
-            "or start a new run in another run.dir"
+            f"{now} has {new:,} more classes than the checkpoint; checkpoint.grow=true adds them, "
+            "another run.dir starts a new run"
         )
     return new
 

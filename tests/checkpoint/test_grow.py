@@ -158,7 +158,7 @@ def test_a_finished_run_goes_on_with_more_classes_on_fewer_ranks(trained: Path, 
     grow = [*more, "checkpoint.grow=true", f"checkpoint.grow_init={how}"]
     refused = run(trained, 0, *more, "--force", "optim.epochs=4")
     assert refused.returncode == 2
-    assert "has 13 classes more than the checkpoint" in refused.stderr
+    assert "has 13 more classes than the checkpoint" in refused.stderr
     assert "checkpoint.grow=true" in refused.stderr
     short = run(trained, 0, *grow, "optim.epochs=2", "--force")
     assert short.returncode == 2

@@ -239,7 +239,7 @@ def test_sets_that_are_not_whole_or_not_one_are_refused(tmp_path: Path) -> None:
     write_shards(tmp_path / "set", weight, 11, "softmax_fc")
     assert [path.name for path in find_shards(tmp_path / "set")][9:] == ["softmax_fc_gpu_9.pt", "softmax_fc_gpu_10.pt"]
     assert find_shards(tmp_path / "set" / "softmax_fc_gpu_3.pt") == find_shards(tmp_path / "set")
-    with pytest.raises(ConfigError, match=r"has 23 classes, and data\.train 40"):
+    with pytest.raises(ConfigError, match=r"has 23 classes, but data\.train has 40"):
         load_head(PartialFC(40, 8, losses.ArcFace()), tmp_path / "set")
     with pytest.raises(ConfigError, match=r"weights of shape \[8\], and \[6\] in this head"):
         load_head(PartialFC(23, 6, losses.ArcFace()), tmp_path / "set")
