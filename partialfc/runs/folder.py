@@ -11,9 +11,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from partialfc.checkpoint.config_diff import config_changes
 from partialfc.config import Config, to_yaml
 from partialfc.errors import ConfigError
 from partialfc.files import FileLock, write_atomically
@@ -195,28 +192,3 @@ def _is_kept(line: str, step: int) -> bool:
     except ValueError:  # cut off by a kill
         return False
     return isinstance(values, dict) and (values.get("kind") == "event" or values.get("step", 0) <= step)
-
-
-def finished_before(config: Config, force: bool = False) -> bool:
-    """Return True if the run folder holds this very run, finished.
-
-    With ``force``, or when classes are added, a finished run of another config is trained further.
-
-    Raises:
-        ConfigError: it holds a finished run of another config, which would be overwritten.
-    """
-    state = read_state(config.run.dir)
-    if state is None or state.get("state") != "finished":
-        return False
-    try:
-        before = yaml.safe_load((config.run.dir / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        before = None
-    if isinstance(before, dict) and not config_changes(before, config.model_dump(mode="json")):
-        return True
-    if not force and not config.checkpoint.grow:
-        raise ConfigError(
-            f"run.dir: {config.run.dir} holds a finished run of another config; choose another run.dir, remove it, "
-            "or pass --force to train it further"
-        )
-    return False

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from partialfc.config import Config
-from partialfc.runs.folder import finished_before
 from partialfc.runs.summary import summarize
 from partialfc.runtime.collectives import broadcast_from_rank0
 from partialfc.runtime.process import joined
 from partialfc.tracking.console import log
 from partialfc.tracking.wandb.run import require_wandb
+from partialfc.train.finished import finished_before
 from partialfc.train.trainer import Outcome, Trainer
 
 

@@ -24,12 +24,13 @@ from partialfc.evaluate.runner import Evaluation
 from partialfc.files import FileLock
 from partialfc.head import HeadOutput
 from partialfc.head.random import RandomStream, stream_key
-from partialfc.runs.folder import RunFolder, finished_before, lock_folder
+from partialfc.runs.folder import RunFolder, lock_folder
 from partialfc.runs.restarts import GivenUp, count_restarts
 from partialfc.runs.state import record_failure
 from partialfc.runtime.collectives import broadcast_from_rank0, run_on_rank0
 from partialfc.runtime.process import ProcessContext, automatic_restarts
 from partialfc.tracking.console import console_progress, no_progress
+from partialfc.train.finished import finished_before
 from partialfc.train.loss_spikes import SpikeRule
 from partialfc.train.metrics import TrainMetrics
 from partialfc.train.micro_batches import merge_outputs, micro_batches

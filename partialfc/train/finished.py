@@ -1,0 +1,35 @@
+"""A start in the folder of a run that has finished."""
+
+from __future__ import annotations
+
+import yaml
+
+from partialfc.checkpoint.config_diff import config_changes
+from partialfc.config import Config
+from partialfc.errors import ConfigError
+from partialfc.runs.state import read_state
+
+
+def finished_before(config: Config, force: bool = False) -> bool:
+    """Return True if the run folder holds this very run, finished.
+
+    With ``force``, or when classes are added, a finished run of another config is trained further.
+
+    Raises:
+        ConfigError: it holds a finished run of another config, which would be overwritten.
+    """
+    state = read_state(config.run.dir)
+    if state is None or state.get("state") != "finished":
+        return False
+    try:
+        before = yaml.safe_load((config.run.dir / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        before = None
+    if isinstance(before, dict) and not config_changes(before, config.model_dump(mode="json")):
+        return True
+    if not force and not config.checkpoint.grow:
+        raise ConfigError(
+            f"run.dir: {config.run.dir} holds a finished run of another config; choose another run.dir, remove it, "
+            "or pass --force to train it further"
+        )
+    return False
