@@ -3,13 +3,19 @@ from __future__ import annotations
 import os
 import signal
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: tests run beside their own ranks
+# Before torch is imported: tests run beside their own ranks, and on a CPU, whatever else this machine has.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
 
+from tests.harness.machine import pretend
 from tests.harness.ranks import Ranks
+
+pretend()
 
 # A shell starts what it puts into the background with SIGINT ignored, and the commands under test would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -20,3 +26,12 @@ def ranks() -> Iterator[Ranks]:
     pool = Ranks()
     yield pool
     pool.close()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Add what was skipped, and why, to the file that the environment names."""
+    file = os.environ.get("SKIPPED")
+    if file:
+        reasons = Counter(report.longrepr[2] for report in terminalreporter.stats.get("skipped", []))
+        with open(file, "a") as text:
+            text.writelines(f"  {number} × {reason.removeprefix('Skipped: ')}\n" for reason, number in reasons.items())

@@ -27,7 +27,7 @@ from partialfc.errors import ConfigError, MissingDependency
 from partialfc.exchange import export as export_module
 from partialfc.exchange.merge import merge
 from partialfc.runtime.process import ProcessContext
-from tests.harness.running import ENVIRONMENT, lines, run
+from tests.harness.running import ENVIRONMENT, finish, lines, run
 from tests.harness.tasks import write_task
 
 TINY_VIT = {
@@ -273,10 +273,7 @@ def net(embedding_dim, channels, width=8):
     environment = ENVIRONMENT | {"PYTHONPATH": str(Path(export_module.__file__).parents[2])}
 
     def partialfc(*arguments: Any) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-c", start, *map(str, arguments)]
-        return subprocess.run(
-            command, capture_output=True, text=True, env=environment, cwd=task.parent, timeout=120, check=False
-        )
+        return finish([sys.executable, "-c", start, *map(str, arguments)], env=environment, cwd=task.parent)
 
     done = partialfc("train", task, "model.name=my_nets:net", "model.options={width: 5}")
     assert done.returncode == 0, done.stderr

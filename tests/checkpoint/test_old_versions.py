@@ -5,10 +5,8 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +15,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
-import partialfc
+from tests.harness.running import lines, partialfc
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "checkpoints"
 RUNS = sorted(str(path.parent.relative_to(FIXTURES)) for path in FIXTURES.glob("*/*/expected.json"))
-
-ENVIRONMENT = {
-    **os.environ,
-    "OMP_NUM_THREADS": "1",
-    "CUDA_VISIBLE_DEVICES": "",  # the numbers are those of a CPU
-    "PYTHONPATH": str(Path(partialfc.__file__).resolve().parents[1]),
-}
 
 
 def param(*values: Any, quick: bool) -> Any:
@@ -57,9 +48,7 @@ def copied(run: str, to: Path) -> Path:
 
 def start(*words: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
     """``partialfc`` with these words, under torchrun if there is more than one rank; it must succeed."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    command = [sys.executable, *torchrun, "-m", "partialfc", *words]
-    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=280, check=False)
+    done = partialfc(*words, ranks=ranks if ranks > 1 else 0)
     assert done.returncode == 0, done.stdout + done.stderr
     return done
 
@@ -70,11 +59,6 @@ def train(folder: Path, data: str, *overrides: str, ranks: int) -> subprocess.Co
     done = start("train", str(folder / "config.yaml"), *paths, *overrides, ranks=ranks)
     assert json.loads((folder / "state.json").read_text())["state"] == "finished"
     return done
-
-
-def lines(folder: Path, kind: str) -> list[dict[str, Any]]:
-    found = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in found if line["kind"] == kind]
 
 
 def check_lines(folder: Path, run: str, expected: list[dict[str, Any]], rel: float = 1e-5) -> None:
@@ -90,7 +74,7 @@ def check_lines(folder: Path, run: str, expected: list[dict[str, Any]], rel: flo
 
 def needs_deepspeed(run: str) -> None:
     if "/zero" in run and importlib.util.find_spec("deepspeed") is None:
-        pytest.skip("needs DeepSpeed: pip install -c constraints.txt '.[deepspeed]'")
+        pytest.skip("not installed: DeepSpeed; pip install -c constraints.txt '.[deepspeed]'")
 
 
 def described(value: torch.Tensor) -> str:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import shutil
-import signal
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -27,7 +24,7 @@ from partialfc.checkpoint.writer import save_checkpoint
 from partialfc.errors import CheckpointFailed, DamagedCheckpoint
 from tests.harness.checkpoints import Hostile, made, small_disk, train_a_little
 from tests.harness.ranks import Ranks
-from tests.harness.running import ENVIRONMENT, command, lines, run
+from tests.harness.running import command, lines, partialfc, run, started, wait_until
 from tests.harness.tasks import write_task
 
 __all__ = ["small_disk"]
@@ -59,28 +56,8 @@ def whole(task: Path) -> list[dict[str, Any]]:
 
 def kill_after(config: Path, ranks: int, folder: Path, step: int) -> None:
     """Start a run and kill all of its processes once the checkpoint of ``step`` is there."""
-    process = subprocess.Popen(
-        command(config, ranks, f"run.dir={folder}", *SETTINGS, *STATEFUL),
-        env=ENVIRONMENT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    deadline = time.monotonic() + 90
-    while not (folder / "checkpoints" / f"step-{step:08d}").exists():
-        assert process.poll() is None, "it ended by itself"
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    for pid in [*_children(process.pid), process.pid]:  # torchrun's workers are in sessions of their own
-        os.kill(pid, signal.SIGKILL)
-    process.wait()
-
-
-def _children(pid: int) -> list[int]:
-    found = []
-    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-        found += [int(child), *_children(int(child))]
-    return found
+    with started(command(config, ranks, f"run.dir={folder}", *SETTINGS, *STATEFUL), None) as process:
+        wait_until((folder / "checkpoints" / f"step-{step:08d}").exists, of=process)
 
 
 @pytest.fixture(scope="module")
@@ -238,7 +215,8 @@ def test_another_head_or_model_is_refused_with_what_differs(tmp_path: Path) -> N
             made(**options).load(tmp_path / "step-00000003")
 
 
-def test_no_random_damage_is_ever_loaded(tmp_path: Path) -> None:
+@pytest.mark.parametrize("attempts", [100, pytest.param(1000, marks=pytest.mark.slow)])  # on each file
+def test_no_random_damage_is_ever_loaded(tmp_path: Path, attempts: int) -> None:
     state = made()
     train_a_little(state)
     table = tmp_path / "classes.jsonl"
@@ -249,7 +227,7 @@ def test_no_random_damage_is_ever_loaded(tmp_path: Path) -> None:
     manifest = read_manifest(checkpoint)
     rng = np.random.default_rng(0)
     for path, content in files.items():
-        for attempt in range(1000):  # 3,000 bytes of each file, in all
+        for attempt in range(attempts):  # some three bytes of the file in each
             damaged = bytearray(content)
             if attempt % 10 == 0:
                 damaged = damaged[: int(rng.integers(0, len(damaged)))]
@@ -447,8 +425,7 @@ def test_uneven_and_empty_shards_load_at_another_world_size(ranks: Ranks, tmp_pa
 
 def test_a_checkpoint_tells_what_is_in_it(killed: dict[int, Path]) -> None:
     checkpoint = killed[3] / "checkpoints" / f"step-{KILLED_AFTER:08d}"
-    inspect = [*command(Path("x"), 0)[:3], "checkpoint", "inspect", str(checkpoint)]
-    done = subprocess.run(inspect, capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    done = partialfc("checkpoint", "inspect", checkpoint)
     assert done.returncode == 0, done.stderr
     for words in (
         f"step {KILLED_AFTER}, ",
@@ -459,9 +436,7 @@ def test_a_checkpoint_tells_what_is_in_it(killed: dict[int, Path]) -> None:
         "head.loss.base.state  [1] float64",
     ):
         assert words in done.stdout
-    empty = subprocess.run(
-        [*inspect[:-1], str(killed[3])], capture_output=True, text=True, env=ENVIRONMENT, check=False
-    )
+    empty = partialfc("checkpoint", "inspect", killed[3])
     assert empty.returncode == 1
     assert "manifest.json cannot be read" in empty.stderr
 
@@ -516,20 +491,15 @@ def test_twenty_kills_while_saving_never_cost_the_last_checkpoint(task: Path) ->
     whole = lines(undisturbed, "train")
     settings = [f"run.dir={folder}", *always]
     for kill in range(20):
-        process = subprocess.Popen(
-            command(task, 2, *settings), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        before = {path.name for path in step_folders(folder / "checkpoints")} if folder.exists() else set()
-        deadline = time.monotonic() + 90
-        while process.poll() is None and time.monotonic() < deadline:
-            now = {path.name for path in step_folders(folder / "checkpoints")} if folder.exists() else set()
-            if now - before:  # it is saving after every step from here on
-                break
-            time.sleep(0.005)
-        time.sleep(float(rng.uniform(0, 0.15)))
-        for pid in [*_children(process.pid), process.pid] if process.poll() is None else []:
-            os.kill(pid, signal.SIGKILL)
-        process.wait()
+        with started(command(task, 2, *settings), None) as process:
+            before = {path.name for path in step_folders(folder / "checkpoints")} if folder.exists() else set()
+            deadline = time.monotonic() + 90
+            while process.poll() is None and time.monotonic() < deadline:
+                now = {path.name for path in step_folders(folder / "checkpoints")} if folder.exists() else set()
+                if now - before:  # it is saving after every step from here on
+                    break
+                time.sleep(0.005)
+            time.sleep(float(rng.uniform(0, 0.15)))
         assert latest_valid(folder / "checkpoints") is not None, kill
         if lines(folder, "train")[-1]["step"] >= STEPS - 2:
             break

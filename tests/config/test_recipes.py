@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ from partialfc.config import load_config
 from partialfc.planning.activation_memory import peak_activation_bytes
 from partialfc.planning.dry_run import count_classes, dry_run
 from partialfc.planning.memory import backbone_memory
-from tests.harness.running import ENVIRONMENT
+from tests.harness.running import partialfc
 from tests.harness.tasks import write_task
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -72,21 +70,9 @@ def test_a_recipe_can_be_built_and_fits_a_gpu_of_80_gb(path: Path) -> None:
 
 
 def test_the_command_prints_the_table_and_says_what_it_lacks(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "partialfc",
-        "train",
-        str(CONFIGS / "quickstart.yaml"),
-        "--dry-run",
-        "--ranks",
-        "2",
-    ]
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(write_task(tmp_path)))
-    done = subprocess.run(
-        [*command[:4], str(config), *command[5:]], capture_output=True, text=True, env=ENVIRONMENT, check=False
-    )
+    done = partialfc("train", config, "--dry-run", "--ranks", 2)
     assert done.returncode == 0, done.stderr
     assert "glyph_net, 37 classes over 2 ranks" in done.stdout
     assert "19 classes" in done.stdout, "the first of two ranks"
@@ -103,8 +89,7 @@ def test_the_command_prints_the_table_and_says_what_it_lacks(tmp_path: Path) -> 
 def test_a_data_set_of_another_size_is_refused(tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(write_task(tmp_path)))
-    words = [sys.executable, "-m", "partialfc", "train", str(config), "data.num_classes=38"]
-    done = subprocess.run(words, capture_output=True, text=True, env=ENVIRONMENT, check=False)
+    done = partialfc("train", config, "data.num_classes=38")
     assert done.returncode == 2
     assert "data.num_classes: 38 expected, and" in done.stderr
     assert "has 37" in done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import math
 import re
 from pathlib import Path
@@ -20,9 +21,12 @@ from tests.harness.ranks import Ranks
 ROOT = Path(__file__).parents[2]
 
 
-def _examples(page: str) -> list[str]:
-    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+def _python(text: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
+def _examples(page: str) -> list[str]:
+    return _python((ROOT / "docs" / page).read_text(encoding="utf-8"))
 
 
 def _example() -> str:
@@ -69,9 +73,18 @@ def test_the_example_trains_in_a_foreign_loop(ranks: Ranks) -> None:
     assert sum(results[0][-5:]) < 0.7 * sum(results[0][:5])
 
 
+def _calls(code: str) -> set[str]:
+    """The calls of an example, arguments included, whatever it calls its optimizers."""
+    calls = {ast.unparse(node) for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)}
+    return {re.sub(r"^opt(imizer)?\.", "optimizer.", call) for call in calls}
+
+
 def test_the_example_is_ten_lines_and_the_readme_shows_the_same_calls() -> None:
     lines = [line for line in _example().splitlines() if line.strip() and not line.startswith(("import", "from"))]
     assert len(lines) <= 10
+    (shown,) = [code for code in _python((ROOT / "README.md").read_text(encoding="utf-8")) if "PartialFC(" in code]
+    assert "optimizer.step()" in _calls(shown)
+    assert _calls(shown) <= _calls(_example())
 
 
 def _own_loss(group: dist.ProcessGroup) -> tuple[float, torch.Tensor, torch.Tensor]:
@@ -161,9 +174,9 @@ def test_the_page_on_backbones_lists_all_of_them_with_the_right_numbers() -> Non
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             backbone(images)
         assert f"{counter.get_total_flops() / 1e9:.2f}" == operations
-    for name, plain, again, share in re.findall(
-        r"^\| `(\w+)` \| ([\d.]+) \| ([\d.]+) \| (\d+%) \|$", page, re.MULTILINE
-    ):
+    rows = re.findall(r"^\| `(\w+)` \| ([\d.]+) \| ([\d.]+) \| (\d+%) \|$", page, re.MULTILINE)
+    assert len(rows) >= 3
+    for name, plain, again, share in rows:
         assert re.search(rf"^{name} .* {plain} +{again} +{share}$", measured, re.MULTILINE), name
 
 

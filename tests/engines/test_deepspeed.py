@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,14 +23,15 @@ from partialfc.errors import ConfigError
 from partialfc.exchange.export import export
 from partialfc.exchange.import_weights import import_weights
 from partialfc.exchange.merge import merge
-from tests.harness.running import command, events, finish, lines, torchrun
+from tests.harness.machine import no_fp16, no_fp16_under_deepspeed
+from tests.harness.running import command, events, finish, lines
 from tests.harness.tasks import write_task
 
-pytest.importorskip("deepspeed", reason="needs DeepSpeed: pip install -c constraints.txt '.[deepspeed]'")
+pytest.importorskip("deepspeed", reason="not installed: DeepSpeed; pip install -c constraints.txt '.[deepspeed]'")
 
 pytestmark = pytest.mark.timeout(900)  # a fixture is many runs
 
-MANY = str(Path(__file__).parents[1] / "harness" / "many_runs.py")
+FAULTY_RUN = str(Path(__file__).parents[1] / "harness" / "faulty_run.py")
 LINEAR = "tests.harness.backbones:linear"
 STAGES = [0, 1, 2, 3]
 SPLIT = [1, 2, 3]
@@ -53,21 +53,28 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train_all(task: Path, ranks: int, runs: dict[str, list[str]], fault: list[Any] | None = None) -> None:
-    """Train runs of these names and overrides in one set of processes; none may fail."""
-    described = [{"overrides": [f"run.dir={task.parent / name}", *more], "fault": fault} for name, more in runs.items()]
-    path = task.parent / f"{next(iter(runs))}.json"
-    path.write_text(json.dumps(described))
-    launcher = torchrun(ranks) if ranks else [sys.executable]
-    done = finish([*launcher, MANY, str(task), str(path)], seconds=290)
-    assert done.returncode == 0, done.stdout + done.stderr
+    """Train runs of these names and overrides. One that fails leaves its output: the tests that ask for it fail."""
+    for name, overrides in runs.items():
+        words = [sys.executable, FAULTY_RUN, str(task), *map(str, fault or ("nothing", 0, "1"))]
+        done = finish([*words, f"run.dir={task.parent / name}", *overrides], ranks=ranks)
+        if done.returncode:
+            (task.parent / f"{name}.failed").write_text(done.stdout + done.stderr)
+
+
+def folder_of(task: Path, name: str) -> Path:
+    """The folder of a run that has come to its end."""
+    failed = task.parent / f"{name}.failed"
+    if failed.exists():
+        pytest.fail(f"the run {name} has failed:\n{failed.read_text()}")
+    return task.parent / name
 
 
 def curve(task: Path, name: str, key: str = "loss") -> list[float]:
-    return [line[key] for line in lines(task.parent / name, "train")]
+    return [line[key] for line in lines(folder_of(task, name), "train")]
 
 
 def of_ranks(task: Path, name: str, ranks: int = 2) -> list[dict[str, Any]]:
-    return [json.loads((task.parent / name / f"rank{rank}.json").read_text()) for rank in range(ranks)]
+    return [json.loads((folder_of(task, name) / f"rank{rank}.json").read_text()) for rank in range(ranks)]
 
 
 # --- the same curves --------------------------------------------------------------------------------------------------
@@ -171,7 +178,7 @@ def test_a_run_begins_with_the_same_weights_and_an_optimizer_that_has_not_steppe
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_exported_backbone_is_the_trained_one(compared: Path, tmp_path: Path, stage: int) -> None:
     def exported(run: str, out: str) -> dict[str, torch.Tensor]:
-        folder = export(compared.parent / run, tmp_path / out, onnx=False, model=LINEAR).folder
+        folder = export(folder_of(compared, run), tmp_path / out, onnx=False, model=LINEAR).folder
         return load_file(folder / "backbone.safetensors")
 
     by_ddp = exported("fp32-ddp-1", "ddp")
@@ -185,7 +192,9 @@ def test_the_exported_backbone_is_the_trained_one(compared: Path, tmp_path: Path
             if precision == "fp32":
                 torch.testing.assert_close(found[name], by_ddp[name], rtol=1e-3, atol=1e-4)
         assert digest.hexdigest() == of_ranks(compared, run)[0]["whole"], "bit by bit"
-        merge(step_folders(compared.parent / run / "checkpoints")[-1], tmp_path / f"{precision}.st", only="backbone.")
+        merge(
+            step_folders(folder_of(compared, run) / "checkpoints")[-1], tmp_path / f"{precision}.st", only="backbone."
+        )
         for name, value in load_file(tmp_path / f"{precision}.st").items():
             assert torch.equal(value, found[name.removeprefix("backbone.")]), name
 
@@ -205,14 +214,14 @@ FAULTY = {
 }
 
 
-def skips_in_half() -> str | None:
-    """Why fp16 cannot be tried here, or None."""
-    try:
-        with torch.autocast("cpu", torch.float16):
-            torch.nn.functional.linear(torch.ones(2, 2), torch.ones(2, 2, requires_grad=True)).sum().backward()
-    except RuntimeError as error:
-        return f"this CPU cannot do fp16: {error}"
-    return None
+def no_fp16_for(engine: str) -> str | None:
+    """Why an engine cannot train in fp16 here, or None."""
+    return no_fp16_under_deepspeed() if "zero" in engine else no_fp16()
+
+
+def skip_if(reason: str | None) -> None:
+    if reason:
+        pytest.skip(reason)
 
 
 UNEVEN = {  # parameters that two ranks cannot share evenly, one that only one of them has, one that gets no gradient
@@ -251,7 +260,7 @@ def faulty(task: Path) -> Path:
     for fault in ("gradient", "row_gradient"):
         runs = {}
         for name, engine in FAULTY.items():
-            for precision in ("fp32",) if skips_in_half() else ("fp32", "fp16"):
+            for precision in ("fp32",) if no_fp16_for(name) else ("fp32", "fp16"):
                 runs[f"{fault}-{precision}-{name}"] = [*TWELVE, *engine, f"engine.precision={precision}"]
         normalized = ["model.name=tests.harness.backbones:normalized", *TWELVE]
         runs[f"{fault}-bf16-zero2"] = [*TWELVE, *zero(2), "engine.precision=bf16"]
@@ -263,15 +272,13 @@ def faulty(task: Path) -> Path:
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("name", FAULTY)
 def test_a_fault_of_one_rank_is_skipped_by_all_and_leaves_nothing(faulty: Path, name: str, precision: str) -> None:
-    reason = skips_in_half()
-    if precision == "fp16" and reason:
-        pytest.skip(reason)
+    skip_if(no_fp16_for(name) if precision == "fp16" else None)
     whole = set()
     for fault, words in (("gradient", "backbone's gradient"), ("row_gradient", "gradient of the head's shard")):
         run = f"{fault}-{precision}-{name}"
         first, second = of_ranks(faulty, run)
         assert first == second, "weights, skipped steps and loss scale of both ranks"
-        skipped = events(faulty.parent / run, "skipped_step")
+        skipped = events(folder_of(faulty, run), "skipped_step")
         assert [line["step"] for line in skipped if line["step"] == 9] == [9], "once"
         (found,) = next(line["faults"] for line in skipped if line["step"] == 9)
         assert (found["rank"], words in found["what"]) == (1, True)
@@ -283,7 +290,7 @@ def test_a_fault_of_one_rank_is_skipped_by_all_and_leaves_nothing(faulty: Path, 
         else:
             assert len(skipped) == 1
         whole.add(first["whole"])
-        assert [line["step"] for line in lines(faulty.parent / run, "train")] == list(range(1, 13))
+        assert [line["step"] for line in lines(folder_of(faulty, run), "train")] == list(range(1, 13))
     assert len(whole) == 1, "whoever breaks a step, what it leaves is the same: nothing"
     if precision == "fp32":
         found, expected = (applied(curve(faulty, f"gradient-fp32-{engine}")) for engine in (name, "ddp"))
@@ -323,6 +330,10 @@ WHOLE_HALF = {"whole-fp16-ddp": ["engine.precision=fp16"], "whole-fp16-zero1": z
 
 def cut(task: Path, name: str, of: str, after: int) -> None:
     """A run folder like that of another run, when it had come to the checkpoint of step ``after``."""
+    failed = task.parent / f"{of}.failed"
+    if failed.exists():
+        shutil.copy(failed, task.parent / f"{name}.failed")
+        return
     shutil.copytree(task.parent / of, task.parent / name)
     for path in step_folders(task.parent / name / "checkpoints"):
         if int(path.name[5:]) > after:
@@ -331,16 +342,16 @@ def cut(task: Path, name: str, of: str, after: int) -> None:
 
 @pytest.fixture(scope="module")
 def continued(task: Path) -> Path:
-    half = {} if skips_in_half() else WHOLE_HALF
+    half = {name: more for name, more in WHOLE_HALF.items() if not no_fp16_for(name)}
     train_all(task, 2, {name: [*TWENTY_FOUR, *more] for name, more in (WHOLE | half).items()})
     for ranks in (1, 3):
         for stage in SPLIT:
             cut(task, f"zero{stage}-on{ranks}", f"whole-zero{stage}", 10)
     cut(task, "chain", "whole-ddp", 10)
-    for name in (WHOLE | half).keys() - {"whole-ddp"}:
-        cut(task, f"again-{name}", name, 10)
     again = {f"again-{name}": [*TWENTY_FOUR, *more] for name, more in (WHOLE | half).items() if name != "whole-ddp"}
-    if half:
+    for name in again:
+        cut(task, name, name.removeprefix("again-"), 10)
+    if "whole-fp16-zero1" in half:
         cut(task, "switched-fp16", "whole-fp16-ddp", 10)
         again["switched-fp16"] = [*TWENTY_FOUR, *WHOLE_HALF["whole-fp16-zero1"]]
     train_all(task, 2, again)
@@ -356,16 +367,16 @@ def continued(task: Path) -> Path:
 @pytest.mark.parametrize("stage", SPLIT)
 def test_a_run_goes_on_at_another_world_size(continued: Path, stage: int, ranks: int) -> None:
     name = f"zero{stage}-on{ranks}"
-    started = [line["step"] for line in events(continued.parent / name, "started")]
+    started = [line["step"] for line in events(folder_of(continued, name), "started")]
     assert started == [0, 10]
-    assert [line["step"] for line in lines(continued.parent / name, "train")] == list(range(1, 25))
+    assert [line["step"] for line in lines(folder_of(continued, name), "train")] == list(range(1, 25))
     assert curve(continued, name) == pytest.approx(curve(continued, f"whole-zero{stage}"), rel=1e-4)
 
 
 def test_a_run_goes_on_under_another_engine_and_back(continued: Path) -> None:
     for name in ("chain", "chain-back"):
         assert curve(continued, name) == pytest.approx(curve(continued, "whole-ddp"), rel=1e-4), name
-    assert [line["step"] for line in events(continued.parent / "chain-back", "started")] == [0, 10, 20]
+    assert [line["step"] for line in events(folder_of(continued, "chain-back"), "started")] == [0, 10, 20]
 
 
 @pytest.mark.parametrize("name", [name for name in WHOLE if name != "whole-ddp"])
@@ -374,19 +385,21 @@ def test_a_run_goes_on_as_if_nothing_had_happened(continued: Path, name: str) ->
     assert of_ranks(continued, f"again-{name}")[0]["whole"] == of_ranks(continued, name)[0]["whole"], "bit by bit"
 
 
-def test_the_loss_scale_survives_a_restart_and_a_change_of_engine(continued: Path) -> None:
-    reason = skips_in_half()
-    if reason:
-        pytest.skip(reason)
-    for name in WHOLE_HALF:
-        again, whole = of_ranks(continued, f"again-{name}")[0], of_ranks(continued, name)[0]
-        assert again == whole
-        assert whole["loss_scale"]["value"] < 2.0**16, "it has fallen before the checkpoint"
-    manifest = read_manifest(continued.parent / "switched-fp16" / "checkpoints" / "step-00000010")
-    kept = manifest["counts"]["engine"]["loss_scale"]
+@pytest.mark.parametrize("name", WHOLE_HALF)
+def test_the_loss_scale_survives_a_restart(continued: Path, name: str) -> None:
+    skip_if(no_fp16_for(name))
+    again, whole = of_ranks(continued, f"again-{name}")[0], of_ranks(continued, name)[0]
+    assert again == whole
+    assert whole["loss_scale"]["value"] < 2.0**16, "it has fallen before the checkpoint"
+
+
+def test_the_loss_scale_survives_a_change_of_engine(continued: Path) -> None:
+    skip_if(no_fp16_under_deepspeed())
+    folder = folder_of(continued, "switched-fp16")
+    kept = read_manifest(folder / "checkpoints" / "step-00000010")["counts"]["engine"]["loss_scale"]
     assert kept["value"] < 2.0**16
-    last = read_manifest(continued.parent / "switched-fp16" / "checkpoints" / "step-00000020")
-    skipped = {line["step"] for line in events(continued.parent / "switched-fp16", "skipped_step")}
+    last = read_manifest(folder / "checkpoints" / "step-00000020")
+    skipped = {line["step"] for line in events(folder, "skipped_step")}
     fallen = sum(10 < step <= 20 for step in skipped)
     assert last["counts"]["engine"]["loss_scale"]["value"] == kept["value"] / 2**fallen
 
@@ -408,7 +421,7 @@ def test_what_is_frozen_stays_as_it_was_also_where_it_is_used_rounded(task: Path
     settings = [*TWELVE, f"model.name={name}", f"model.pretrained={tmp_path / 'first.pth'}", "engine.precision=bf16"]
     train_all(task, 2, {f"frozen-zero{stage}": [*settings, *zero(stage)] for stage in STAGES})
     for stage in STAGES:
-        folder = export(task.parent / f"frozen-zero{stage}", tmp_path / f"{stage}", onnx=False, model=name).folder
+        folder = export(folder_of(task, f"frozen-zero{stage}"), tmp_path / f"{stage}", onnx=False, model=name).folder
         found = load_file(folder / "backbone.safetensors")
         assert torch.equal(found["1.weight"], first["1.weight"]), stage
         assert not torch.equal(found["4.weight"], first["4.weight"]), stage
@@ -423,7 +436,7 @@ def test_imported_weights_start_a_run_of_any_engine(task: Path, tmp_path: Path) 
     written = import_weights(load_config(task, settings), tmp_path / "backbone.pth", None)
     assert read_manifest(written)["config"]["engine"]["name"] == "deepspeed"
     train_all(task, 2, {"imported": settings[1:]})
-    exported = export(task.parent / "imported", tmp_path / "export", onnx=False, model=LINEAR).folder
+    exported = export(folder_of(task, "imported"), tmp_path / "export", onnx=False, model=LINEAR).folder
     for name, value in load_file(exported / "backbone.safetensors").items():
         assert torch.equal(value, backbone.state_dict()[name]), name
 
@@ -438,7 +451,7 @@ def test_a_single_process_trains_and_the_console_has_one_format(task: Path, tmp_
         *zero(2),
         "evaluation.sets=[" + str(task.parent / "known") + "]",
     ]
-    done: subprocess.CompletedProcess[str] = finish(command(task, 0, *settings), seconds=200)
+    done = finish(command(task, 0, *settings), seconds=200, cold=True)  # what it says as it is imported counts, too
     assert done.returncode == 0, done.stdout + done.stderr
     assert lines(tmp_path / "run", "evaluation")[-1]["results"]["known"]["accuracy"] > 0.1
     for noise in ("[INFO]", "[WARNING]", "[Rank 0]", "Warning:", "untested"):

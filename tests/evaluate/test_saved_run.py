@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
-from tests.harness.running import finish, lines, run, torchrun
+from tests.harness.running import lines, partialfc, run
 from tests.harness.tasks import write_set, write_task
 
 
@@ -29,8 +28,7 @@ def test_a_run_is_evaluated_as_at_its_end_on_any_number_of_ranks(finished: Path,
     written = finished / "evaluation" / "step-00000012.json"
     written.unlink()
     (finished / "stop").touch()  # is for a training in this folder
-    words = ["-m", "partialfc", "evaluate", str(finished)]
-    done = finish([*(torchrun(ranks) if ranks else [sys.executable]), *words], seconds=240)
+    done = partialfc("evaluate", finished, ranks=ranks)
     assert done.returncode == 0, done.stdout + done.stderr
     (finished / "stop").unlink()
     after = json.loads(written.read_text())
@@ -43,7 +41,7 @@ def test_a_run_is_evaluated_as_at_its_end_on_any_number_of_ranks(finished: Path,
 def test_other_sets_leave_the_results_of_the_run_as_they_are(finished: Path, tmp_path: Path) -> None:
     write_set(tmp_path / "new", 37, 3, seed=9)
     before = {path: path.read_bytes() for path in (finished / "evaluation").iterdir()}
-    done = finish([sys.executable, "-m", "partialfc", "evaluate", str(finished), "--set", str(tmp_path / "new")])
+    done = partialfc("evaluate", finished, "--set", tmp_path / "new")
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads((finished / "evaluation" / "step-00000012-new.json").read_text())
     assert results["new"]["samples"] == 111
@@ -51,7 +49,7 @@ def test_other_sets_leave_the_results_of_the_run_as_they_are(finished: Path, tmp
 
 
 def test_what_is_no_run_is_refused_in_a_line(tmp_path: Path) -> None:
-    done = finish([sys.executable, "-m", "partialfc", "evaluate", str(tmp_path / "nothing")])
+    done = partialfc("evaluate", tmp_path / "nothing")
     assert done.returncode == 1
     assert done.stderr.strip().splitlines() == [
         f"error: {tmp_path / 'nothing'} is not the folder of a run with checkpoints"

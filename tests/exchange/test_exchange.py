@@ -29,7 +29,7 @@ from partialfc.exchange.merge import merge
 from partialfc.models import BY_NAME
 from partialfc.runs.folder import RunFolder
 from tests.harness.checkpoints import Hostile, made, train_a_little
-from tests.harness.running import ENVIRONMENT, run
+from tests.harness.running import partialfc, run
 from tests.harness.tasks import write_set, write_task
 
 
@@ -42,12 +42,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = run(config, 3, "evaluation.sets=[]")
     assert done.returncode == 0, done.stdout + done.stderr
     return config
-
-
-def partialfc(*arguments: Any, ranks: int = 0) -> subprocess.CompletedProcess[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
-    command = [sys.executable, *launcher, "-m", "partialfc", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=120, check=False)
 
 
 # --- out --------------------------------------------------------------------------------------------------------------

@@ -1,12 +1,16 @@
-"""A run in which something breaks: faulty_run.py CONFIG FAULT RANK STEPS [key=value …], under torchrun or alone.
+"""A run in which something breaks: faulty_run.py CONFIG FAULT RANK STEPS [key=value …], as a rank or alone.
 
 FAULT breaks, on one RANK, in the steps whose numbers are given (the first step is 1; ``8-`` means from there on):
 ``embeddings`` (of one sample), ``gradient`` (of a backbone parameter), ``row_gradient`` (of the head's shard),
-``shard`` (the weight of one class), ``backbone`` (its weights become noise), ``silence`` (the process stops itself).
+``shard`` (the weight of one class), ``backbone`` (its weights become noise), ``silence`` (the process stops itself),
+or ``nothing``. When the run has ended well, each rank leaves in the run folder a ``rank0.json``: digests of what it has
+of the backbone, and how its engine counts.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import signal
 import sys
@@ -15,9 +19,12 @@ from typing import Any
 import torch
 
 from partialfc.config import load_config
+from partialfc.engines.state import OPTIMIZER
 from partialfc.errors import PartialFCError
 from partialfc.runtime.process import ProcessContext, joined
 from partialfc.train.trainer import Trainer
+from tests.harness.hurried import hurry
+from tests.harness.machine import pretend
 
 
 def steps_of(text: str) -> range | set[int]:
@@ -66,17 +73,54 @@ def install(trainer: Trainer, process: ProcessContext, fault: str, at_fault: int
         trainer.head.weight.register_post_accumulate_grad_hook(spoil_rows)
 
 
+def digest_of(trainer: Trainer) -> str:
+    """Of the float32 weights and the buffers."""
+    digest = hashlib.sha256()
+    with trainer.engine.evaluating() as backbone:
+        for value in backbone.state_dict().values():
+            digest.update(value.cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def stepped(trainer: Trainer) -> bool:
+    """Whether the backbone's optimizer has anything in its state but zeros; on other ranks than the first, no."""
+    tensors = trainer.engine.state.tensors()
+    return any(bool(value.any()) for name, value in tensors.items() if name.startswith(OPTIMIZER))
+
+
+def write_down(trainer: Trainer, first: str, stepped_at_first: bool) -> None:
+    used = hashlib.sha256()  # the weights of the forward pass, as far as they lie here
+    for parameter in trainer.backbone.parameters():
+        used.update(parameter.detach().float().cpu().numpy().tobytes())
+    found = {
+        "first": first,
+        "stepped at first": stepped_at_first,
+        "whole": digest_of(trainer),
+        "used": used.hexdigest(),
+        "step": trainer.step,
+        "skipped": trainer.skipped_steps,
+        **trainer.engine.counts(),
+    }
+    (trainer.config.run.dir / f"rank{trainer.process.rank}.json").write_text(json.dumps(found))
+
+
 def main() -> None:
     path, fault, at_fault, steps, *overrides = sys.argv[1:]
+    pretend()
+    hurry()
     config = load_config(path, overrides)
     try:
-        with joined(config.run.dir, config.run.timeout, group_of_one=config.engine.name == "deepspeed") as rank:
-            trainer = Trainer(config, rank)
-            install(trainer, rank, fault, int(at_fault), steps_of(steps))
+        with joined(config.run.dir, config.run.timeout, group_of_one=config.engine.name == "deepspeed") as process:
+            trainer = Trainer(config, process)
+            first, has_stepped = digest_of(trainer), stepped(trainer)
+            install(trainer, process, fault, int(at_fault), steps_of(steps))
             trainer.train()
+            write_down(trainer, first, has_stepped)
     except PartialFCError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         os._exit(1)
+    sys.stdout.flush()
+    os._exit(0)  # as the command ends
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def why_not() -> str | None:
     """Why there can be no cluster here, in words."""
     missing = [name for name in PROGRAMS if shutil.which(name) is None]
     if missing:
-        return f"{', '.join(missing)} not installed: tests/install_slurm.sh"
+        return f"not installed: {', '.join(missing)}; tests/install_slurm.sh"
     if os.geteuid() != 0:
         return "only root can give each node a name of its own"
     probe = subprocess.run(["unshare", "--uts", "--mount", "true"], capture_output=True)

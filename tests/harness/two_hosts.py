@@ -66,7 +66,7 @@ def why_not() -> str | None:
     """Why there can be no two hosts here, in words."""
     missing = [name for name in ("ip", "unshare") if shutil.which(name) is None]
     if missing:
-        return f"{', '.join(missing)} not installed: apt-get install iproute2"
+        return f"not installed: {', '.join(missing)}; apt-get install iproute2 util-linux"
     if os.geteuid() != 0:
         return "only root can make network namespaces"
     name = f"pfc{os.getpid()}try"

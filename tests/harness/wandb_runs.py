@@ -6,20 +6,24 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
 from partialfc.config import WandbConfig
 from partialfc.tracking.wandb.run import WandbRun
-from tests.harness.running import ENVIRONMENT, command, lines
+from tests.harness import running
+from tests.harness.running import ENVIRONMENT
 from tests.harness.wandb_server import Server
 
 KEY = "5ec2e7" * 6 + "abcd"  # 40 characters, as a real one
-DEAD = "http://127.0.0.1:9"  # nobody listens there
+_TAKEN = socket.socket()
+_TAKEN.bind(("127.0.0.1", 0))
+DEAD = f"http://127.0.0.1:{_TAKEN.getsockname()[1]}"  # nobody listens there, and nobody else can
 LONGER = ["optim.epochs=6", "checkpoint.every=15", "evaluation.every=40"]  # 72 steps
 
 
@@ -36,28 +40,14 @@ def online(server: Server) -> dict[str, str]:
 
 def train(task: Path, folder: Path, *overrides: str, ranks: int = 0, **env: str) -> subprocess.CompletedProcess[str]:
     """Train in ``folder/run``. All of the output is kept in ``folder``, to be searched for the key."""
-    done = subprocess.run(
-        command(task, ranks, f"run.dir={folder}/run", *overrides),
-        capture_output=True,
-        text=True,
-        env=environment(folder, **env),
-        timeout=120,
-        check=False,
-    )
+    done = running.run(task, ranks, f"run.dir={folder}/run", *overrides, env=environment(folder, **env))
     with (folder / "output.txt").open("a") as file:
         file.write(done.stdout + done.stderr)
     return done
 
 
 def partialfc(folder: Path, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "partialfc", *arguments],
-        capture_output=True,
-        text=True,
-        env=environment(folder, **env),
-        timeout=120,
-        check=False,
-    )
+    return running.partialfc(*arguments, env=environment(folder, **env))
 
 
 def wait_for(condition: Callable[[], object], what: str, seconds: float = 60) -> None:
@@ -115,18 +105,19 @@ def check_key_is_nowhere(folder: Path) -> None:
             assert KEY.encode() not in path.read_bytes(), path
 
 
+@contextlib.contextmanager
+def training(task: Path, folder: Path, *overrides: str, **env: str) -> Iterator[running.Process]:
+    """Train in ``folder/run`` in the background, with the output in ``folder/output.txt``."""
+    words = running.command(task, 0, f"run.dir={folder}/run", *overrides)
+    with running.started(words, folder / "output.txt", env=environment(folder, **env)) as process:
+        yield process
+
+
 def killed_after(task: Path, folder: Path, rows: int, *overrides: str, **env: str) -> None:
     """Kill a run, and it alone, once it has written ``rows`` train lines; its client then ends by itself."""
-    process = subprocess.Popen(
-        command(task, 0, f"run.dir={folder}/run", *overrides),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env=environment(folder, **env),
-    )
-    metrics = folder / "run" / "metrics.jsonl"
-    wait_for(lambda: metrics.exists() and len(lines(folder / "run", "train")) >= rows, "the run does not begin")
-    process.kill()
-    process.wait()
+    with training(task, folder, *overrides, **env) as process:
+        wait_for(lambda: len(running.lines(folder / "run", "train")) >= rows, "the run does not begin")
+        process.kill()
     wait_for(lambda: not clients(folder / "run"), "its client does not end")
 
 

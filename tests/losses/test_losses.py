@@ -169,7 +169,9 @@ def _with_scale(spec: dict[str, Any], scale: float) -> dict[str, Any]:
 
 def in_pytorch_metric_learning(name: str) -> tuple[losses.Loss, Any]:
     """Our loss and theirs."""
-    theirs = pytest.importorskip("pytorch_metric_learning.losses", reason="pip install -e '.[dev]'")
+    theirs = pytest.importorskip(
+        "pytorch_metric_learning.losses", reason="not installed: pytorch-metric-learning; pip install '.[dev]'"
+    )
     sizes = {"num_classes": CLASSES, "embedding_size": DIM}
     return {
         "ArcFace": lambda: (losses.ArcFace(30, 0.4), theirs.ArcFaceLoss(**sizes, margin=math.degrees(0.4), scale=30)),

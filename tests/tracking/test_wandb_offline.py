@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import yaml
 from partialfc.config import WandbConfig
 from partialfc.tracking.metrics import read_metrics
 from partialfc.tracking.wandb.run import WandbRun
-from tests.harness.running import events, lines
+from tests.harness.running import events, finish, lines
 from tests.harness.wandb_log import Logged, assert_whole
 from tests.harness.wandb_runs import (
     KEY,
@@ -191,14 +190,8 @@ def test_the_trainer_never_imports_wandb(task: Path, tmp_path: Path) -> None:
         "train(load_config(sys.argv[1], sys.argv[2:])); assert 'wandb' not in sys.modules\n"
     )
     for mode in ("disabled", "offline"):  # not even with it: another process does
-        done = subprocess.run(
-            [sys.executable, "-c", program, str(task), f"run.dir={tmp_path}/{mode}", f"tracking.wandb.mode={mode}"],
-            capture_output=True,
-            text=True,
-            env=environment(tmp_path),
-            timeout=120,
-            check=False,
-        )
+        words = [sys.executable, "-c", program, str(task), f"run.dir={tmp_path}/{mode}", f"tracking.wandb.mode={mode}"]
+        done = finish(words, env=environment(tmp_path))
         assert done.returncode == 0, done.stdout + done.stderr
         assert (tmp_path / mode / "wandb").exists() == (mode == "offline")
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 from pathlib import Path
 
 import pytest
 
 from partialfc.tracking.metrics import read_metrics
-from tests.harness.running import command, lines
+from tests.harness.running import lines
 from tests.harness.wandb_log import Logged, assert_whole
 from tests.harness.wandb_runs import (
     DEAD,
@@ -19,10 +18,10 @@ from tests.harness.wandb_runs import (
     check_key_is_nowhere,
     client_of,
     clients,
-    environment,
     killed_after,
     partialfc,
     train,
+    training,
     wait_for,
     warnings_of,
 )
@@ -53,17 +52,13 @@ def test_a_killed_run_continues_as_the_same_run_on_the_server(task: Path, tmp_pa
 def test_a_server_that_fails_mid_run_costs_one_warning_and_no_row(task: Path, tmp_path: Path) -> None:
     server = Server()
     online = {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": server.url}
-    process = subprocess.Popen(
-        command(task, 0, f"run.dir={tmp_path}/run", *LONGER, "tracking.wandb.mode=online", "tracking.wandb.timeout=4"),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environment(tmp_path, **online),
-    )
-    wait_for(lambda: server.runs, "the run does not reach the server")
-    server.behaviour = "failing"
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
+    more = ["tracking.wandb.mode=online", "tracking.wandb.timeout=4"]
+    with training(task, tmp_path, *LONGER, *more, **online) as process:
+        wait_for(lambda: server.runs, "the run does not reach the server")
+        server.behaviour = "failing"
+        code = process.wait(120)
+    output = (tmp_path / "output.txt").read_text()
+    assert code == 0, output
     assert len(warnings_of(output)) == 1, output
     assert "can be sent later" in output
     assert len(lines(tmp_path / "run", "train")) == 72
@@ -101,18 +96,14 @@ def test_a_server_in_trouble_costs_the_training_one_warning_and_nothing_else(
 
 
 def test_a_client_that_dies_is_followed_by_another_one(task: Path, tmp_path: Path, server: Server) -> None:
-    process = subprocess.Popen(
-        command(task, 0, f"run.dir={tmp_path}/run", *LONGER, "tracking.wandb.mode=online"),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environment(tmp_path, WANDB_API_KEY=KEY, WANDB_BASE_URL=server.url),
-    )
-    sent = tmp_path / "run" / "wandb" / "sent.txt"
-    wait_for(lambda: sent.exists() and sent.read_text(), "nothing is sent")
-    os.kill(client_of(tmp_path / "run"), signal.SIGKILL)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
+    online = {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": server.url}
+    with training(task, tmp_path, *LONGER, "tracking.wandb.mode=online", **online) as process:
+        sent = tmp_path / "run" / "wandb" / "sent.txt"
+        wait_for(lambda: sent.exists() and sent.read_text(), "nothing is sent")
+        os.kill(client_of(tmp_path / "run"), signal.SIGKILL)
+        code = process.wait(120)
+    output = (tmp_path / "output.txt").read_text()
+    assert code == 0, output
     assert not warnings_of(output), output
     ((_, rows),) = server.history.items()
     assert_whole(rows, steps=72, attempts=1)

@@ -19,7 +19,7 @@ from partialfc.runtime.process import ProcessContext
 from partialfc.runtime.stopping import StopRequest
 from partialfc.train.loss_spikes import SpikeRule
 from partialfc.train.step_check import nonfinite_classes
-from tests.harness.running import events, finish, lines, run, state, torchrun
+from tests.harness.running import events, finish, lines, run, state
 from tests.harness.tasks import write_task
 
 FAULTY = str(Path(__file__).parents[1] / "harness" / "faulty_run.py")
@@ -37,8 +37,8 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def faulty(
     ranks: int, task: Path, folder: Path, fault: str, rank: int, steps: str, *more: str
 ) -> subprocess.CompletedProcess[str]:
-    launcher = torchrun(ranks) if ranks else [sys.executable]
-    return finish([*launcher, FAULTY, str(task), fault, str(rank), steps, f"run.dir={folder}", *QUICK, *more])
+    words = [sys.executable, FAULTY, str(task), fault, str(rank), steps, f"run.dir={folder}", *QUICK, *more]
+    return finish(words, ranks=ranks)
 
 
 def final_state(folder: Path) -> dict[str, torch.Tensor]:

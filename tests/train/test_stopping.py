@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -18,6 +17,8 @@ import yaml
 from partialfc.runtime.stopping import StopRequest
 from tests.harness.running import (
     TRAIN,
+    TRAIN_HURRIED,
+    Process,
     command,
     events,
     finish,
@@ -55,7 +56,7 @@ def assert_stopped_well(folder: Path) -> int:
 
 
 @contextmanager
-def training(task: Path, folder: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
+def training(task: Path, folder: Path, *options: str) -> Iterator[Process]:
     """A torchrun of two ranks that train, and would for long, once they have done some steps."""
     words = [*torchrun(2, *options), *TRAIN, str(task), f"run.dir={folder}", *LONG]
     with started(words, folder.with_suffix(".log")) as process:
@@ -120,7 +121,7 @@ def test_a_signal_to_torchrun_itself_stops_the_run_as_well(task: Path, tmp_path:
 
 def test_ranks_whose_torchrun_is_killed_by_sigusr1_do_not_stay_behind(task: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    words = [*torchrun(2), *TRAIN, str(task), f"run.dir={folder}", *LONG, "run.timeout=5"]
+    words = [*torchrun(2), *TRAIN_HURRIED, str(task), f"run.dir={folder}", *LONG, "run.timeout=5"]
     with started(words, tmp_path / "output") as process:
         wait_until(lambda: steps_done(folder) >= 3, of=process)
         orphans = workers(process.pid)
@@ -162,16 +163,13 @@ def test_a_single_process_stops_with_code_75_and_its_loader_processes_with_it(
 ) -> None:
     folder = tmp_path / "run"
     words = command(task, 0, f"run.dir={folder}", "data.workers=2", *LONG)
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, start_new_session=True)
-    try:
+    output = tmp_path / "output"
+    with started(words, output, start_new_session=True) as process:
         wait_until(lambda: steps_done(folder) >= 3, of=process)
         os.killpg(process.pid, number)  # as Slurm and a terminal do: the loader's processes get it too
-        output, _ = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == 75, output
+        assert process.wait(60) == 75, output.read_text()
     assert_stopped_well(folder)
-    assert "start again to resume" in output
+    assert "start again to resume" in output.read_text()
 
 
 def test_a_request_in_the_last_step_is_honoured_before_the_evaluation(task: Path, tmp_path: Path) -> None:

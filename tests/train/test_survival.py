@@ -6,7 +6,6 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,12 +16,13 @@ import yaml
 from partialfc.config import load_config
 from partialfc.runs.restarts import GivenUp, count_restarts
 from tests.harness.running import (
-    ENVIRONMENT,
     TRAIN,
+    TRAIN_HURRIED,
     children,
     command,
     events,
     finish,
+    free_port,
     lines,
     run,
     started,
@@ -96,8 +96,8 @@ def test_ten_kills_in_random_places_leave_the_loss_curve_as_it_is(task: Path, tm
 @pytest.mark.timeout(400)
 def test_a_rank_that_stops_in_mid_run_is_lost_and_replaced(task: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    words = [*torchrun(2, "--max-restarts", "2"), *TRAIN, str(task), f"run.dir={folder}", *SETTINGS, "run.timeout=15"]
-    with started(words, tmp_path / "output") as process:
+    words = [*torchrun(2, "--max-restarts", "2"), *TRAIN_HURRIED, str(task), f"run.dir={folder}", *SETTINGS]
+    with started([*words, "run.timeout=5"], tmp_path / "output") as process:
         wait_until(lambda: steps_done(folder) >= 5, of=process)
         victim = workers(process.pid)[1]
         os.kill(victim, signal.SIGSTOP)
@@ -115,28 +115,29 @@ def test_a_rank_that_stops_while_the_others_wait_with_patience_is_noticed_by_its
     """Before the first step collectives may take an hour; still nobody waits longer than the timeout."""
     folder = tmp_path / "run"
     words = [*torchrun(2), FAULTY, str(task), "silence", str(victim), "1", f"run.dir={folder}", *SETTINGS]
-    with started([*words, "run.timeout=15"], tmp_path / "output") as process:
+    with started([*words, "run.timeout=5"], tmp_path / "output") as process:
         wait_until(lambda: (folder / "state.json").exists(), of=process)
         begun = time.monotonic()
         stopped = workers(process.pid)
         wait_until(lambda: state(folder)["state"] == "failed", seconds=60)
-        assert time.monotonic() - begun < 45
+        assert time.monotonic() - begun < 30
         assert f"not heard from rank {victim}" in state(folder)["reason"]
         os.kill(stopped[victim], signal.SIGKILL)  # torchrun asks a stopped process in vain, for half a minute
         assert process.wait(60) == 1
     assert f"not heard from rank {victim}" in (tmp_path / "output").read_text()
 
 
-def slowed(script: Path, seconds: float, heartbeat: float = 5.0) -> Path:
-    """The command, with ``seconds`` more for each part of a checkpoint and for each protocol of an evaluation."""
+def slowed(script: Path, seconds: float) -> Path:
+    """The command in a hurry, ``seconds`` slower at each part of a checkpoint and each protocol of an evaluation."""
     script.write_text(
         "import time\n"
-        "from partialfc.evaluate import runner as evaluation; from partialfc.runs import folder as run_folder\n"
+        "from tests.harness.hurried import hurry\n"
+        "from partialfc.evaluate import runner as evaluation\n"
         "from partialfc.checkpoint import writer as saving\n"
         "write, score = saving._write_tensors, evaluation.score_pairs\n"
         f"saving._write_tensors = lambda *words: (time.sleep({seconds}), write(*words))\n"
         f"evaluation.score_pairs = lambda *words: (time.sleep({seconds}), score(*words))[1]\n"
-        f"run_folder._HEARTBEAT = {heartbeat}\n"
+        "hurry()\n"
         "from partialfc.__main__ import main\n"
         "main()\n"
     )
@@ -145,7 +146,7 @@ def slowed(script: Path, seconds: float, heartbeat: float = 5.0) -> Path:
 
 def test_the_state_is_fresh_in_a_long_save_and_in_a_long_evaluation(task: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    script = slowed(tmp_path / "slow.py", seconds=4, heartbeat=0.5)
+    script = slowed(tmp_path / "slow.py", seconds=3)
     settings = ["evaluation.every=0", "optim.epochs=0.25", "checkpoint.asynchronous=false"]
     words = [sys.executable, str(script), "train", str(task), f"run.dir={folder}", *settings]
     seen: dict[str, set[float]] = {"save": set(), "evaluation": set()}
@@ -158,8 +159,8 @@ def test_the_state_is_fresh_in_a_long_save_and_in_a_long_evaluation(task: Path, 
                 seen["evaluation" if saved else "save"].add(found["updated"])
             time.sleep(0.05)
         assert process.returncode == 0, (tmp_path / "output").read_text()
-    assert len(seen["save"]) >= 4, seen
-    assert len(seen["evaluation"]) >= 4, seen
+    assert len(seen["save"]) >= 3, seen
+    assert len(seen["evaluation"]) >= 3, seen
 
 
 @pytest.mark.parametrize("phase", [pytest.param("save", marks=pytest.mark.slow), "evaluation"])
@@ -168,7 +169,7 @@ def test_a_rank_that_stops_in_a_save_or_an_evaluation_is_noticed_by_its_silence(
 ) -> None:
     folder = tmp_path / "run"
     script = slowed(tmp_path / "slow.py", seconds=2)
-    settings = ["evaluation.every=0", "optim.epochs=0.25", "checkpoint.asynchronous=false", "run.timeout=10"]
+    settings = ["evaluation.every=0", "optim.epochs=0.25", "checkpoint.asynchronous=false", "run.timeout=5"]
     words = [*torchrun(2), str(script), "train", str(task), f"run.dir={folder}", *settings]
     begins = {"save": ".step-00000003.incomplete", "evaluation": "step-00000003"}[phase]
     with started(words, tmp_path / "output") as process:
@@ -212,6 +213,8 @@ def test_a_rank_that_dies_before_training_begins_is_named(task: Path, tmp_path: 
     folder, output, slow = tmp_path / "run", tmp_path / "output", tmp_path / "slow.py"
     slow.write_text(
         "import time\n"
+        "from tests.harness.hurried import hurry\n"
+        "hurry()\n"
         "from partialfc.checkpoint.manager import Checkpoints\n"
         "resume = Checkpoints.resume\n"
         "Checkpoints.resume = lambda self: (print('resumes', flush=True), time.sleep(3), resume(self))[2]\n"
@@ -236,13 +239,13 @@ def agents(task: Path, folder: Path, port: int, nodes: str) -> list[str]:
         "--rdzv-conf",
         "last_call_timeout=3,keep_alive_interval=1",
     ]
-    return [*torchrun(1, *options), *TRAIN, str(task), f"run.dir={folder}", *SETTINGS, "run.timeout=30"]
+    return [*torchrun(1, *options), *TRAIN_HURRIED, str(task), f"run.dir={folder}", *SETTINGS, "run.timeout=10"]
 
 
 @pytest.mark.timeout(400)
 def test_a_run_that_loses_a_node_for_good_goes_on_with_one_less(task: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    words = agents(task, folder, 20_000 + os.getpid() % 20_000, "1:2")
+    words = agents(task, folder, free_port(), "1:2")
     with started(words, tmp_path / "first") as first:
         time.sleep(1.0)  # it keeps the store, and so must be the one that stays
         with started(words, tmp_path / "second") as second:
@@ -278,9 +281,9 @@ def test_restarts_that_get_no_further_are_given_up(task: Path, tmp_path: Path) -
     assert "steps in a row were skipped" in found["reason"], "and why the last one failed"
     assert found["reason"].count("giving up") == 1, "however often torchrun starts it again"
     assert [line["step"] for line in events(folder, "started")] == [0, 4, 4], "one more is allowed, no third"
-    by_hand = run(task, 0, f"run.dir={folder}", *SETTINGS, "optim.epochs=1")
-    assert by_hand.returncode in (0, 2), by_hand.stderr
-    assert "given up" not in by_hand.stderr
+    by_hand = run(task, 0, f"run.dir={folder}", *SETTINGS, "optim.epochs=1", "--force")
+    assert by_hand.returncode == 0, by_hand.stderr
+    assert state(folder)["state"] == "finished"
 
 
 def test_only_automatic_restarts_without_progress_count(task: Path, tmp_path: Path) -> None:
@@ -310,14 +313,10 @@ def test_a_hundred_rounds_of_start_kill_and_resume_lose_no_sample(tmp_path: Path
     config.write_text(yaml.safe_dump(tree))
     folder, rng = tmp_path / "run", random.Random(3)
     for _ in range(100):
-        process = subprocess.Popen(
-            command(config, 0), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=ENVIRONMENT
-        )
-        before = steps_done(folder)
-        wait_until(lambda before=before, process=process: steps_done(folder) > before or process.poll() is not None)
-        time.sleep(rng.random())
-        process.kill()
-        process.wait()
+        with started(command(config, 0), None) as process:
+            before = steps_done(folder)
+            wait_until(lambda before=before, process=process: steps_done(folder) > before or process.poll() is not None)
+            time.sleep(rng.random())
     seen = lines(folder, "train")
     assert [line["step"] for line in seen] == list(range(1, len(seen) + 1))
     epochs = [divmod(line["step"] - 1, 12) for line in seen]
@@ -328,9 +327,9 @@ def test_a_hundred_rounds_of_start_kill_and_resume_lose_no_sample(tmp_path: Path
     assert end.returncode == 0, end.stdout + end.stderr
 
 
-def hosts(task: Path, folder: Path, nodes: str, number: int) -> list[str]:
+def hosts(task: Path, folder: Path, nodes: str) -> list[str]:
     """What each of several hosts runs; they tell themselves apart by nothing."""
-    settings = {"NPROC": 1, "NNODES": nodes, "RDZV_ENDPOINT": f"127.0.0.1:{20_000 + (os.getpid() + number) % 20_000}"}
+    settings = {"NPROC": 1, "NNODES": nodes, "RDZV_ENDPOINT": f"127.0.0.1:{free_port()}"}
     settings |= {"PYTHON": sys.executable, "RDZV_CONF": "last_call_timeout=3,keep_alive_interval=1"}
     words = ["env", *(f"{name}={value}" for name, value in settings.items()), str(TORCHRUN_SH)]
     return [*words, str(task), f"run.dir={folder}", *SETTINGS, "run.timeout=30"]
@@ -340,7 +339,7 @@ def hosts(task: Path, folder: Path, nodes: str, number: int) -> list[str]:
 @pytest.mark.timeout(400)
 def test_a_host_that_joins_shares_the_rest_of_the_run(task: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    words = hosts(task, folder, "1:2", 7919)
+    words = hosts(task, folder, "1:2")
     with started(words, tmp_path / "first") as first:
         wait_until(lambda: steps_done(folder) >= 5, of=first)
         with started(words, tmp_path / "second") as second:
@@ -357,7 +356,7 @@ def test_a_host_that_joins_shares_the_rest_of_the_run(task: Path, tmp_path: Path
 @pytest.mark.timeout(400)
 def test_a_host_that_has_died_may_be_started_again(task: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    words = hosts(task, folder, "2", 1_237)
+    words = hosts(task, folder, "2")
     with started(words, tmp_path / "first") as first:
         time.sleep(2.0)  # it keeps the launchers' store, and so must be the one that stays
         with started(words, tmp_path / "second") as second:

@@ -10,9 +10,8 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,7 +19,17 @@ import torch.distributed.checkpoint as dcp
 import yaml
 
 from partialfc.train.schedule import lr_factor
-from tests.harness.running import ENVIRONMENT, TRAIN, lines, run
+from tests.harness.running import (
+    TRAIN_HURRIED,
+    Process,
+    children,
+    lines,
+    ranks_of,
+    run,
+    state,
+    steps_done,
+    wait_until,
+)
 from tests.harness.tasks import write_task
 
 
@@ -81,9 +90,9 @@ def test_train_lines_carry_what_the_format_promises(finished: dict[int, Path]) -
 
 def test_the_run_folder_is_complete(finished: dict[int, Path]) -> None:
     folder = finished[2]
-    state = json.loads((folder / "state.json").read_text())
-    assert (state["state"], state["step"], state["total_steps"], state["attempt"]) == ("finished", 36, 36, 1)
-    assert {"host", "pid", "updated", "reason"} <= set(state)
+    found = state(folder)
+    assert (found["state"], found["step"], found["total_steps"], found["attempt"]) == ("finished", 36, 36, 1)
+    assert {"host", "pid", "updated", "reason"} <= set(found)
     assert (folder / "evaluation" / "roc-step-00000036.png").stat().st_size > 10_000
     assert yaml.safe_load((folder / "config.yaml").read_text())["optim"]["power"] == 2.0, "resolved"
     hidden = [path.name for path in folder.rglob(".*")]
@@ -245,86 +254,46 @@ def test_mistakes_end_with_their_code_and_one_line(
 def test_a_run_that_diverges_fails_with_the_reason(task: Path, tmp_path: Path) -> None:
     done = run(task, 2, f"run.dir={tmp_path}/run", "optim.lr=1e30", "optim.clip=null", "optim.warmup=0")
     assert done.returncode == 1
-    state = json.loads((tmp_path / "run" / "state.json").read_text())
-    assert state["state"] == "failed"
-    assert "NaN or Inf" in state["reason"] or "loss is" in state["reason"]
+    found = state(tmp_path / "run")
+    assert found["state"] == "failed"
+    assert "10 steps in a row were skipped" in found["reason"]
+    assert "NaN or Inf" in found["reason"]
+    assert "lower optim.lr" in found["reason"], "and what to do"
     assert lines(tmp_path / "run", "event")[-1]["event"] == "failed"
 
 
-def _start_and_wait(
-    task: Path, folder: Path, timeout: float, *more: str
-) -> tuple[subprocess.Popen[str], dict[int, int]]:
-    """A run of two ranks without torchrun, so that nobody but the ranks themselves notices a fault; their pids."""
-    overrides = [f"run.dir={folder}", f"run.timeout={timeout}", "optim.epochs=1000", "evaluation.every=0", *more]
-    starter = (
-        "import os, subprocess, sys\n"
-        "common = dict(os.environ, MASTER_ADDR='127.0.0.1', MASTER_PORT=sys.argv[1], WORLD_SIZE='2')\n"
-        "ranks = [subprocess.Popen([sys.executable, *sys.argv[2:]], env=dict(common, RANK=str(r), LOCAL_RANK='0'))\n"
-        "         for r in range(2)]\n"
-        "print(*[rank.pid for rank in ranks], flush=True)\n"
-        "codes = [rank.wait() for rank in ranks]\n"
-        "print('codes', *codes, flush=True)\n"
-    )
-    port = str(20000 + os.getpid() % 20000)
-    process = subprocess.Popen(
-        [sys.executable, "-c", starter, port, *TRAIN, str(task), *overrides],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=ENVIRONMENT,
-    )
-    assert process.stdout is not None
-    pids = dict(enumerate(map(int, process.stdout.readline().split())))
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        if (folder / "metrics.jsonl").exists() and len(lines(folder, "train")) >= 3:
-            return process, pids
-        time.sleep(0.2)
-    process.kill()
-    raise TimeoutError("the run has not reached its third step")
-
-
-def _end(pid: int) -> None:
-    with contextlib.suppress(ProcessLookupError):  # it may have ended by itself
-        os.kill(pid, signal.SIGKILL)
-
-
-def _wait_for_failure(folder: Path) -> dict[str, Any]:
-    deadline = time.monotonic() + 40
-    while time.monotonic() < deadline:
-        state: dict[str, Any] = json.loads((folder / "state.json").read_text())
-        if state["state"] == "failed":
-            return state
-        time.sleep(0.2)
-    raise TimeoutError("rank 0 still waits")
+@contextlib.contextmanager
+def two_ranks(task: Path, folder: Path, *more: str) -> Iterator[list[Process]]:
+    """A run of two ranks without torchrun, after some steps: nobody but the ranks themselves notices a fault."""
+    long = [f"run.dir={folder}", "run.timeout=5", "optim.epochs=1000", "evaluation.every=0", *more]
+    words = [sys.executable, *TRAIN_HURRIED, str(task), *long]
+    with (
+        (folder.parent / "output").open("w") as output,
+        ranks_of(words, 2, stdout=output, stderr=subprocess.STDOUT) as processes,
+    ):
+        wait_until(lambda: steps_done(folder) >= 3, of=processes[0])
+        yield processes
 
 
 @pytest.mark.parametrize("fault", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)])
 def test_a_rank_that_dies_or_hangs_is_named_by_the_others(task: Path, tmp_path: Path, fault: signal.Signals) -> None:
-    process, pids = _start_and_wait(task, tmp_path / "run", timeout=8)
-    try:
-        os.kill(pids[1], fault)
-        state = _wait_for_failure(tmp_path / "run")
-    finally:
-        _end(pids[1])
-    output, _ = process.communicate(timeout=30)
-    assert "not heard from rank 1" in output
-    assert "not heard from rank 1" in state["reason"]
-    assert "codes 1 -9" in output
+    folder = tmp_path / "run"
+    with two_ranks(task, folder) as (first, second):
+        os.kill(second.pid, fault)
+        wait_until(lambda: state(folder)["state"] == "failed", seconds=40)
+        second.kill()
+        assert (first.wait(30), second.wait(30)) == (1, -9)
+    assert "not heard from rank 1" in (tmp_path / "output").read_text()
+    assert "not heard from rank 1" in state(folder)["reason"]
 
 
 def test_a_rank_whose_main_thread_hangs_is_named_with_what_it_hangs_in(task: Path, tmp_path: Path) -> None:
-    process, pids = _start_and_wait(task, tmp_path / "run", 8, "data.workers=1")
-    workers = Path(f"/proc/{pids[1]}/task/{pids[1]}/children").read_text().split()
-    try:
-        for worker in workers:  # the rank itself is well, and waits for its data for ever
-            os.kill(int(worker), signal.SIGSTOP)
-        state = _wait_for_failure(tmp_path / "run")
-    finally:
-        for pid in (*map(int, workers), pids[1]):
-            _end(pid)
-    process.communicate(timeout=30)
-    assert "rank 1 hangs: still in data of step" in state["reason"]
+    folder = tmp_path / "run"
+    with two_ranks(task, folder, "data.workers=1") as (_, second):
+        for worker in children(second.pid):  # the rank itself is well, and waits for its data for ever
+            os.kill(worker, signal.SIGSTOP)
+        wait_until(lambda: state(folder)["state"] == "failed", seconds=40)
+    assert "rank 1 hangs: still in data of step" in state(folder)["reason"]
 
 
 def test_the_reason_of_a_rank_that_fails_by_itself_reaches_the_run_folder(task: Path, tmp_path: Path) -> None:
@@ -336,9 +305,8 @@ def test_the_reason_of_a_rank_that_fails_by_itself_reaches_the_run_folder(task: 
     shard.write_bytes(content)
     done = run(task, 2, f"run.dir={tmp_path}/run", f"data.train={tmp_path}/train")
     assert done.returncode == 1
-    state = json.loads((tmp_path / "run" / "state.json").read_text())
-    assert state["state"] == "failed"
-    assert "cannot be decoded" in state["reason"]
+    assert state(tmp_path / "run")["state"] == "failed"
+    assert "cannot be decoded" in state(tmp_path / "run")["reason"]
 
 
 def test_learning_rates_rise_from_zero_and_fall_to_zero() -> None:

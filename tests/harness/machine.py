@@ -1,0 +1,35 @@
+"""What this machine can do, asked where a test needs it; and machines that can do other things, pretended.
+
+``PRETEND_FP16=1`` (or 0) makes torch say that the CPU computes in float16 by itself (or does not), whatever it is.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+
+def pretend() -> None:
+    """Be, for torch, the machine that the environment asks for."""
+    asked = os.environ.get("PRETEND_FP16")
+    if asked:
+        torch.ops.mkldnn._is_mkldnn_fp16_supported = lambda: asked == "1"
+
+
+def no_fp16() -> str | None:
+    """Why fp16 cannot be tried here, or None."""
+    try:
+        with torch.autocast("cpu", torch.float16):
+            torch.nn.functional.linear(torch.ones(2, 2), torch.ones(2, 2, requires_grad=True)).sum().backward()
+    except RuntimeError as error:
+        return f"this CPU cannot do fp16: {error}"
+    return None
+
+
+def no_fp16_under_deepspeed() -> str | None:
+    """Why DeepSpeed refuses fp16 here, or None; it asks more of a CPU than torch does."""
+    pretend()
+    if not torch.ops.mkldnn._is_mkldnn_fp16_supported():
+        return "DeepSpeed refuses fp16 on a CPU without AVX512-FP16"
+    return no_fp16()
