@@ -5,15 +5,20 @@ A test sends a module-level function to the first ``world_size`` of them, which 
 
 from __future__ import annotations
 
-import multiprocessing
-import os
+import subprocess
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Client, Listener
 from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from tests.harness.running import begin
 
 MOST_RANKS = 4
 
@@ -27,21 +32,21 @@ class Outcome:
     where: str = ""
 
 
-def _serve(rank: int, init_file: str, connection: Connection) -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"
-    import torch
-    import torch.distributed as dist
-
+def serve(rank: int, folder: str) -> None:
+    """Be a rank of the pool that keeps its files in a folder."""
+    connection = Client(f"{folder}/{rank}")
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
-        init_method=f"file://{init_file}",
+        init_method=f"file://{folder}/init",
         rank=rank,
         world_size=MOST_RANKS,
         timeout=timedelta(seconds=60),
     )
     groups = {size: dist.new_group(list(range(size))) for size in range(1, MOST_RANKS + 1)}
-    while (call := connection.recv()) is not None:
+    while (path := connection.recv()) is not None:
+        sys.path[:] = path  # where the function that comes next is found
+        call = connection.recv()
         function, world_size, arguments = call
         try:
             outcome = Outcome(function(groups[world_size], *arguments))
@@ -58,15 +63,13 @@ class Ranks:
     """A pool of ranks; see the module's text."""
 
     def __init__(self) -> None:
-        context = multiprocessing.get_context("spawn")
         self._folder = tempfile.TemporaryDirectory()
         self._connections, self._processes = [], []
         for rank in range(MOST_RANKS):
-            here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, f"{self._folder.name}/init", there), daemon=True)
-            process.start()
-            self._connections.append(here)
-            self._processes.append(process)
+            code = f"from tests.harness.ranks import serve; serve({rank}, {self._folder.name!r})"
+            with Listener(f"{self._folder.name}/{rank}") as listener:
+                self._processes.append(begin([sys.executable, "-c", code]))
+                self._connections.append(listener.accept())
 
     def outcomes(
         self, world_size: int, function: Callable[..., Any], *arguments: Any, seconds: float = 90
@@ -74,6 +77,7 @@ class Ranks:
         """What ``function(group, *arguments)`` did on each of ``world_size`` ranks, errors included."""
         used = self._connections[:world_size]
         for connection in used:
+            connection.send(sys.path)
             connection.send((function, world_size, arguments))
         for rank, connection in enumerate(used):
             if not connection.poll(seconds):
@@ -92,7 +96,8 @@ class Ranks:
         for connection in self._connections:
             connection.send(None)
         for process in self._processes:
-            process.join(10)
-            if process.is_alive():
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
                 process.kill()
         self._folder.cleanup()

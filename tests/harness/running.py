@@ -93,8 +93,8 @@ def ranks_of(
     words: list[str], ranks: int, env: dict[str, str] | None = None, **options: Any
 ) -> Iterator[list[Process]]:
     """A command as so many ranks, with a store as torchrun shares it and nobody who watches them; 0: as one process."""
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    of_rank = [_as_rank(rank, ranks, store.port) for rank in range(ranks)] or [{}]
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if ranks else None
+    of_rank = [_as_rank(rank, ranks, store.port) for rank in range(ranks)] if store else [{}]
     env = ENVIRONMENT if env is None else env
     processes = [begin(words, env=env | own, **options) for own in of_rank]
     try:
