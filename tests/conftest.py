@@ -9,11 +9,14 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.harness.machine import pretend
 from tests.harness.ranks import Ranks
+from tests.harness.tasks import write_task
 
 pretend()
 
@@ -26,6 +29,15 @@ def ranks() -> Iterator[Ranks]:
     pool = Ranks()
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The config file of a made-up task, beside its data."""
+    folder = tmp_path_factory.mktemp("task")
+    config = folder / "config.yaml"
+    config.write_text(yaml.safe_dump(write_task(folder)))
+    return config
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, ChunkStorageMetadata
 
 from partialfc import ConfigError, RowAdamW, RowSGD
@@ -25,7 +24,6 @@ from partialfc.errors import CheckpointFailed, DamagedCheckpoint
 from tests.harness.checkpoints import Hostile, made, small_disk, train_a_little
 from tests.harness.ranks import Ranks
 from tests.harness.running import command, lines, partialfc, run, started, wait_until
-from tests.harness.tasks import write_task
 
 __all__ = ["small_disk"]
 STEPS, EVERY, KILLED_AFTER = 36, 10, 20
@@ -35,14 +33,6 @@ STATEFUL = [
     "head.loss={name: subcenter, sub_centers: 2, loss: {name: curricularface, scale: 16, margin: 0.1}}",
     "optim.unsampled_rows=decayed",
 ]
-
-
-@pytest.fixture(scope="module")
-def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("task")
-    config = folder / "config.yaml"
-    config.write_text(yaml.safe_dump(write_task(folder)))
-    return config
 
 
 @pytest.fixture(scope="module")

@@ -21,10 +21,9 @@ from partialfc.exchange.merge import merge
 from partialfc.runs.folder import RunFolder, forget_after
 from partialfc.runs.state import read_state
 from partialfc.tracking.metrics import read_metrics
-from tests.harness.checkpoints import made, small_disk, train_a_little
+from tests.harness.checkpoints import made, train_a_little
 from tests.harness.ranks import Ranks
 
-__all__ = ["small_disk"]
 MANIFEST = {"step": 3, "samples": 21}
 
 

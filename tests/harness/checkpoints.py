@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import os
-import subprocess
-from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
 from partialfc import CenterLoss, PartialFC, RowSGD, losses
@@ -53,17 +50,3 @@ class Hostile:
 
     def __reduce__(self) -> Any:
         return os.system, (self.command,)
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Any:
-    """A file system of its own, of a few hundred KiB."""
-    mount = tmp_path / "disk"
-    mount.mkdir()
-    made_it = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=900k", "tmpfs", str(mount)], capture_output=True, check=False
-    )
-    if made_it.returncode:
-        pytest.skip("needs the right to mount a tmpfs")
-    yield mount
-    subprocess.run(["umount", "-l", str(mount)], check=False)

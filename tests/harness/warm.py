@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")  # a server must have no thread but one
 _SERVER = str(Path(__file__).with_name("warm_server.py"))
 
 
@@ -140,6 +141,7 @@ def server(*modules: str) -> Callable[..., Any]:
         process = subprocess.Popen(
             [sys.executable, _SERVER, str(theirs.fileno()), *modules],
             pass_fds=[theirs.fileno()],
+            env=os.environ | dict.fromkeys(_THREADS, "1"),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             start_new_session=True,

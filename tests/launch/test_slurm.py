@@ -14,7 +14,6 @@ import yaml
 
 from tests.harness.running import events, lines, run, state, steps_done
 from tests.harness.slurm_cluster import ENDED, Cluster, cluster, why_not
-from tests.harness.tasks import write_task
 from tests.harness.wandb_log import Logged, assert_whole
 
 ROOT = Path(__file__).parents[2]
@@ -34,14 +33,6 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     with cluster() as found:
         found.environment |= settings
         yield found
-
-
-@pytest.fixture(scope="module")
-def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("task")
-    config = folder / "config.yaml"
-    config.write_text(yaml.safe_dump(write_task(folder)))
-    return config
 
 
 def submit(slurm: Cluster, folder: Path, options: list[str], script: str, *words: str | Path) -> str:

@@ -10,24 +10,14 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
 
 from tests.harness.running import ENVIRONMENT, events, finish, lines, started, state, steps_done, wait_until
-from tests.harness.tasks import write_task
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = str(ROOT / "launch" / "torchrun.sh")
 LAUNCH = [sys.executable, "-m", "partialfc.launch.torchrun"]  # what the script becomes; quicker, as it starts warm
 LONG = ["optim.epochs=1000", "evaluation.every=0", "checkpoint.every=7"]
 SHORT = ["optim.epochs=0.5", "evaluation.sets=[]"]
-
-
-@pytest.fixture(scope="module")
-def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("task")
-    config = folder / "config.yaml"
-    config.write_text(yaml.safe_dump(write_task(folder)))
-    return config
 
 
 @pytest.fixture(autouse=True)

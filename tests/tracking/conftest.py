@@ -7,19 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import yaml
 
-from tests.harness.tasks import write_task
 from tests.harness.wandb_runs import Run, environment, online
 from tests.harness.wandb_server import Server
-
-
-@pytest.fixture(scope="session")
-def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("task")
-    config = folder / "config.yaml"
-    config.write_text(yaml.safe_dump(write_task(folder)))
-    return config
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-import yaml
 
 from partialfc import CenterLoss, PartialFC, losses
 from partialfc.build.engine import build_engine
@@ -20,18 +19,9 @@ from partialfc.runtime.stopping import StopRequest
 from partialfc.train.loss_spikes import SpikeRule
 from partialfc.train.step_check import nonfinite_classes
 from tests.harness.running import events, finish, lines, run, state
-from tests.harness.tasks import write_task
 
 FAULTY = str(Path(__file__).parents[1] / "harness" / "faulty_run.py")
 QUICK = ["evaluation.every=0", "evaluation.sets=[]", "optim.epochs=1"]  # 12 steps
-
-
-@pytest.fixture(scope="module")
-def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("task")
-    config = folder / "config.yaml"
-    config.write_text(yaml.safe_dump(write_task(folder)))
-    return config
 
 
 def faulty(

@@ -36,14 +36,6 @@ from tests.harness.tasks import write_set, write_task
 LONG = ["optim.epochs=1000", "evaluation.every=0", "checkpoint.every=7"]
 
 
-@pytest.fixture(scope="module")
-def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("task")
-    config = folder / "config.yaml"
-    config.write_text(yaml.safe_dump(write_task(folder)))
-    return config
-
-
 def assert_stopped_well(folder: Path) -> int:
     """The step after which it has stopped: with a checkpoint of just that step, and nothing half done."""
     step: int = state(folder)["step"]

@@ -44,14 +44,6 @@ SETTINGS = ["evaluation.every=0", "evaluation.sets=[]", "optim.epochs=10", "chec
 SUMMED_IN_ANOTHER_ORDER = 2e-3
 
 
-@pytest.fixture(scope="module")
-def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("task")
-    config = folder / "config.yaml"
-    config.write_text(yaml.safe_dump(write_task(folder)))
-    return config
-
-
 def assert_undisturbed(task: Path, folder: Path, ranks: int, tolerance: float) -> None:
     """The run in ``folder`` has the loss curve of one on ``ranks`` ranks that nobody has disturbed."""
     whole_folder = task.parent / f"whole{ranks}"

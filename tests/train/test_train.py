@@ -34,15 +34,6 @@ from tests.harness.tasks import write_task
 
 
 @pytest.fixture(scope="module")
-def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The config file of a made-up task."""
-    folder = tmp_path_factory.mktemp("task")
-    config = folder / "config.yaml"
-    config.write_text(yaml.safe_dump(write_task(folder)))
-    return config
-
-
-@pytest.fixture(scope="module")
 def finished(task: Path) -> dict[int, Path]:
     """Run folders of the same training on 1 (no torchrun), 2 and 3 ranks."""
     folders = {}
