@@ -21,7 +21,7 @@ from partialfc.checkpoint.manifest import read_manifest, verify
 from partialfc.checkpoint.reader import CheckedReader
 from partialfc.checkpoint.writer import save_checkpoint
 from partialfc.errors import CheckpointFailed, DamagedCheckpoint
-from tests.harness.checkpoints import Hostile, made, small_disk, train_a_little
+from tests.harness.checkpoints import Hostile, made, train_a_little
 from tests.harness.ranks import Ranks
 from tests.harness.running import command, lines, partialfc, run, started, wait_until
 
