@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from multiprocessing import current_process
 from multiprocessing.connection import Client, Listener
 from typing import Any
 
@@ -32,8 +33,9 @@ class Outcome:
     where: str = ""
 
 
-def serve(rank: int, folder: str) -> None:
-    """Be a rank of the pool that keeps its files in a folder."""
+def serve(rank: int, folder: str, key: str) -> None:
+    """Be a rank of the pool that keeps its files in a folder; tensors come and go in shared memory, by the key."""
+    current_process().authkey = bytes.fromhex(key)
     connection = Client(f"{folder}/{rank}")
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -66,7 +68,8 @@ class Ranks:
         self._folder = tempfile.TemporaryDirectory()
         self._connections, self._processes = [], []
         for rank in range(MOST_RANKS):
-            code = f"from tests.harness.ranks import serve; serve({rank}, {self._folder.name!r})"
+            words = rank, self._folder.name, bytes(current_process().authkey).hex()
+            code = f"from tests.harness.ranks import serve; serve{words}"
             with Listener(f"{self._folder.name}/{rank}") as listener:
                 self._processes.append(begin([sys.executable, "-c", code]))
                 self._connections.append(listener.accept())

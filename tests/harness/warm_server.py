@@ -14,7 +14,7 @@ import importlib
 import json
 import os
 import runpy
-import selectors
+import select
 import signal
 import socket
 import subprocess
@@ -35,28 +35,30 @@ class Server:
 
     def __init__(self, requests: socket.socket, kill_at_end: bool) -> None:
         self._requests, self._kill_at_end = requests, kill_at_end
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(requests, selectors.EVENT_READ)
-        self._children: dict[int, tuple[int, int]] = {}  # the descriptor of a child: its number, where to report
+        self._reports: dict[int, int] = {}  # by the number of a child: where its end is to be reported
+        self._ended, self._wake = os.pipe()  # has something to read when a child has ended
+        os.set_blocking(self._wake, False)
+        signal.set_wakeup_fd(self._wake)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
 
     def serve(self) -> dict[str, Any]:
         """Serve until the other end is closed. Returns in the forks only: the request that each is to fulfil."""
         assert len(os.listdir("/proc/self/task")) == 1, "a fork has the thread that forks, and no other"
         set_name(NAME)
         while True:
-            for key, _ in self._selector.select():
-                if key.fileobj is self._requests:
-                    request = self._accept()
-                    if request is not None:
-                        return request
-                else:
-                    self._report(key.fd)
+            ready, _, _ = select.select([self._requests, self._ended], [], [])
+            if self._ended in ready:
+                self._report_ends()
+            if self._requests in ready:
+                request = self._accept()
+                if request is not None:
+                    return request
 
     def _accept(self) -> dict[str, Any] | None:
         message, descriptors, _, _ = socket.recv_fds(self._requests, LARGEST_REQUEST, 4)
         if not message:
             if self._kill_at_end:
-                for pid, _ in self._children.values():
+                for pid in self._reports:
                     os.kill(pid, signal.SIGKILL)
             os._exit(0)
         *streams, report = descriptors
@@ -66,29 +68,27 @@ class Server:
                 os.dup2(stream, number)
             self._forget(descriptors)
             return dict(json.loads(message))
-        child = os.pidfd_open(pid)
-        self._children[child] = pid, report
-        self._selector.register(child, selectors.EVENT_READ)
+        self._reports[pid] = report
         for stream in streams:
             os.close(stream)
         os.write(report, f"{pid}\n".encode())
         return None
 
-    def _report(self, child: int) -> None:
-        pid, report = self._children.pop(child)
-        _, status = os.waitpid(pid, 0)
-        self._selector.unregister(child)
-        os.write(report, f"{os.waitstatus_to_exitcode(status)}\n".encode())
-        os.close(report)
-        os.close(child)
+    def _report_ends(self) -> None:
+        os.read(self._ended, 4096)
+        for pid in list(self._reports):
+            found, status = os.waitpid(pid, os.WNOHANG)
+            if found:
+                report = self._reports.pop(pid)
+                os.write(report, f"{os.waitstatus_to_exitcode(status)}\n".encode())
+                os.close(report)
 
     def _forget(self, descriptors: list[int]) -> None:
-        """In a fork: close what belongs to the server."""
-        self._selector.close()
+        """In a fork: leave nothing of the server's."""
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         self._requests.close()
-        for child, (_, report) in self._children.items():
-            descriptors = [*descriptors, child, report]
-        for descriptor in descriptors:
+        for descriptor in (*descriptors, *self._reports.values(), self._ended, self._wake):
             os.close(descriptor)
 
 
