@@ -30,7 +30,7 @@ from partialfc.data.dataset import TarDataset
 from partialfc.data.order import samples_before, steps_per_epoch
 from partialfc.errors import ConfigError, DamagedCheckpoint, Diverged
 from partialfc.runs.folder import RunFolder
-from partialfc.runtime.collectives import broadcast_from_rank0
+from partialfc.runtime.collectives import broadcast_from_rank0, run_on_rank0
 from partialfc.runtime.process import ProcessContext
 from partialfc.tracking.console import log
 
@@ -80,7 +80,7 @@ class Checkpoints:
             ConfigError: this run cannot resume from its config, data set or class table.
             DamagedCheckpoint: there are checkpoints, and none is valid.
         """
-        broadcast_from_rank0(lambda: restore_replaced(self.folder))
+        run_on_rank0(lambda: restore_replaced(self.folder))
         if self.config.checkpoint.resume == "never":
             self._set_aside(-1)
             return ResumePoint()
@@ -139,7 +139,7 @@ class Checkpoints:
         """Return the checkpoint that a run which fails now would resume from, in words."""
         if self._complete_step < 0:
             return "there is no checkpoint yet"
-        return f"the newest checkpoint is of step {self._complete_step:,}, before them"
+        return f"the newest checkpoint, of step {self._complete_step:,}, is older"
 
     def _set_aside(self, after: int) -> None:
         for place in broadcast_from_rank0(lambda: set_aside(self.folder, after)):

@@ -19,6 +19,7 @@ from partialfc.tracking.console import log
 from partialfc.tracking.metrics import MetricsFile, read_metrics
 from partialfc.tracking.wandb.run import start_wandb
 
+LOCK = ".lock"  # held by the process that trains in the folder
 _HEARTBEAT = 5.0  # seconds between updates of state.json
 
 
@@ -156,7 +157,7 @@ def lock_folder(config: Config) -> FileLock:
     folder, timeout = config.run.dir, config.run.timeout
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock")
+        lock = FileLock(folder / LOCK)
     except OSError as error:
         raise _not_writable(folder, error) from error
     if not lock.acquire(timeout, on_wait=lambda: log(f"waiting for another process that trains in {folder} to end")):

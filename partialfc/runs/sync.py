@@ -15,6 +15,7 @@ import yaml
 from partialfc.config import WandbConfig
 from partialfc.errors import DataError, PartialFCError
 from partialfc.files import FileLock
+from partialfc.runs.folder import LOCK
 from partialfc.tracking.wandb.lock import client_lock
 from partialfc.tracking.wandb.run import LOG, UNSENT, client_options, require_client, start_client
 
@@ -48,7 +49,7 @@ def sync(folder: Path) -> bool:
 
 def _refuse_live_run(folder: Path) -> None:
     """Refuse a run that is training, which W&B would take for ended; its own client may have been killed."""
-    lock = FileLock(folder / ".lock")  # the trainer's
+    lock = FileLock(folder / LOCK)
     try:
         if not lock.acquire():
             raise SyncFailed(f"{folder}: the run is still training; sync it when it has ended")

@@ -25,7 +25,6 @@ from tests.harness.checkpoints import Hostile, made, train_a_little
 from tests.harness.ranks import Ranks
 from tests.harness.running import command, lines, partialfc, run, started, wait_until
 
-__all__ = ["small_disk"]
 STEPS, EVERY, KILLED_AFTER = 36, 10, 20
 # A learning rate at which rounding, which differs between world sizes, does not grow: the nearest sub-center is a jump.
 SETTINGS = [f"checkpoint.every={EVERY}", "checkpoint.keep_last=5", "evaluation.every=0", "optim.lr=0.02"]
