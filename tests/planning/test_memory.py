@@ -9,6 +9,7 @@ import torch
 
 from partialfc import CenterLoss, LinearRate, PartialFC, RowAdagrad, RowAdamW, RowSGD, StepRate, losses
 from partialfc.errors import ConfigError
+from partialfc.head.optim.deferred_decay import deferred_decay_of
 from partialfc.head.sample_rate import largest_rate
 from partialfc.planning.memory import head_memory
 
@@ -59,7 +60,8 @@ def test_planned_bytes_are_those_of_the_tensors(
     tensors = [*head.parameters(), *(value for state in rows.state.values() for value in state.values())]
     if center:
         tensors.append(head.center_loss.centers)
-    tensors += [pending._last for pending in getattr(rows, "_pending", {}).values()]
+    deferred = [deferred_decay_of(parameter) for parameter in head.parameters()]
+    tensors += [record._last for record in deferred if record is not None]
     expected = sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor.dim())
     plan = head_memory(
         DIM,
