@@ -35,6 +35,7 @@ def build_head(
         correct_sampling=head.correct_sampling,
         on_nonfinite=on_nonfinite,
         weight_dtype=getattr(torch, head.weight_dtype),
+        matmul_precision=head.matmul_precision,
         memory_budget_mb=head.memory_budget_mb,
         device=device,
     )

@@ -48,6 +48,7 @@ BEFORE_KEY: dict[str, Any] = {
     "model.options": {},
     "optim.spike": None,
     "engine.precision": "fp32",
+    "head.matmul_precision": None,  # float32 products, and what null chooses is as exact
 }
 
 _OPEN_SECTIONS = ("head.loss", "model.options")  # their keys are those of a loss or a backbone, not of the schema
@@ -75,7 +76,10 @@ def config_changes(before: dict[str, Any], now: dict[str, Any]) -> list[Change]:
     keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     changes = [Change(key, old.get(key), new.get(key), _severity(key)) for key in keys]
     changes = [replace(change, severity="impossible") if _has_no_centers(change) else change for change in changes]
-    return [replace(change, severity="harmless") if _is_alias(change) else change for change in changes]
+    harmless = [_is_alias(change) or _is_as_precise(change) for change in changes]
+    return [
+        replace(change, severity="harmless") if so else change for change, so in zip(changes, harmless, strict=True)
+    ]
 
 
 def _with_lacking_keys(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -100,6 +104,11 @@ def _is_alias(change: Change) -> bool:
     """Another name of the same backbone: r50 and iresnet50."""
     names = (change.before, change.now)
     return change.key == "model.name" and len({id(BY_NAME.get(name, name)) for name in names}) == 1
+
+
+def _is_as_precise(change: Change) -> bool:
+    """Return true for another way to form products that are as exact: any but ``fast``."""
+    return change.key == "head.matmul_precision" and "fast" not in (change.before, change.now)
 
 
 def _severity(key: str) -> ChangeSeverity:

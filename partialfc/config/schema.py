@@ -93,6 +93,9 @@ class HeadConfig(Section):
     correct_sampling: bool = Field(False, description="weight drawn classes by 1/sample_rate in the denominator")
     center_loss: CenterLossConfig | None = Field(None, description="center loss beside the softmax loss")
     weight_dtype: Literal["float32", "bfloat16"] = Field("float32", description="bfloat16: stochastic rounding")
+    matmul_precision: Literal["highest", "exact", "fast"] | None = Field(
+        None, description="of logits and gradients; null: exact on NVIDIA GPUs from Ampere on, else highest"
+    )
     memory_budget_mb: float = Field(256.0, gt=0, description="MiB for the logits of a step")
 
 

@@ -68,7 +68,7 @@ def check_values(header: Tensor, embeddings: Tensor, labels: Tensor, num_classes
         return
     outside = (labels < -1) | (labels >= num_classes)
     sample = outside.int().argmax()
-    label_finding = torch.stack((torch.full_like(sample, Problem.LABEL_RANGE), sample, labels[sample]))
+    label_finding = torch.stack((torch.full_like(sample, Problem.LABEL_RANGE), sample, labels.take(sample)))
     found = header[Field.PROBLEM :]
     found.copy_(torch.where(outside.any(), label_finding, found))
     if check_finite:
@@ -80,7 +80,7 @@ def check_values(header: Tensor, embeddings: Tensor, labels: Tensor, num_classes
 
 def any_problem(headers: Tensor) -> Tensor:
     """Return a bool [] on the device of ``headers [W, 9]``, true if a rank reports a problem or the ranks disagree."""
-    shared = headers[:, [Field.FLAGS, Field.STEP, Field.RATE]]
+    shared = headers[:, Field.FLAGS : Field.RATE + 1]
     return (headers[:, Field.PROBLEM] != Problem.NONE).any() | (shared != shared[0]).any()
 
 

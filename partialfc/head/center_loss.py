@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from partialfc.errors import ConfigError
+from partialfc.head.softmax.sampling import OwnedSamples
 
 
 class CenterLoss(nn.Module):
@@ -30,7 +31,7 @@ class CenterLoss(nn.Module):
             raise ConfigError(f"center loss: alpha must lie in [0, 1], got {alpha}")
         self.weight = float(weight)
         self.alpha = float(alpha)
-        self._pending: list[tuple[Tensor, Tensor]] = []  # (rows [n], x − k [n, D]) of each micro-batch
+        self._pending: list[tuple[OwnedSamples, Tensor]] = []  # with x − k [B, D], of each micro-batch
 
     def allocate(self, rows: int, dim: int, dtype: torch.dtype, device: torch.device) -> None:
         """Create the centers of a shard; called by the head that owns it."""
@@ -38,25 +39,33 @@ class CenterLoss(nn.Module):
             raise ConfigError("this CenterLoss already belongs to a head; give each head its own")
         self.register_buffer("centers", torch.zeros(rows, dim, dtype=dtype, device=device))
 
-    def accumulate(self, rows: Tensor, offsets: Tensor) -> None:
-        """Add ``offsets [n, D]`` = x − k of samples whose classes are ``rows [n]`` int64 to the step under way."""
-        self._pending.append((rows, offsets))
+    def accumulate(self, owned: OwnedSamples, offsets: Tensor) -> None:
+        """Add ``offsets [B, D]``, x − k of the ``owned`` samples and 0 of all others, to the step under way."""
+        self._pending.append((owned, offsets))
 
     @torch.no_grad()
     def apply_pending(self) -> None:
         """Move the centers of the classes seen since the last step (eq. 4)."""
-        if self._pending:
-            rows, sample_class = torch.cat([rows for rows, _ in self._pending]).unique(return_inverse=True)
+        if self._pending and len(self.centers):
+            rows = torch.cat([owned.rows for owned, _ in self._pending])  # [n]
+            counted = torch.cat([owned.mask for owned, _ in self._pending])
             offsets = torch.cat([offsets for _, offsets in self._pending])
-            sums = torch.zeros(len(rows), offsets.shape[1], dtype=offsets.dtype, device=offsets.device)
-            sums.index_add_(0, sample_class, offsets)
-            counts = torch.bincount(sample_class, minlength=len(rows)).to(sums.dtype)
-            self.centers.index_add_(0, rows, (sums / (1 + counts)[:, None]).to(self.centers.dtype), alpha=self.alpha)
+            # There are at most n classes, numbered in the order of their rows: nothing here has a size that only the
+            # device knows.
+            ordered, order = rows.sort()
+            number = torch.zeros_like(rows)
+            number[1:] = (ordered[1:] != ordered[:-1]).cumsum(0)
+            sample_class = torch.empty_like(rows).scatter_(0, order, number)
+            class_rows = torch.zeros_like(rows).scatter_(0, sample_class, rows)
+            sums = torch.zeros_like(offsets).index_add_(0, sample_class, offsets)
+            counts = torch.zeros_like(sums[:, 0]).index_add_(0, sample_class, counted.to(sums.dtype))
+            moves = (sums / (1 + counts)[:, None]).to(self.centers.dtype)
+            self.centers.index_add_(0, class_rows, moves, alpha=self.alpha)
         self.discard_pending()
 
     @property
     def pending_offsets(self) -> list[Tensor]:
-        """Offsets that the next applied step would move the centers by, [n, D] for each micro-batch."""
+        """Offsets that the next applied step would move the centers by, [B, D] for each micro-batch."""
         return [offsets for _, offsets in self._pending]
 
     def discard_pending(self) -> None:

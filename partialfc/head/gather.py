@@ -13,7 +13,6 @@ from torch import Tensor
 from partialfc.errors import BatchMismatch, LabelOutOfRange
 from partialfc.head.batch_errors import Problem, any_problem, check_form, check_values, raise_problem
 from partialfc.head.collectives import Collectives
-from partialfc.head.deferred_read import DeferredRead
 from partialfc.head.message import (
     FLAG_BACKWARD,
     FLAG_TRAINING,
@@ -26,6 +25,7 @@ from partialfc.head.message import (
     pack,
     unpack,
 )
+from partialfc.head.transfers import DeferredRead
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
+from partialfc.head.transfers import send
+
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 # A dtype travels as its position in this tuple.
 _DTYPES = (*FLOATS, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
@@ -78,7 +80,7 @@ def make_header(
     count = embeddings.shape[0] if embeddings.dim() else 0
     dim = embeddings.shape[1] if embeddings.dim() == 2 else -1
     fields = [count, dtype_code(embeddings.dtype), dim, flags, step, int(rate * 2.0**53), *problem]
-    return torch.tensor(fields, device=device)
+    return send(torch.tensor(fields, device="cpu"), device)
 
 
 def pack(header: Tensor, labels: Tensor | None, embeddings: Tensor, agreed: BatchFormat) -> Tensor:

@@ -43,8 +43,11 @@ def mix(values: Tensor) -> Tensor:
 def stream_key(*coordinates: int) -> int:
     """Mix ``coordinates`` (seed, :class:`RandomStream`, step …) one after the other into one int64."""
     key = 0
-    for coordinate in coordinates:
-        key = int(mix(torch.tensor(_signed(key + coordinate * _GOLDEN + _GOLDEN)))) % _WORD
+    for coordinate in coordinates:  # `mix` on Python's integers: no tensor is made
+        key = (key + coordinate * _GOLDEN + _GOLDEN) % _WORD
+        key = (key ^ (key >> 30)) * _MIX_1 % _WORD
+        key = (key ^ (key >> 27)) * _MIX_2 % _WORD
+        key ^= key >> 31
     return _signed(key)
 
 

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from partialfc.head.center_loss import CenterLoss
+from partialfc.head.optim.sparse_grads import is_known_sorted
 from partialfc.head.optim.step_hooks import add_step_listener
+from partialfc.head.softmax.sampling import OwnedSamples
 from partialfc.head.softmax.sharded_softmax import SoftmaxOutput
 from partialfc.losses import Loss
 
@@ -37,8 +39,8 @@ class _MicroBatch:
 
     num_samples: Tensor  # [] int64
     loss_statistics: Tensor | None  # [k] float64, for the loss's state
-    owned_rows: Tensor  # [n] int64, rows of this shard
-    center_offsets: Tensor | None  # [n, D] x − k, with center loss
+    owned: OwnedSamples
+    center_offsets: Tensor | None  # [B, D] x − k of the owned samples, with center loss
 
 
 class StepState:
@@ -87,15 +89,15 @@ class StepState:
                 self._discard()
                 raise
 
-    def track(self, softmax: SoftmaxOutput, owned_rows: Tensor) -> None:
+    def track(self, softmax: SoftmaxOutput, owned: OwnedSamples) -> None:
         """Add a micro-batch to the step once backward runs through its loss.
 
         Args:
             softmax: output of the micro-batch, whose loss has a gradient.
-            owned_rows: [n] int64, rows of the samples that this shard owns.
+            owned: the samples whose classes this shard owns.
         """
         add_step_listener(self)
-        micro_batch = _MicroBatch(softmax.num_samples, softmax.loss_statistics, owned_rows, softmax.center_offsets)
+        micro_batch = _MicroBatch(softmax.num_samples, softmax.loss_statistics, owned, softmax.center_offsets)
         softmax.loss.register_hook(partial(self._enter, [micro_batch]))
 
     def close_skipped(self) -> None:
@@ -126,14 +128,15 @@ class StepState:
             added = micro_batch.loss_statistics
             self.loss_statistics = added if earlier is None else earlier + added
         if self._head.center_loss is not None and micro_batch.center_offsets is not None:
-            self._head.center_loss.accumulate(micro_batch.owned_rows, micro_batch.center_offsets)
+            self._head.center_loss.accumulate(micro_batch.owned, micro_batch.center_offsets)
 
     @torch.no_grad()
     def _merge_gradients(self) -> None:
         """Merge the gradients of earlier micro-batches: memory then follows the union of their rows, not the sum."""
         for parameter in (self._head.weight, self._head.bias):
-            if parameter is not None and parameter.grad is not None and parameter.grad.is_sparse:
-                parameter.grad = parameter.grad.coalesce()
+            grad = None if parameter is None else parameter.grad
+            if parameter is not None and grad is not None and grad.is_sparse and not is_known_sorted(grad):
+                parameter.grad = grad.coalesce()
 
     def _end(self, applied: bool) -> None:
         head = self._head

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from partialfc.errors import ConfigError
 from partialfc.head.sample_rate import SampleRate
+from partialfc.head.softmax.products import PRECISIONS
 from partialfc.losses import Loss, Samples
 from partialfc.losses.base import NEEDS
 
@@ -29,6 +30,7 @@ def check_options(
     on_nonfinite: str,
     weight_dtype: torch.dtype,
     compute_dtype: torch.dtype,
+    matmul_precision: str | None,
 ) -> None:
     """Raise ConfigError for an option that is out of range, or that does not fit ``loss``."""
     if not callable(sample_rate) and not 0.0 < sample_rate <= 1.0:
@@ -41,6 +43,8 @@ def check_options(
         raise ConfigError(f"weight_dtype must be torch.float32, torch.float64 or torch.bfloat16, got {weight_dtype}")
     if compute_dtype not in (torch.float32, torch.float64):
         raise ConfigError(f"compute_dtype must be torch.float32 or torch.float64, got {compute_dtype}")
+    if matmul_precision is not None and matmul_precision not in PRECISIONS:
+        raise ConfigError(f"matmul_precision must be one of {PRECISIONS}, got {matmul_precision!r}")
 
 
 def check_loss(loss: Loss) -> None:

@@ -173,6 +173,18 @@ def test_changes_are_judged_by_the_longest_prefix() -> None:
         assert [change.severity for change in config_changes(before, now)] == [severity]
 
 
+def test_a_precision_as_exact_is_harmless_and_fast_is_not() -> None:
+    for before, now, verdict in (
+        (None, "exact", "harmless"),
+        ("exact", "highest", "harmless"),
+        ("exact", "fast", "needs --force"),
+        ("fast", None, "needs --force"),
+    ):
+        old, new = ({"head": {"matmul_precision": precision}} for precision in (before, now))
+        assert [change.verdict for change in config_changes(old, new)] == [verdict]
+    assert not config_changes({"head": {}}, {"head": {"matmul_precision": None}}), "0.1 did not have the key"
+
+
 # --- files ------------------------------------------------------------------------------------------------------------
 
 

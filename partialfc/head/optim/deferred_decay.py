@@ -15,6 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from partialfc.head.optim.working_rows import WorkingRows, rows_per_piece
 from partialfc.head.random import RandomStream, stream_key
+from partialfc.head.transfers import send
 
 
 class DeferredDecay:
@@ -32,7 +33,8 @@ class DeferredDecay:
     def __init__(self, rows: int, device: torch.device) -> None:
         self._last = torch.zeros(rows, dtype=torch.int32, device=device)  # [rows] the last step applied to each
         self._first = 0  # the step that the oldest product starts after
-        self._products = _identity(1, device)  # [steps kept + 1, 2, 2] float64: of all steps after step `_first + i`
+        # [steps kept + 1, 2, 2] float64, on the host: the products of all steps after step `_first + i`
+        self._products = _identity()
         self._prune_at = 64
         self._total = 0  # steps ever recorded
         #: Momentum buffer of the recorded steps, which decays with the weight; None without momentum or if all rows
@@ -48,20 +50,19 @@ class DeferredDecay:
         """Record a step that has updated some rows and is deferred for all others.
 
         Args:
-            matrix: [2, 2] float64, the effect on (weight, velocity) of a row without a gradient.
+            matrix: [2, 2] float64 on the host, the effect on (weight, velocity) of a row without a gradient.
             updated: [n] int64, the rows that have had the step.
             velocity: the momentum buffer, of the parameter's shape; None without momentum.
         """
         self._total += 1
-        matrix = matrix.to(self._products.device)
-        self._products = torch.cat((matrix @ self._products, _identity(1, self._products.device)))
+        self._products = torch.cat((matrix @ self._products, _identity()))
         self.velocity = velocity
         if len(self._products) >= self._prune_at:
             self._prune()
         if len(updated) == len(self._last):
             self._mark_all_current()
         else:
-            self._last[updated] = self._now
+            self._last.index_fill_(0, updated, self._now)
 
     def apply(self, parameter: Tensor, rows: Tensor | None = None) -> None:
         """Apply the deferred steps to ``rows`` [n] int64 of ``parameter``; None: to all rows."""
@@ -75,14 +76,15 @@ class DeferredDecay:
         if self.velocity is not None:
             stored["velocity"] = self.velocity
         work = WorkingRows(stored, stream_key(RandomStream.DEFERRED_DECAY, self._total))
+        all_products = send(self._products, parameter.device)
         piece = rows_per_piece(parameter)
         for start in range(0, len(outdated), piece):
             some = outdated[start : start + piece]
-            products = self._products[(self._last[some] - self._first).long()]
+            products = all_products[(self._last[some] - self._first).long()]
             copies = work.read(some)
             _multiply(products, copies)
             work.write(some, copies)
-            self._last[some] = self._now
+            self._last.index_fill_(0, some, self._now)
         if rows is None:
             self._mark_all_current()
 
@@ -137,8 +139,8 @@ def settle_deferred_decay(parameter: Tensor) -> None:
     _by_parameter.pop(parameter, None)
 
 
-def _identity(count: int, device: torch.device) -> Tensor:
-    return torch.eye(2, dtype=torch.float64, device=device).expand(count, 2, 2).clone()
+def _identity() -> Tensor:
+    return torch.eye(2, dtype=torch.float64, device="cpu")[None]
 
 
 def _multiply(products: Tensor, copies: dict[str, Tensor]) -> None:

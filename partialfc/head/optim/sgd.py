@@ -132,4 +132,4 @@ def _matrix_without_gradient(group: dict[str, Any]) -> Tensor:
         weight = (1.0 - lr * decay * (1.0 + momentum), -lr * momentum**2)
     else:
         weight = (1.0 - lr * decay, -lr * momentum)
-    return torch.tensor([weight, (decay, momentum)], dtype=torch.float64)
+    return torch.tensor([weight, (decay, momentum)], dtype=torch.float64, device="cpu")

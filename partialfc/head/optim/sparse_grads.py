@@ -7,13 +7,35 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+# Storages of row indices that are known to be sorted and unique, by address. Each keeps its address from being given
+# to another, not its memory.
+_sorted: dict[int, StorageWeakRef] = {}
+
+
+def mark_sorted(rows: Tensor) -> None:
+    """Remember that ``rows`` [A] int64, of a sparse gradient to be, are sorted and unique."""
+    for address in [address for address, storage in _sorted.items() if storage.expired()]:
+        del _sorted[address]
+    storage = StorageWeakRef(rows.untyped_storage())
+    _sorted[storage.cdata] = storage
+
+
+def is_known_sorted(gradient: Tensor) -> bool:
+    """Return true if the rows of a sparse gradient are marked as sorted and unique.
+
+    Autograd drops torch's own mark, ``is_coalesced()``, from the gradient; :func:`mark_sorted` outlives it.
+    """
+    storage = StorageWeakRef(gradient._indices().untyped_storage())
+    return gradient.is_coalesced() or storage.cdata in _sorted
 
 
 def coalesced(gradient: Tensor) -> tuple[Tensor, Tensor]:
     """Return the sorted unique rows [A] of a sparse gradient and their values [A, …]."""
     rows = gradient._indices()[0]
-    # Autograd drops the mark that the rows are sorted and unique; looking costs far less than sorting values.
-    if gradient.is_coalesced() or bool((rows[1:] > rows[:-1]).all()):
+    # Where it is not known that rows are sorted, looking costs far less than sorting values, but waits for the device.
+    if is_known_sorted(gradient) or bool((rows[1:] > rows[:-1]).all()):
         return rows, gradient._values()
     gradient = gradient.coalesce()
     return gradient.indices()[0], gradient.values()

@@ -11,11 +11,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from partialfc.head.softmax.products import ALIGNMENT, Products, Split, WeightedEmbeddings, padded
 from partialfc.head.softmax.sampling import ActiveRows
 from partialfc.losses import Loss, Samples
 
 NORM_EPS = 1e-12  # as torch.nn.functional.normalize
-_CPU_CHUNK_ELEMENTS = 1 << 18  # logits of a chunk on a CPU: 1 MiB in float32, the size of a second-level cache
+# Logits of a chunk on a CPU: 1 MiB in float32, the size of a second-level cache. Elsewhere so many that what the host
+# launches for a chunk, a few hundred microseconds, is done before the device is.
+_CPU_CHUNK_ELEMENTS, _GPU_CHUNK_ELEMENTS = 1 << 18, 1 << 25
 
 
 @dataclass(frozen=True)
@@ -37,9 +40,14 @@ class Logits:
     cosine_grads: Tensor | None = None  # [B, n] dz/dcos; None where it is `ClassChunks.cosine_grad` for all
     nearest: Tensor | None = None  # [B, n] uint8: the nearest sub-center of each class; None for K = 1
 
-    def grad_by_cosine(self, grad: Tensor) -> Tensor:
-        """Turn ∂loss/∂z [B, n] into ∂loss/∂cos, up to `ClassChunks.cosine_grad` where all share it."""
-        return grad if self.cosine_grads is None else grad * self.cosine_grads
+
+@dataclass(frozen=True)
+class LogitGrads:
+    """Derivatives of a loss by the logits of a chunk."""
+
+    by_cosine: Split  # [B, n] ∂loss/∂cos, up to `ClassChunks.cosine_grad` where all share it
+    nearest: Tensor | None = None  # as in `Logits`
+    by_logit: Tensor | None = None  # [B, n] ∂loss/∂z; None if only the other is known
 
 
 class ClassChunks:
@@ -54,6 +62,7 @@ class ClassChunks:
         active: the A rows to walk.
         target_rows: [B] int64: position of each sample's class among the active rows; -1 if it is not in this shard.
             These logits are left out (set to −∞).
+        products: forms the matrix products.
         filter_threshold: negatives with a cosine above it are left out.
         memory_budget: bytes for all buffers made here, kept logits included.
     """
@@ -67,45 +76,60 @@ class ClassChunks:
         bias: Tensor | None,
         active: ActiveRows,
         target_rows: Tensor,
+        products: Products,
         filter_threshold: float | None,
         memory_budget: int,
     ) -> None:
         self.loss, self.samples, self.weight, self.bias = loss, samples, weight, bias
-        self.active, self.target_rows, self.filter_threshold = active, target_rows, filter_threshold
+        self.active, self.products, self.filter_threshold = active, products, filter_threshold
         self.raw, self.linear = loss.raw_logits, loss.negatives_are_linear
         #: dz/dcos of linear negatives. It is applied to the embeddings once: that saves a pass over the logits.
         self.cosine_grad = loss.scale if self.linear else 1.0
         self.unit_embeddings = unit_embeddings
-        #: [B, D] unit embeddings times `cosine_grad`
-        self.scaled_embeddings = unit_embeddings if self.cosine_grad == 1.0 else unit_embeddings * self.cosine_grad
+        #: Lengths of raw embeddings, [B, 1], where products take unit vectors only.
+        self._lengths: Tensor | None = None
+        directions = unit_embeddings
+        if self.raw and products.half:
+            self._lengths = samples.norms.to(unit_embeddings.dtype)[:, None]
+            directions = unit_embeddings / self._lengths
+        self._logit_embeddings = products.logit_embeddings(directions, self.cosine_grad)
         offset = loss.logit_offset()
         self.offset = None if offset is None else offset.detach().to(unit_embeddings.dtype)
         self.sub_centers = weight.shape[1] if weight.dim() == 3 else 1
         self._plan_chunks(memory_budget)
         self._logits: Tensor | None = None
+        self._target_chunks = torch.div(target_rows, self.rows_per_chunk, rounding_mode="floor")  # −1: none
+        self._target_columns = (target_rows % self.rows_per_chunk)[:, None]
 
     def _plan_chunks(self, memory_budget: int) -> None:
         """Choose the size of a chunk, and how many chunks to keep, so that all buffers fit the budget, in bytes."""
         batch, dim = self.unit_embeddings.shape
         element_size = self.unit_embeddings.element_size()
-        buffers = 2 if self.linear else 8
+        on_cpu = self.weight.device.type == "cpu"
+        buffers = 8 if not self.linear else 2 if on_cpu or self.filter_threshold is not None else 1
         buffers += 3 * (self.sub_centers > 1) + 6 * ("mean_logit" in self.loss.needs)
         copies = 2 + (self.weight.dim() == 3) + (self.weight.dtype is not self.unit_embeddings.dtype)
         bytes_per_row = element_size * (batch * buffers + dim * self.sub_centers * copies)
+        bytes_per_row += self.products.bytes_per_logit * batch + self.products.bytes_per_weight * dim
         affordable = memory_budget // bytes_per_row
-        on_cpu = self.weight.device.type == "cpu"
-        preferred = max(256, _CPU_CHUNK_ELEMENTS // max(batch, 1)) if on_cpu else affordable // 2
-        self.rows_per_chunk = max(1, min(affordable, preferred, self.active.count))
+        preferred = max(256, (_CPU_CHUNK_ELEMENTS if on_cpu else _GPU_CHUNK_ELEMENTS) // max(batch, 1))
+        rows = min(affordable, preferred)
+        if self.products.half and rows > ALIGNMENT:
+            rows -= rows % ALIGNMENT
+        self.rows_per_chunk = max(1, min(rows, self.active.count))
         spare = memory_budget - self.rows_per_chunk * bytes_per_row
-        #: How many chunks' exponentials the rest of the budget holds, so that backward need not form them again.
-        self.chunks_to_keep = max(0, spare // max(1, self.rows_per_chunk * batch * element_size))
-        if not self.linear or self.sub_centers > 1:
-            self.chunks_to_keep = 0  # derivatives and nearest sub-centers would have to be kept too
+        kept_size = self.rows_per_chunk * batch * (self.products.bytes_per_logit or element_size)
+        #: How many chunks' derivatives the rest of the budget holds, so that backward need not form them again.
+        self.chunks_to_keep = max(0, spare // max(1, kept_size))
+        if self.products.half and self.active.count <= self.rows_per_chunk * (self.chunks_to_keep + 1):
+            self.chunks_to_keep += 1  # in the last one's working memory
+        if not self.linear or self.sub_centers > 1 or (self.bias is not None and self.products.half):
+            self.chunks_to_keep = 0  # more would have to be kept than the operand of the product
 
     def __iter__(self) -> Iterator[Chunk]:
         """Yield the chunks in order. A chunk's tensors are valid until the next one is taken."""
         embeddings, shape = self.unit_embeddings, self.weight.shape[1:]
-        self._logits = embeddings.new_empty(len(embeddings) * self.rows_per_chunk)
+        self._logits = embeddings.new_empty(len(embeddings) * self._row_length(self.rows_per_chunk))
         gathered = embeddings.new_empty(self.rows_per_chunk, *shape)
         # One weight a class: normalised where it was gathered. Sub-centers are laid out by k.
         normalised = gathered if self.weight.dim() == 2 else torch.empty_like(gathered)
@@ -142,18 +166,26 @@ class ClassChunks:
         """Return space for the logits of ``chunk``, [B, n]; the same for every chunk."""
         assert self._logits is not None, "only while iterating over chunks"
         batch, classes = len(self.unit_embeddings), chunk.stop - chunk.start
-        return self._logits[: batch * classes].view(batch, classes)
+        length = self._row_length(classes)
+        return self._logits[: batch * length].view(batch, length)[:, :classes]
+
+    def _row_length(self, classes: int) -> int:
+        """Return the distance of two rows in a buffer of logits."""
+        return padded(classes) if self.products.half else classes
 
     def logits(self, chunk: Chunk, keep: bool = False) -> Logits:
-        """Return the logits against ``chunk``, in a buffer that the next call overwrites unless ``keep`` is set."""
+        """Return the logits against ``chunk``, in a buffer that the next call overwrites unless ``keep`` is set.
+
+        ``keep`` is for those who keep what :meth:`logit_grads` makes of them in the same place.
+        """
         out = self.logits_buffer(chunk)
-        if keep:
+        if keep and not self.products.half:
             out = torch.empty_like(out)
         cosine_grads = None
         logits, nearest = self._similarity(chunk, out)
         if self.linear:
             if self.filter_threshold is not None:
-                threshold = self.filter_threshold * self.cosine_grad * self._lengths(chunk)
+                threshold = self.filter_threshold * self.cosine_grad * self._raw_lengths(chunk)
                 logits.masked_fill_(logits > threshold, -torch.inf)
         else:
             cosines = logits
@@ -171,7 +203,7 @@ class ClassChunks:
         self._leave_out_targets(logits, chunk)
         return Logits(logits, cosine_grads, nearest)
 
-    def _lengths(self, chunk: Chunk) -> Tensor | float:
+    def _raw_lengths(self, chunk: Chunk) -> Tensor | float:
         """Return the factor ‖x‖·‖w‖ between cosines and raw logits, [B, n]; 1 if the logits are of cosines."""
         if not self.raw:
             return 1.0
@@ -183,44 +215,69 @@ class ClassChunks:
 
         Cosines of linear negatives are multiplied by their derivative: they are logits already.
         """
-        best = torch.mm(self.scaled_embeddings, chunk.unit_weights[0].t(), out=out)
+        if self._lengths is not None:  # of raw embeddings: what the product leaves out
+            weights = chunk.unit_weights[0]
+            lengths = torch.linalg.vector_norm(weights, dim=1).clamp_min_(NORM_EPS)
+            cosines = self._scaled_cosines(weights / lengths[:, None], out)
+            return cosines.mul_(self._lengths).mul_(lengths), None
+        best = self._scaled_cosines(chunk.unit_weights[0], out)
         if self.sub_centers == 1:
             return best, None
         nearest = torch.zeros(best.shape, dtype=torch.uint8, device=best.device)
         for k in range(1, self.sub_centers):
-            other = torch.mm(self.scaled_embeddings, chunk.unit_weights[k].t())
+            other = self._scaled_cosines(chunk.unit_weights[k], torch.empty_like(best))
             nearest.masked_fill_(other > best, k)
             torch.maximum(best, other, out=best)
         return best, nearest
 
-    def add_embedding_grad(self, chunk: Chunk, grad: Tensor, nearest: Tensor | None, out: Tensor) -> None:
-        """Add Σ_j ``grad[:, j]``·(unit weight of class j, of its nearest sub-center) to ``out [B, D]``.
+    def _scaled_cosines(self, weights: Tensor, out: Tensor) -> Tensor:
+        return self.products.logits(self._logit_embeddings, self.products.logit_weights(weights), out)
+
+    @property
+    def scaled_embeddings(self) -> Tensor:
+        """Return the unit embeddings times `cosine_grad`, [B, D]."""
+        return self.unit_embeddings if self.cosine_grad == 1.0 else self.unit_embeddings * self.cosine_grad
+
+    def logit_grads(self, logits: Logits, by_logit: Tensor) -> LogitGrads:
+        """Turn ∂loss/∂z of a chunk, [B, n], into all that the gradients need of it."""
+        by_cosine = by_logit if logits.cosine_grads is None else by_logit * logits.cosine_grads
+        return LogitGrads(self.products.split(by_cosine), logits.nearest, by_logit)
+
+    def exp_grads(self, logits: Logits) -> LogitGrads:
+        """Return :meth:`logit_grads` where ∂loss/∂z is exp(z), which may be overwritten."""
+        if logits.cosine_grads is not None or self.bias is not None:
+            return self.logit_grads(logits, logits.values.exp_())
+        return LogitGrads(self.products.split_exp(logits.values), logits.nearest)
+
+    def kept_grads(self, by_cosine: Tensor) -> LogitGrads:
+        """Return the derivatives of a chunk of which ``LogitGrads.by_cosine.values`` were kept."""
+        split = Split(by_cosine, self.products.parts)
+        return LogitGrads(split, by_logit=None if self.products.half else by_cosine)
+
+    def add_embedding_grad(self, chunk: Chunk, grads: LogitGrads, out: Tensor) -> None:
+        """Add Σ_j ∂loss/∂cos_j·(unit weight of class j, of its nearest sub-center) to ``out [B, D]``.
 
         Args:
             chunk: the classes j.
-            grad: [B, n] ∂loss/∂cos, up to factors that ``out`` is still to be multiplied by.
-            nearest: as in :class:`Logits`.
+            grads: up to factors that ``out`` is still to be multiplied by.
             out: [B, D].
         """
         for k in range(self.sub_centers):
-            of_k = grad if nearest is None else grad * (nearest == k)
-            out.addmm_(of_k, chunk.unit_weights[k])
+            weights = self.products.split(chunk.unit_weights[k])
+            self.products.add_embedding_grad(_of_sub_center(grads, k), weights, out)
 
-    def write_weight_grad(
-        self, chunk: Chunk, grad: Tensor, nearest: Tensor | None, embeddings: Tensor, out: Tensor
-    ) -> None:
-        """Write Σ_i ``grad[i]``·``embeddings[i]`` to ``out [n, D]`` or ``[n, K, D]``, through the rows' normalisation.
+    def write_weight_grad(self, chunk: Chunk, grads: LogitGrads, embeddings: WeightedEmbeddings, out: Tensor) -> None:
+        """Write Σ_i ∂loss/∂cos_i·``embeddings[i]`` to ``out [n, D]`` or ``[n, K, D]``, through the rows' normalisation.
 
         Args:
             chunk: the n classes.
-            grad: [B, n] ∂loss/∂cos, up to factors that ``embeddings`` hold.
-            nearest: as in :class:`Logits`.
+            grads: up to factors that ``embeddings`` hold.
             embeddings: [B, D] unit embeddings times these factors.
             out: the rows' gradient.
         """
         for k in range(self.sub_centers):
-            of_k = grad if nearest is None else grad * (nearest == k)
-            row_grad = torch.mm(of_k.t(), embeddings, out=out if out.dim() == 2 else None)
+            of_k = _of_sub_center(grads, k)
+            row_grad = self.products.weight_grad(of_k, embeddings, out if out.dim() == 2 else None)
             if chunk.inverse_norms is not None:
                 unit_weights = chunk.unit_weights[k]
                 along = torch.linalg.vecdot(unit_weights, row_grad)
@@ -235,7 +292,13 @@ class ClassChunks:
 
     def _leave_out_targets(self, logits: Tensor, chunk: Chunk) -> None:
         """Set each sample's own class to −∞: a fixed number of operations, no wait for the device."""
-        inside = (self.target_rows >= chunk.start) & (self.target_rows < chunk.stop)
-        columns = (self.target_rows - chunk.start).clamp_(0, chunk.stop - chunk.start - 1)[:, None]
-        kept = logits.gather(1, columns)
-        logits.scatter_(1, columns, kept.masked_fill_(inside[:, None], -torch.inf))
+        columns = self._target_columns
+        if logits.shape[1] < self.rows_per_chunk:  # the last chunk
+            columns = columns.clamp_max(logits.shape[1] - 1)
+        inside = (self._target_chunks == chunk.index)[:, None]
+        logits.scatter_(1, columns, logits.gather(1, columns).masked_fill_(inside, -torch.inf))
+
+
+def _of_sub_center(grads: LogitGrads, k: int) -> Split:
+    """Return the derivatives by the cosines of sub-center k: 0 where it is not the nearest."""
+    return grads.by_cosine if grads.nearest is None else grads.by_cosine.masked(grads.nearest == k)

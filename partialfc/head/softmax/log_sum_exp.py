@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from partialfc.head.collectives import Collectives
-from partialfc.head.softmax.class_chunks import Chunk, ClassChunks, Logits
+from partialfc.head.softmax.class_chunks import Chunk, ClassChunks, LogitGrads, Logits
 from partialfc.head.softmax.reduction import CombinedNegatives, NegativesBackward, NegativesForward
 
 # Largest exponent whose exponentials, their sums over 1e9 rows and the reciprocals of these stay normal numbers.
@@ -53,6 +53,7 @@ def log_sum_exp(
         tuple(walk.kept),
         walk.shift,
         reference,
+        bound <= _SAFE_EXPONENT[chunks.unit_embeddings.dtype],
     )
 
 
@@ -62,6 +63,7 @@ class LogSumExpForward(NegativesForward):
 
     shift: Tensor  # [B] float64; `embedding_grad` and `kept` are in terms of exp(z_j − shift)
     reference: Tensor  # [B] float64, equal on all ranks
+    direct: bool  # the shift is 0
 
     def combine(self, sample_stats: Tensor) -> CombinedNegatives:
         lse = torch.log(sample_stats[:, 0]) + self.reference
@@ -70,15 +72,20 @@ class LogSumExpForward(NegativesForward):
         logit_sum = count = None
         if self.mean_embedding_grad is not None:
             logit_sum, count = sample_stats[:, 1], sample_stats[:, 2]
-        return CombinedLogSumExp(self.chunks, lse, torch.ones_like(lse), ratio, logit_sum, count)
+        return CombinedLogSumExp(self.chunks, lse, torch.ones_like(lse), ratio, logit_sum, count, self.direct)
 
 
 @dataclass(frozen=True)
 class CombinedLogSumExp(CombinedNegatives):
     """``value`` is −∞ for a sample without negatives."""
 
+    direct: bool = False  # exp(z_j) neither overflows nor vanishes
+
     def backward(self, value_grad: Tensor, logit_sum_grad: Tensor | None) -> NegativesBackward:
         dtype = self.chunks.unit_embeddings.dtype
+        if self.direct and self.chunks.products.half and logit_sum_grad is None:
+            # exp(z) for all samples alike: 16 bits of it are as good, and saves passes over the logits.
+            return LogSumExpBackward(self.chunks, (value_grad * self.ratio).to(dtype))
         lse = self.value.masked_fill(torch.isneginf(self.value), 0.0).to(dtype)[:, None]
         factors, ratio = value_grad.to(dtype), self.ratio.to(dtype)[:, None]
         if logit_sum_grad is None:
@@ -89,25 +96,32 @@ class CombinedLogSumExp(CombinedNegatives):
 
 @dataclass(frozen=True)
 class LogSumExpBackward(NegativesBackward):
-    """Without the mean logit, ``logit_grad`` is the probability of each negative among the negatives."""
+    """Without the mean logit, ``logit_grads`` are the probabilities of each negative among the negatives.
 
-    lse: Tensor  # [B, 1]; 0 where there are no negatives
-    ratio: Tensor  # [B, 1]
+    They are left as exponentials if there is no ``lse``: the factors of the samples hold the rest.
+    """
+
+    lse: Tensor | None = None  # [B, 1]; 0 where there are no negatives
+    ratio: Tensor | None = None  # [B, 1]
     grads: tuple[Tensor, Tensor] | None = None  # [B, 1] ∂loss/∂lse and ∂loss/∂logit_sum, if there is a mean logit
 
-    def logit_grad(self, chunk: Chunk, kept: tuple[Tensor, ...]) -> tuple[Tensor, Logits]:
+    def logit_grads(self, chunk: Chunk, kept: tuple[Tensor, ...]) -> LogitGrads:
         if chunk.index < len(kept):
-            grad = torch.mul(kept[chunk.index], self.ratio, out=self.chunks.logits_buffer(chunk))
-            return grad, Logits(grad)
+            of_chunk = kept[chunk.index]
+            if self.ratio is not None:
+                of_chunk = torch.mul(of_chunk, self.ratio, out=self.chunks.logits_buffer(chunk))
+            return self.chunks.kept_grads(of_chunk)
         logits = self.chunks.logits(chunk)
         log_weight = self.chunks.log_weight(chunk)
         weights = None if self.grads is None else _weights_of_negatives(logits.values, log_weight)
         if log_weight is not None:
             logits.values.add_(log_weight)
+        if self.lse is None:
+            return self.chunks.exp_grads(logits)
         grad = logits.values.sub_(self.lse).exp_()
         if self.grads is not None and weights is not None:
             grad.mul_(self.grads[0]).add_(weights.mul_(self.grads[1]))
-        return grad, logits
+        return self.chunks.logit_grads(logits, grad)
 
 
 class _Walk:
@@ -132,9 +146,11 @@ class _Walk:
             logits = self._weighted_logits(chunk, keep_this)
             exponentials = logits.values.exp_()
             self.sums += exponentials.sum(dim=1)
-            self._add_embedding_grad(chunk, exponentials, logits)
-            if keep_this:
-                self.kept.append(exponentials)
+            if self.wants_grad:
+                grads = self.chunks.logit_grads(logits, exponentials)
+                self.chunks.add_embedding_grad(chunk, grads, self.embedding_grad)
+                if keep_this:
+                    self.kept.append(grads.by_cosine.values)
 
     def sum_below_running_maximum(self) -> None:
         """Sum exponentials relative to the largest logit so far."""
@@ -147,8 +163,9 @@ class _Walk:
             rescale = torch.exp(running - reference)
             exponentials = logits.values.sub_(reference[:, None]).exp_()
             self.sums.mul_(rescale).add_(exponentials.sum(dim=1))
-            self.embedding_grad.mul_(rescale[:, None])
-            self._add_embedding_grad(chunk, exponentials, logits)
+            if self.wants_grad:
+                grads = self.chunks.logit_grads(logits, exponentials)
+                self.chunks.add_embedding_grad(chunk, grads, self.embedding_grad.mul_(rescale[:, None]))
             running = maximum
         self.shift = running.masked_fill_(torch.isneginf(running), 0.0).double()
 
@@ -162,15 +179,11 @@ class _Walk:
             values = logits.values.masked_fill(torch.isneginf(logits.values), 0.0)
             self.logit_sum += torch.linalg.vecdot(values, weights).double()
             if self.wants_grad:
-                self.chunks.add_embedding_grad(chunk, weights, logits.nearest, self.mean_embedding_grad)
+                grads = self.chunks.logit_grads(logits, weights)
+                self.chunks.add_embedding_grad(chunk, grads, self.mean_embedding_grad)
         if log_weight is not None:
             logits.values.add_(log_weight)
         return logits
-
-    def _add_embedding_grad(self, chunk: Chunk, exponentials: Tensor, logits: Logits) -> None:
-        if self.wants_grad:
-            grad = logits.grad_by_cosine(exponentials)
-            self.chunks.add_embedding_grad(chunk, grad, logits.nearest, self.embedding_grad)
 
 
 def _weights_of_negatives(logits: Tensor, log_weight: Tensor | None) -> Tensor:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from partialfc.head.softmax.class_chunks import Chunk, ClassChunks, Logits
+from partialfc.head.softmax.class_chunks import Chunk, ClassChunks, LogitGrads
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class NegativesForward(ABC):
     sample_stats: Tensor  # [B, k] float64, to be summed over ranks
     embedding_grad: Tensor  # [B, D] Σ_j ∂value/∂cos_j·w_j, up to CombinedNegatives.ratio and chunks.cosine_grad
     mean_embedding_grad: Tensor | None  # [B, D] Σ_j ∂logit_sum/∂cos_j·w_j, up to chunks.cosine_grad
-    kept: tuple[Tensor, ...]  # [B, n] intermediate results of the first chunks, kept for backward
+    kept: tuple[Tensor, ...]  # `LogitGrads.by_cosine` of the first chunks, up to a factor, kept for backward
 
     @abstractmethod
     def combine(self, sample_stats: Tensor) -> CombinedNegatives:
@@ -81,11 +81,11 @@ class NegativesBackward(ABC):
     """Derivatives of the loss by the logits of this shard's negatives, chunk by chunk."""
 
     chunks: ClassChunks
-    sample_factors: Tensor  # [B] factors of each sample that `logit_grad` leaves out
+    sample_factors: Tensor  # [B] factors of each sample that `logit_grads` leave out
 
     @abstractmethod
-    def logit_grad(self, chunk: Chunk, kept: tuple[Tensor, ...]) -> tuple[Tensor, Logits]:
-        """Return ∂loss/∂z_j of a chunk, [B, n], up to ``sample_factors``; and its logits, for their derivatives.
+    def logit_grads(self, chunk: Chunk, kept: tuple[Tensor, ...]) -> LogitGrads:
+        """Return the derivatives by a chunk's logits, up to ``sample_factors``.
 
         Args:
             chunk: the classes j.

@@ -13,13 +13,29 @@ from torch import Tensor
 
 from partialfc.head.random import RandomStream, hash64, stream_key
 
+# Integers hashed at once: on a CPU as many as its caches hold, elsewhere enough to keep the device busy.
+_CPU_PIECE, _GPU_PIECE = 1 << 16, 1 << 22
+
 
 @dataclass(frozen=True)
 class OwnedSamples:
-    """The n samples of the global batch whose class this shard owns."""
+    """The samples of the global batch whose class this shard owns.
 
-    samples: Tensor  # [n] int64, positions in the gathered batch
-    rows: Tensor  # [n] int64, the rows of their classes in this shard
+    Which ones they are stays on the device: to list them, the host would have to wait for their number.
+    """
+
+    mask: Tensor  # [B] bool
+    rows: Tensor  # [B] int64, the rows of their classes in this shard; 0 for all others
+
+    def of_class(self, per_row: Tensor) -> Tensor:
+        """Return each sample's entry of ``per_row`` [rows of the shard, …], [B, …]; row 0's where it has none."""
+        if not len(per_row):
+            return per_row.new_zeros(len(self.rows), *per_row.shape[1:])
+        return per_row.index_select(0, self.rows)
+
+    def only(self, values: Tensor) -> Tensor:
+        """Replace the ``values`` [B, …] of all other samples by −0, which added to a number leaves it as it is."""
+        return values.masked_fill(~self.mask.view(-1, *[1] * (values.dim() - 1)), -0.0)
 
 
 @dataclass(frozen=True)
@@ -38,17 +54,17 @@ class ActiveRows:
 
 def owned_samples(labels: Tensor, start: int, stop: int) -> OwnedSamples:
     """Find the samples whose label, of ``labels`` [B] int64, lies in this shard, the classes [start, stop)."""
-    samples = ((labels >= start) & (labels < stop)).nonzero().flatten()
-    return OwnedSamples(samples, labels[samples] - start)
+    mask = (labels >= start) & (labels < stop)
+    return OwnedSamples(mask, torch.where(mask, labels - start, 0))
 
 
 def active_rows(
-    positives: Tensor, start: int, stop: int, rate: float, seed: int, step: int, correct: bool, dtype: torch.dtype
+    owned: OwnedSamples, start: int, stop: int, rate: float, seed: int, step: int, correct: bool, dtype: torch.dtype
 ) -> ActiveRows:
     """Return the rows of the shard [start, stop) that take part: all, or the batch's classes and sampled negatives.
 
     Args:
-        positives: [n] int64, rows of this shard whose class is in the batch; may repeat.
+        owned: the samples of the batch whose classes lie in the shard.
         start, stop: classes of this shard.
         rate: sample rate, in (0, 1].
         seed, step: of the sample.
@@ -57,32 +73,52 @@ def active_rows(
     """
     if rate >= 1.0:
         return ActiveRows(None, stop - start)
-    negatives = sampled_negatives(start, stop, rate, seed, step, positives.device)
-    active = merge_rows(negatives, positives)
+    device = owned.rows.device
+    taken = _draw(start, stop, rate, seed, step, device, spare=1)
+    taken.index_fill_(0, torch.where(owned.mask, owned.rows, stop - start), True)
+    active = taken[:-1].nonzero()[:, 0]  # the one place where the host waits for the device: for their number
+    count = len(active)
     if not correct:
-        return ActiveRows(active, len(active))
-    log_weight = torch.full((len(active),), -math.log(rate), dtype=dtype, device=positives.device)
-    log_weight[torch.searchsorted(active, positives)] = 0.0
-    return ActiveRows(active, len(active), log_weight, -math.log(rate))
+        return ActiveRows(active, count)
+    log_weight = torch.full((count + 1,), -math.log(rate), dtype=dtype, device=device)
+    positives = torch.where(owned.mask, torch.searchsorted(active, owned.rows), count)
+    return ActiveRows(active, count, log_weight.index_fill_(0, positives, 0.0)[:-1], -math.log(rate))
 
 
 def sampled_negatives(
-    start: int, stop: int, rate: float, seed: int, step: int, device: torch.device | str = "cpu", piece: int = 1 << 16
+    start: int,
+    stop: int,
+    rate: float,
+    seed: int,
+    step: int,
+    device: torch.device | str = "cpu",
+    piece: int | None = None,
 ) -> Tensor:
     """Sample negatives among the classes [start, stop): sorted rows [n] int64, counted from ``start``.
 
     Class c is sampled iff hash(seed, step, c) falls into the lowest ``rate`` of all hashes: each with probability
     ``rate``, independently of all others and of the rank that asks. Walks the classes in pieces of ``piece`` integers.
     """
+    return _draw(start, stop, rate, seed, step, torch.device(device), piece=piece).nonzero()[:, 0]
+
+
+def _draw(
+    start: int,
+    stop: int,
+    rate: float,
+    seed: int,
+    step: int,
+    device: torch.device,
+    spare: int = 0,
+    piece: int | None = None,
+) -> Tensor:
+    """Return a bool for each class of [start, stop), true if it is sampled, and ``spare`` undefined ones after them."""
     key = stream_key(seed, RandomStream.NEGATIVES, step)
     threshold = min(int(rate * 2.0**64), (1 << 64) - 1) - (1 << 63)
-    sampled = []
+    piece = piece or (_CPU_PIECE if device.type == "cpu" else _GPU_PIECE)
+    sampled = torch.empty(stop - start + spare, dtype=torch.bool, device=device)
     for first in range(start, stop, piece):
-        ids = torch.arange(first, min(first + piece, stop), dtype=torch.int64, device=device)
-        sampled.append((hash64(key, ids) < threshold).nonzero().flatten().add_(first - start))
-    return torch.cat(sampled) if sampled else torch.empty(0, dtype=torch.int64, device=device)
-
-
-def merge_rows(negatives: Tensor, positives: Tensor) -> Tensor:
-    """Return the sorted union of sampled ``negatives`` and the batch's ``positives`` (int64; positives may repeat)."""
-    return torch.unique(torch.cat((negatives, positives)))
+        last = min(first + piece, stop)
+        ids = torch.arange(first, last, dtype=torch.int64, device=device)
+        torch.lt(hash64(key, ids), threshold, out=sampled[first - start : last - start])
+    return sampled

@@ -17,9 +17,12 @@ from torch import Tensor
 from partialfc.head.center_loss import CenterLoss
 from partialfc.head.collectives import Collectives
 from partialfc.head.gather import LocalBatch
+from partialfc.head.optim.sparse_grads import mark_sorted
 from partialfc.head.random import RandomStream, normal_rows, stream_key
 from partialfc.head.softmax.class_chunks import NORM_EPS, ClassChunks
+from partialfc.head.softmax.float32 import full_float32
 from partialfc.head.softmax.log_sum_exp import log_sum_exp
+from partialfc.head.softmax.products import Products
 from partialfc.head.softmax.reduction import CombinedNegatives, NegativesForward
 from partialfc.head.softmax.sample_losses import SampleGrads, batch_loss
 from partialfc.head.softmax.sampling import ActiveRows, OwnedSamples
@@ -38,6 +41,7 @@ class ShardStep:
     positions: Tensor  # [B] int64 of the samples in the step's global batch
     owned: OwnedSamples
     active: ActiveRows
+    products: Products
     loss: Loss
     center_loss: CenterLoss | None
     earlier_statistics: Tensor | None  # of the loss, from earlier micro-batches of this step
@@ -57,7 +61,7 @@ class SoftmaxOutput:
     target_cosine: Tensor  # [], mean over the valid samples
     num_samples: Tensor  # [] int64
     loss_statistics: Tensor | None  # [k] float64, of this batch, for the loss's state
-    center_offsets: Tensor | None  # [n, D] x − k of the samples that this shard owns
+    center_offsets: Tensor | None  # [B, D] x − k of the samples that this shard owns, −0 for all others
 
 
 def sharded_softmax(weight: Tensor, bias: Tensor | None, step: ShardStep) -> SoftmaxOutput:
@@ -72,7 +76,7 @@ def sharded_softmax(weight: Tensor, bias: Tensor | None, step: ShardStep) -> Sof
         bias: [rows] or None.
         step: the batch and everything else.
     """
-    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False), full_float32():
         output, gradients = _forward(weight, bias, step)
     if gradients is None:
         return output
@@ -86,11 +90,11 @@ class _Gradients:
     """Gradients computed by the forward pass, and the inputs from which backward computes the others."""
 
     embeddings: Tensor  # [B, D] this shard's part of ∂loss/∂(raw embeddings)
-    of_targets: Tensor  # [n, D] ∂loss/∂weight through the owned samples' own classes
-    targets: Tensor  # [n] int64: these classes among the active rows
-    nearest: Tensor | None  # [n] int64: their sub-centers
+    of_targets: Tensor  # [B, D] ∂loss/∂weight through the owned samples' own classes; −0 for all others
+    targets: Tensor  # [B] int64: these classes among the active rows; 0 for all others
+    nearest: Tensor | None  # [B] int64: their sub-centers
     by_sample: SampleGrads
-    by_target: Tensor  # [n] float64 ∂loss/∂similarity of the owned samples
+    by_target: Tensor  # [B] ∂loss/∂similarity of the owned samples; −0 for all others
     negatives: CombinedNegatives
     kept: tuple[Tensor, ...]  # see NegativesForward
     collectives: Collectives
@@ -120,7 +124,7 @@ class _AttachGradients(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        with torch.autocast(grad_loss.device.type, enabled=False):
+        with torch.autocast(grad_loss.device.type, enabled=False), full_float32():
             return _backward(ctx, grad_loss)
 
 
@@ -134,8 +138,9 @@ def _forward(weight: Tensor, bias: Tensor | None, step: ShardStep) -> tuple[Soft
     negatives = _sum_negatives(step, samples, unit_embeddings, weight, bias)
     center_offsets = None
     if step.center_loss is not None:
-        center_offsets = embeddings[owned.samples] - step.center_loss.centers[owned.rows].to(embeddings.dtype)
-    stats = torch.cat((negatives.sample_stats, _target_stats(len(embeddings), targets, center_offsets)), dim=1)
+        centers = owned.of_class(step.center_loss.centers).to(embeddings.dtype)
+        center_offsets = owned.only(embeddings - centers)
+    stats = torch.cat((negatives.sample_stats, _target_stats(targets, center_offsets)), dim=1)
     step.collectives.sum(stats)
     of_negatives, of_targets = stats.tensor_split([negatives.sample_stats.shape[1]], dim=1)
 
@@ -172,20 +177,18 @@ def _prepare_backward(
     if not step.loss.raw_logits:  # through the normalisation
         along = (unit_embeddings * grad).sum(dim=1, keepdim=True)
         grad.addcmul_(unit_embeddings, along, value=-1).div_(norms.to(grad.dtype)[:, None])
-    own = step.owned.samples
-    by_target = grads.similarity[own]
-    of_owned = targets.embedding_grad(by_target, None if grads.norms is None else grads.norms[own])
+    of_owned = targets.embedding_grad(grads.similarity, grads.norms)
     if step.center_loss is not None and output.center_offsets is not None:
         count = output.num_samples.clamp_min(1).double()
         of_owned = of_owned + output.center_offsets * (step.center_loss.weight / count)
-    grad.index_add_(0, own, of_owned.to(grad.dtype))
+    grad.add_(of_owned.to(grad.dtype))
     return _Gradients(
         embeddings=grad,
-        of_targets=targets.weight_grad(by_target).to(grad.dtype),
+        of_targets=targets.weight_grad(grads.similarity).to(grad.dtype),
         targets=step.active.index(step.owned.rows),
         nearest=targets.nearest,
         by_sample=grads,
-        by_target=by_target,
+        by_target=step.owned.only(grads.similarity),
         negatives=combined,
         kept=negatives.kept,
         collectives=step.collectives,
@@ -207,9 +210,7 @@ def _describe_samples(step: ShardStep, norms: Tensor, targets: Targets) -> tuple
         normal_rows(stream_key(step.seed, RandomStream.NOISE, step.local.step), step.positions, 1, 1.0, noise)
         samples = dataclasses.replace(samples, noise=noise[:, 0].double())
     if "target_cosine_first" in needs:
-        cosines = torch.zeros_like(norms)
-        cosines[targets.owned.samples] = targets.cosines
-        samples = dataclasses.replace(samples, target_cosine=step.collectives.sum(cosines))
+        samples = dataclasses.replace(samples, target_cosine=step.collectives.sum(targets.cosines.clone()))
     state, statistics = loss.stateful.state, None
     if state is not None and step.local.training:
         statistics = loss.statistics(samples)
@@ -224,8 +225,7 @@ def _sum_negatives(
 ) -> NegativesForward:
     """Walk this shard's active rows. One collective if logits are unbounded."""
     loss, wants_grad, keep = step.loss, step.local.wants_grad, weight.requires_grad
-    target_rows = torch.full_like(step.labels, -1)
-    target_rows[step.owned.samples] = step.active.index(step.owned.rows)
+    target_rows = torch.where(step.owned.mask, step.active.index(step.owned.rows), -1)
     chunks = ClassChunks(
         loss,
         samples,
@@ -234,6 +234,7 @@ def _sum_negatives(
         bias,
         step.active,
         target_rows,
+        step.products,
         step.filter_threshold,
         step.memory_budget,
     )
@@ -242,17 +243,15 @@ def _sum_negatives(
     return softplus_sum(chunks, wants_grad, keep)
 
 
-def _target_stats(batch: int, targets: Targets, center_offsets: Tensor | None) -> Tensor:
+def _target_stats(targets: Targets, center_offsets: Tensor | None) -> Tensor:
     """Return the statistics that only the owner of a sample's class knows, to be summed over ranks, [B, k] float64.
 
     Columns: the similarity, the cosine, and with center loss ‖x − k‖².
     """
-    stats = targets.cosines.new_zeros(batch, 2 if center_offsets is None else 3)
-    stats[targets.owned.samples, 0] = targets.similarity
-    stats[targets.owned.samples, 1] = targets.cosines
+    stats = [targets.similarity, targets.cosines]
     if center_offsets is not None:
-        stats[targets.owned.samples, 2] = center_offsets.double().square().sum(dim=1)
-    return stats
+        stats.append(center_offsets.double().square().sum(dim=1))
+    return torch.stack(stats, dim=1)
 
 
 def _backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
@@ -279,25 +278,27 @@ def _weight_grad(
     logit_sum_grad = None if by_sample.logit_sum is None else by_sample.logit_sum * grad_loss
     negatives = gradients.negatives.backward(by_sample.negatives * grad_loss, logit_sum_grad)
     weighted_embeddings = chunks.scaled_embeddings * negatives.sample_factors[:, None]  # [B, D]
+    operand = chunks.products.weighted_embeddings(weighted_embeddings)
     for chunk in chunks:
         part = slice(chunk.start, chunk.stop)
-        by_logit, logits = negatives.logit_grad(chunk, kept)
-        by_cosine = logits.grad_by_cosine(by_logit)
-        chunks.write_weight_grad(chunk, by_cosine, logits.nearest, weighted_embeddings, out=values[part])
+        grads = negatives.logit_grads(chunk, kept)
+        chunks.write_weight_grad(chunk, grads, operand, out=values[part])
         if bias_values is not None:
-            torch.mv(by_logit.t(), negatives.sample_factors, out=bias_values[part])
+            assert grads.by_logit is not None, "kept only where there is no bias"
+            torch.mv(grads.by_logit.t(), negatives.sample_factors, out=bias_values[part])
 
-    flat_targets = gradients.targets
-    if gradients.nearest is not None:
-        flat_targets = flat_targets * weight.shape[1] + gradients.nearest
-    of_targets = gradients.of_targets * grad_loss.to(gradients.of_targets.dtype)
-    values.view(-1, weight.shape[-1]).index_add_(0, flat_targets, of_targets)
     rows = torch.arange(len(weight), device=weight.device) if active.rows is None else active.rows
-    grad_weight = _sparse(rows, values, weight.shape)
-    if bias_values is None:
-        return grad_weight, None
-    bias_values.index_add_(0, gradients.targets, (gradients.by_target * grad_loss).to(bias_values.dtype))
-    return grad_weight, _sparse(rows, bias_values, weight.shape[:1])
+    mark_sorted(rows)
+    if active.count:  # else no sample has its class here
+        targets = gradients.targets
+        if bias_values is not None:
+            bias_values.index_add_(0, targets, (gradients.by_target * grad_loss).to(bias_values.dtype))
+        if gradients.nearest is not None:
+            targets = targets * weight.shape[1] + gradients.nearest
+        of_targets = gradients.of_targets * grad_loss.to(gradients.of_targets.dtype)
+        values.view(-1, weight.shape[-1]).index_add_(0, targets, of_targets)
+    grad_bias = None if bias_values is None else _sparse(rows, bias_values, weight.shape[:1])
+    return _sparse(rows, values, weight.shape), grad_bias
 
 
 def _sparse(rows: Tensor, values: Tensor, shape: torch.Size) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from partialfc.head.softmax.class_chunks import Chunk, ClassChunks, Logits
+from partialfc.head.softmax.class_chunks import Chunk, ClassChunks, LogitGrads, Logits
 from partialfc.head.softmax.reduction import CombinedNegatives, NegativesBackward, NegativesForward
 
 
@@ -32,9 +32,10 @@ def softplus_sum(chunks: ClassChunks, wants_grad: bool, keep: bool) -> SoftplusF
         sums[:, 0] += (terms if log_weight is None else terms.mul_(log_weight.exp())).sum(dim=1)
         sums[:, 1] += derivatives.sum(dim=1)
         if wants_grad:
-            chunks.add_embedding_grad(chunk, logits.grad_by_cosine(derivatives), logits.nearest, embedding_grad)
+            grads = chunks.logit_grads(logits, derivatives)
+            chunks.add_embedding_grad(chunk, grads, embedding_grad)
             if keep_this:
-                kept.append(derivatives)
+                kept.append(grads.by_cosine.values)
     return SoftplusForward(chunks, sums, embedding_grad, None, tuple(kept))
 
 
@@ -57,13 +58,13 @@ class CombinedSoftplus(CombinedNegatives):
 
 @dataclass(frozen=True)
 class SoftplusBackward(NegativesBackward):
-    """``logit_grad`` is w_j·σ(z_j)."""
+    """``logit_grads`` are w_j·σ(z_j)."""
 
-    def logit_grad(self, chunk: Chunk, kept: tuple[Tensor, ...]) -> tuple[Tensor, Logits]:
+    def logit_grads(self, chunk: Chunk, kept: tuple[Tensor, ...]) -> LogitGrads:
         if chunk.index < len(kept):
-            return kept[chunk.index], Logits(kept[chunk.index])
+            return self.chunks.kept_grads(kept[chunk.index])
         logits = self.chunks.logits(chunk)
-        return _derivatives(self.chunks, chunk, logits), logits
+        return self.chunks.logit_grads(logits, _derivatives(self.chunks, chunk, logits))
 
 
 def _derivatives(chunks: ClassChunks, chunk: Chunk, logits: Logits) -> Tensor:

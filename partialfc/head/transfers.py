@@ -1,4 +1,4 @@
-"""Reading a small tensor later, so that the host need not wait for the device now."""
+"""Small tensors on their way between host and device, for which neither waits."""
 
 from __future__ import annotations
 
@@ -8,16 +8,23 @@ import torch
 from torch import Tensor
 
 
+def send(values: Tensor, device: torch.device) -> Tensor:
+    """Return a copy of ``values``, which are on the host, on ``device``; on the host themselves for a CPU."""
+    if device.type != "cuda":
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)  # from pageable memory the copy would wait
+
+
 class DeferredRead:
     """A copy of a tensor that is on its way to the host."""
 
     def __init__(self, values: Tensor) -> None:
         self._event: Any = None
         if values.device.type == "cuda":
-            self._host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._host = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True)
             self._host.copy_(values, non_blocking=True)
             self._event = torch.cuda.Event()
-            self._event.record()
+            self._event.record(torch.cuda.current_stream(values.device))
         else:
             self._host = values.cpu()
 
