@@ -94,14 +94,15 @@ def split(matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
     return high, (matrix - high).to(dtype), scale
 
 
-def concatenated(dtype: torch.dtype) -> Format:
-    """One product over three times the inner dimension: ``[h, h, l]·[h', l', h']``."""
+def concatenated(dtype: torch.dtype, low_first: bool = False) -> Format:
+    """One product over three times the inner dimension: ``[h, h, l]·[h', l', h']``, or in the opposite order."""
 
     def prepare(left: Tensor, right: Tensor) -> Prepared:
         high, low, scale = split(left, dtype)
         other_high, other_low, other_scale = split(right, dtype)
-        wide = _concatenate([high, high, low], 1)
-        tall = _concatenate([other_high, other_low, other_high], 0)
+        order = slice(None, None, -1 if low_first else 1)
+        wide = _concatenate([high, high, low][order], 1)
+        tall = _concatenate([other_high, other_low, other_high][order], 0)
         return Prepared(lambda: product_into_float32(wide, tall), 1.0 / (scale * other_scale))
 
     return prepare
@@ -144,6 +145,7 @@ FORMATS: dict[str, Format] = {
     "fp16, result fp32": into_float32(torch.float16),
     "bf16, result fp32": into_float32(torch.bfloat16),
     "fp16 x3 concatenated": concatenated(torch.float16),
+    "fp16 x3 concatenated, low first": concatenated(torch.float16, low_first=True),
     "fp16 x3 mm and add": three_products(torch.float16, in_place=True),
     "fp16 x3 addmm": three_products(torch.float16, in_place=False),
     "bf16 x3 concatenated": concatenated(torch.bfloat16),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from typing import Any
 
 from .correctness import precision_modes
@@ -39,6 +40,7 @@ SIZES = (
     Size(10_000_000, 1.0),
     Size(4_000_000, 1.0),
 )
+BUDGETS_MB = (1024, 4096)  # besides the default: with more of it, backward reuses what forward has formed
 SMALL_SIZES = (Size(4000, 0.1, (16, 64)), Size(4000, 1.0, (16,)))
 
 
@@ -48,19 +50,27 @@ def run(bench: Bench, entries: Entries) -> None:
     for size in SMALL_SIZES if bench.small else SIZES:
         for mode in modes:
             heads(bench, entries, size, dim, mode)
+        budgets = BUDGETS_MB[:1] if bench.small else BUDGETS_MB if size.classes <= 1_000_000 else ()
+        for budget, mode in product(budgets, modes[-2:]):
+            heads(bench, entries, size, dim, mode, budget)
         for batch in size.batches:
             others(bench, entries, size, dim, batch)
     add_ratios(entries, modes[0])
 
 
-def _head_name(size: Size, batch: int, mode: str | None) -> str:
-    return f"{size.name(batch)}: head{f', {mode}' if mode else ''}"
+def _head_name(size: Size, batch: int, mode: str | None, budget_mb: int | None = None) -> str:
+    mode_and_budget = [mode] if mode else []
+    if budget_mb:
+        mode_and_budget.append(f"{budget_mb} MiB")
+    return ", ".join([f"{size.name(batch)}: head", *mode_and_budget])
 
 
-def heads(bench: Bench, entries: Entries, size: Size, dim: int, mode: str | None) -> None:
+def heads(bench: Bench, entries: Entries, size: Size, dim: int, mode: str | None, budget_mb: int | None = None) -> None:
     """Enter the times of this package's head at both batch sizes; one head serves all of them."""
     made: list[HeadStep] = []
     options: dict[str, Any] = {"sample_rate": size.rate} | ({} if mode is None else {"matmul_precision": mode})
+    if budget_mb is not None:
+        options["memory_budget_mb"] = budget_mb
 
     def step(batch: int) -> HeadStep:
         if not made:
@@ -70,7 +80,7 @@ def heads(bench: Bench, entries: Entries, size: Size, dim: int, mode: str | None
 
     for batch in size.batches:
         need = _RUNS * head_seconds(size.active, batch) + (0 if made else _MAKING_SECONDS * size.classes)
-        entries.measure(_head_name(size, batch, mode), partial(timed, bench, partial(step, batch)), need)
+        entries.measure(_head_name(size, batch, mode, budget_mb), partial(timed, bench, partial(step, batch)), need)
 
 
 def others(bench: Bench, entries: Entries, size: Size, dim: int, batch: int) -> None:
