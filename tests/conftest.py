@@ -14,11 +14,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.harness.machine import pretend
 from tests.harness.ranks import Ranks
 from tests.harness.tasks import write_task
-
-pretend()
 
 # A shell starts what it puts into the background with SIGINT ignored, and the commands under test would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)

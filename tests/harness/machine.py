@@ -1,6 +1,6 @@
 """What this machine can do, asked where a test needs it; and machines that can do other things, pretended.
 
-``PRETEND_FP16=1`` (or 0) makes torch say that the CPU computes in float16 by itself (or does not), whatever it is.
+``PRETEND_FP16=1`` (or 0) makes DeepSpeed believe that the CPU computes in float16 by itself (or does not).
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ import torch
 
 
 def pretend() -> None:
-    """Be, for torch, the machine that the environment asks for."""
-    asked = os.environ.get("PRETEND_FP16")
-    if asked:
-        torch.ops.mkldnn._is_mkldnn_fp16_supported = lambda: asked == "1"
+    """Be, for DeepSpeed, the machine that the environment asks for."""
+    if "PRETEND_FP16" in os.environ:
+        from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+        CPU_Accelerator.is_fp16_supported = lambda _: _has_fp16()
 
 
 def no_fp16() -> str | None:
@@ -29,7 +30,9 @@ def no_fp16() -> str | None:
 
 def no_fp16_under_deepspeed() -> str | None:
     """Why DeepSpeed refuses fp16 here, or None; it asks more of a CPU than torch does."""
-    pretend()
-    if not torch.ops.mkldnn._is_mkldnn_fp16_supported():
-        return "DeepSpeed refuses fp16 on a CPU without AVX512-FP16"
-    return no_fp16()
+    return no_fp16() if _has_fp16() else "DeepSpeed refuses fp16 on a CPU without AVX512-FP16"
+
+
+def _has_fp16() -> bool:
+    asked = os.environ.get("PRETEND_FP16")
+    return asked == "1" if asked else bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())

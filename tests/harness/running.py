@@ -41,6 +41,7 @@ _IMPORTED = (
     "partialfc.exchange.export",
     "partialfc.train.main",
 )
+_IMPORTED_BY_DEEPSPEED = ("partialfc.engines.deepspeed", "deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer")
 
 
 def torchrun(ranks: int, *options: str) -> list[str]:
@@ -68,8 +69,8 @@ def begin(words: list[str], cold: bool = False, env: dict[str, str] | None = Non
     env = ENVIRONMENT if env is None else env
     if cold or words[0] != sys.executable:
         return subprocess.Popen(words, env=env, text=True, **options)
-    deepspeed = ["deepspeed"] if "engine.name=deepspeed" in words else []
-    return warm.server(*_IMPORTED, *deepspeed)(words, env=env, **options)
+    deepspeed = "engine.name=deepspeed" in words
+    return warm.server(*_IMPORTED, *(_IMPORTED_BY_DEEPSPEED if deepspeed else ()))(words, env=env, **options)
 
 
 def finish(words: list[str], seconds: float = 120, ranks: int = 0, **options: Any) -> subprocess.CompletedProcess[str]:
