@@ -2,15 +2,19 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 
 # Before torch is imported: tests run beside their own ranks, and on a CPU, whatever else this machine has.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+if not os.access(os.path.expanduser("~"), os.W_OK):  # several libraries keep something there
+    os.environ["HOME"] = tempfile.mkdtemp(prefix="home-")
 
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import yaml
 
@@ -19,6 +23,10 @@ from tests.harness.tasks import write_task
 
 # A shell starts what it puts into the background with SIGINT ignored, and the commands under test would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+hypothesis.settings.register_profile("tests", deadline=None)  # a machine may be busy
+hypothesis.settings.load_profile("tests")
 
 
 @pytest.fixture(scope="session")
