@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from partialfc.errors import ConfigError
-from partialfc.head.softmax.sampling import OwnedSamples
+from partialfc.head.ownership import OwnedSamples
 
 
 class CenterLoss(nn.Module):

@@ -15,11 +15,12 @@ from partialfc.head.collectives import Collectives
 from partialfc.head.gather import BatchGather, GlobalBatch, LocalBatch, check_class_ids
 from partialfc.head.optim.deferred_decay import apply_deferred_decay
 from partialfc.head.optim.sparse_grads import all_finite, squared_norm
+from partialfc.head.ownership import owned_samples
 from partialfc.head.partition import ClassPartition
 from partialfc.head.random import RandomStream, normal_rows, stream_key
 from partialfc.head.sample_rate import SampleRate, rate_at
 from partialfc.head.softmax.products import Precision, Products, default_precision
-from partialfc.head.softmax.sampling import active_rows, owned_samples
+from partialfc.head.softmax.sampling import active_rows
 from partialfc.head.softmax.sharded_softmax import ShardStep, sharded_softmax
 from partialfc.head.step_state import StepState
 from partialfc.head.validation import check_loss, check_options, check_sizes, register_owner

@@ -18,7 +18,7 @@ from torch import Tensor
 from partialfc.head.center_loss import CenterLoss
 from partialfc.head.optim.sparse_grads import is_known_sorted
 from partialfc.head.optim.step_hooks import add_step_listener
-from partialfc.head.softmax.sampling import OwnedSamples
+from partialfc.head.ownership import OwnedSamples
 from partialfc.head.softmax.sharded_softmax import SoftmaxOutput
 from partialfc.losses import Loss
 

@@ -11,31 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from partialfc.head.ownership import OwnedSamples
 from partialfc.head.random import RandomStream, hash64, stream_key
 
 # Integers hashed at once: on a CPU as many as its caches hold, elsewhere enough to keep the device busy.
 _CPU_PIECE, _GPU_PIECE = 1 << 16, 1 << 22
-
-
-@dataclass(frozen=True)
-class OwnedSamples:
-    """The samples of the global batch whose class this shard owns.
-
-    Which ones they are stays on the device: to list them, the host would have to wait for their number.
-    """
-
-    mask: Tensor  # [B] bool
-    rows: Tensor  # [B] int64, the rows of their classes in this shard; 0 for all others
-
-    def of_class(self, per_row: Tensor) -> Tensor:
-        """Return each sample's entry of ``per_row`` [rows of the shard, …], [B, …]; row 0's where it has none."""
-        if not len(per_row):
-            return per_row.new_zeros(len(self.rows), *per_row.shape[1:])
-        return per_row.index_select(0, self.rows)
-
-    def only(self, values: Tensor) -> Tensor:
-        """Replace the ``values`` [B, …] of all other samples by −0, which added to a number leaves it as it is."""
-        return values.masked_fill(~self.mask.view(-1, *[1] * (values.dim() - 1)), -0.0)
 
 
 @dataclass(frozen=True)
@@ -50,12 +30,6 @@ class ActiveRows:
     def index(self, rows: Tensor) -> Tensor:
         """Return the positions among the active rows of some ``rows`` of the shard that are active."""
         return rows if self.rows is None else torch.searchsorted(self.rows, rows)
-
-
-def owned_samples(labels: Tensor, start: int, stop: int) -> OwnedSamples:
-    """Find the samples whose label, of ``labels`` [B] int64, lies in this shard, the classes [start, stop)."""
-    mask = (labels >= start) & (labels < stop)
-    return OwnedSamples(mask, torch.where(mask, labels - start, 0))
 
 
 def active_rows(

@@ -18,6 +18,7 @@ from partialfc.head.center_loss import CenterLoss
 from partialfc.head.collectives import Collectives
 from partialfc.head.gather import LocalBatch
 from partialfc.head.optim.sparse_grads import mark_sorted
+from partialfc.head.ownership import OwnedSamples
 from partialfc.head.random import RandomStream, normal_rows, stream_key
 from partialfc.head.softmax.class_chunks import NORM_EPS, ClassChunks
 from partialfc.head.softmax.float32 import full_float32
@@ -25,7 +26,7 @@ from partialfc.head.softmax.log_sum_exp import log_sum_exp
 from partialfc.head.softmax.products import Products
 from partialfc.head.softmax.reduction import CombinedNegatives, NegativesForward
 from partialfc.head.softmax.sample_losses import SampleGrads, batch_loss
-from partialfc.head.softmax.sampling import ActiveRows, OwnedSamples
+from partialfc.head.softmax.sampling import ActiveRows
 from partialfc.head.softmax.softplus_sum import softplus_sum
 from partialfc.head.softmax.targets import Targets, find_targets
 from partialfc.losses import Loss, Samples

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from partialfc.head.ownership import OwnedSamples
 from partialfc.head.softmax.class_chunks import NORM_EPS
-from partialfc.head.softmax.sampling import OwnedSamples
 
 
 @dataclass(frozen=True)
