@@ -181,7 +181,7 @@ def test_a_precision_as_exact_is_harmless_and_fast_is_not() -> None:
         ("fast", None, "needs --force"),
     ):
         old, new = ({"head": {"matmul_precision": precision}} for precision in (before, now))
-        assert [change.verdict for change in config_changes(old, new)] == [verdict]
+        assert [change.severity for change in config_changes(old, new)] == [verdict]
     assert not config_changes({"head": {}}, {"head": {"matmul_precision": None}}), "0.1 did not have the key"
 
 

@@ -118,6 +118,7 @@ def killed_after(task: Path, folder: Path, rows: int, *overrides: str, **env: st
     with training(task, folder, *overrides, **env) as process:
         wait_for(lambda: len(running.lines(folder / "run", "train")) >= rows, "the run does not begin")
         process.kill()
+        process.wait(30)  # from then on its client is nobody's child, and is not killed with it
     wait_for(lambda: not clients(folder / "run"), "its client does not end")
 
 
