@@ -1,0 +1,123 @@
+"""The blocks that README prints, compared with what the code prints."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from partialfc.config import load_config
+from partialfc.planning.dry_run import dry_run
+from partialfc.runs.listing import describe_runs
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def block(first_line: str) -> list[str]:
+    """The lines of the block of README that begins so."""
+    (found,) = [text for text in re.findall(r"```\n(.*?)```", README, re.DOTALL) if text.startswith(first_line)]
+    return found.splitlines()
+
+
+def pinned_torch() -> str:
+    constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    return re.findall(r"^torch==(.*)$", constraints, re.MULTILINE)[0]
+
+
+def test_the_dry_run_prints_what_readme_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    if torch.__version__.split("+")[0] != pinned_torch():
+        pytest.skip(f"activations are those of torch {pinned_torch()}")
+    command, *shown = block("$ partialfc train configs/")
+    config, ranks = re.findall(r"train (\S+) --dry-run --ranks (\d+)", command)[0]
+    monkeypatch.chdir(ROOT)
+    assert "\n".join(dry_run(load_config(config), int(ranks))).splitlines() == shown
+
+
+RUNS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "cosface": (
+        {"state": "running", "step": 201, "seconds_left": 156, "age": 4},
+        {"loss": 8.48, "target_cosine": 0.2, "samples_per_s": 333},
+        {},
+    ),
+    "rate-0.1": (
+        {"state": "running", "step": 104, "age": 102},
+        {"loss": 8.877, "target_cosine": 0.072, "samples_per_s": 333},
+        {},
+    ),
+    "quickstart": (
+        {"state": "finished", "step": 1250, "age": 287},
+        {"loss": 1.117, "target_cosine": 0.747, "samples_per_s": 643},
+        {"unseen_characters": {"tar_at_far": {"1e-05": 0.5615, "0.001": 0.99}}},
+    ),
+}
+
+
+def test_the_list_of_runs_looks_as_readme_shows(tmp_path: Path) -> None:
+    now = time.time()
+    for name, (state, train, results) in RUNS.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        written = {"total_steps": 1250, "attempt": 1, "updated": now - state["age"], **state}
+        (folder / "state.json").write_text(json.dumps(written))
+        lines: list[dict[str, Any]] = [{"kind": "train", "step": state["step"], **train}]
+        if results:
+            lines.append({"kind": "evaluation", "step": state["step"], "results": results})
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    shown = block("run         state")
+    assert without_ages(describe_runs(tmp_path).splitlines()) == without_ages(shown)
+
+
+def without_ages(lines: list[str]) -> list[str]:
+    """The lines without seconds that pass while the test runs, and without the width of their column."""
+    return [re.sub(r"\s+(written|(\d+m)?\d+s ago)$", " …", re.sub(r"\d+s; its", "…s; its", line)) for line in lines]
+
+
+def test_the_head_in_readme_runs() -> None:
+    (example,) = [text for text in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "PartialFC(" in text]
+    names: dict[str, Any] = {"num_classes": 20, "embedding_dim": 8, "backbone": torch.nn.Linear(6, 8)}
+    names |= {"images": torch.randn(4, 6), "labels": torch.tensor([0, 3, -1, 19])}
+    exec(example, names)
+    assert names["out"].num_samples == 3
+
+
+@pytest.mark.slow
+def test_the_quick_start_prints_what_readme_shows(tmp_path: Path) -> None:
+    """Its lines but for numbers, its accuracy within what machines differ by, and the scores of nearest.py."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+    def run(*words: str) -> str:
+        done = subprocess.run(
+            [sys.executable, *words], capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=900
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    glyphs = ("--out", "data/glyphs", "--classes", "2000", "--size", "32", "--fonts", "small")
+    output = run("-m", "partialfc", "data", "glyphs", *glyphs)
+    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "partialfc", "train")
+    output += run(*launcher, str(ROOT / "configs" / "quickstart.yaml"))
+    shown = [line for line in block("installing torch") if not re.match(r"installing|fetching|…|\w+ .*ETA", line)]
+    printed = {without_numbers(line) for line in output.splitlines()}
+    missing = [line for line in shown if without_numbers(line) not in printed]
+    assert not missing, output
+    for name in ("unseen_characters", "unseen_font"):
+        (there,), (here,) = (
+            re.findall(rf"{name}: .*TAR ([\d.]+) at FAR 0.001", text) for text in ("\n".join(shown), output)
+        )
+        assert float(here) == pytest.approx(float(there), abs=0.02)
+    exported = run("-m", "partialfc", "export", "runs/quickstart", "--centers")
+    first, *_ = block("$ pip install -c")[2:3]
+    assert without_numbers(first.split(",")[0]) == without_numbers(exported.splitlines()[-1].split(",")[0])
+
+
+def without_numbers(line: str) -> str:
+    return " ".join(re.sub(r"[\d.,]+(e-\d+)?", "#", re.sub(r"\d+m\d+s|\d+s\b", "#", line)).split())
