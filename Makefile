@@ -1,7 +1,7 @@
 # make quickstart   train a glyph recogniser on two ranks, from nothing
 # make test         lint, types, tests          make test-all   with the slow, full-size ones
 # make test-slurm   jobs on a real Slurm, which it installs where it may
-# Both make their own virtual environment in .venv. TORCH="torch==2.13.0" chooses the torch to install, and PIP_ARGS
+# Each makes its own virtual environment in .venv. TORCH="torch==2.13.0" chooses the torch to install, and PIP_ARGS
 # adds arguments for pip (an index of CPU builds, a folder of wheels). JOBS=4 runs that many test files at once.
 SHELL := /bin/bash
 PYTHON ?= python3

@@ -31,7 +31,7 @@ sys.exit(not any(name.startswith("nvidia") for name in names))' "$plan"; then
             echo "        make … PIP_ARGS='--extra-index-url URL-OF-AN-INDEX-WITH-CPU-BUILDS'"
             echo "               (the page \"Get started\" of pytorch.org names it, under Compute Platform: CPU)"
             echo "        make … TORCH=/path/to/torch-cpu.whl"
-            echo "      Going on in 10 seconds."
+            echo "      Continuing in 10 seconds."
             sleep 10
         fi
     fi

@@ -21,6 +21,6 @@ def test_test_modules_import_nothing_from_each_other() -> None:
 
 def test_a_room_of_tests_is_a_room_of_the_package() -> None:
     package = {path.name for path in (HERE.parent / "partialfc").iterdir() if path.is_dir()}
-    others = {"harness", "fixtures", "docs", "benchmarks", "examples"}
+    others = {"harness", "fixtures", "docs", "benchmarks"}
     rooms = {path.name for path in HERE.iterdir() if path.is_dir() and any(path.glob("*.py"))}
     assert rooms - others <= package

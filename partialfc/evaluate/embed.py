@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from partialfc.models.eval_mode import eval_mode
+
 
 @torch.no_grad()
 def embed(
@@ -24,16 +26,12 @@ def embed(
         batches: this rank's (indices [b], images [b, C, H, W]); the ranks' batches together hold every sample once.
         interrupted: called before each batch; once it returns True, the rest is left out and the result is useless.
     """
-    was_training = backbone.training
-    backbone.eval()
     embeddings = torch.zeros(num_samples, dim, device=device)
-    try:
+    with eval_mode(backbone):
         for indices, images in batches:
             if interrupted():
                 break
             embeddings[indices.to(device)] = backbone(images.to(device, non_blocking=True)).float()
-    finally:
-        backbone.train(was_training)
     if dist.is_initialized():
         dist.all_reduce(embeddings)
     return embeddings

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from typer.main import get_command
@@ -67,6 +69,10 @@ def test_help_of_launch_torchrun_is_that_of_the_script() -> None:
     done = python("-m", "partialfc", "launch", "torchrun", "--help")
     assert done.returncode == 0, done.stderr
     assert "launch/torchrun.sh CONFIG" in done.stdout
+    script = Path(__file__).parents[2] / "launch" / "torchrun.sh"
+    environment = {**os.environ, "PYTHON": sys.executable}
+    of_script = subprocess.run(["bash", str(script), "--help"], capture_output=True, text=True, env=environment)
+    assert of_script.stdout == done.stdout
 
 
 @pytest.mark.parametrize("words", [["nonsense"], ["train"], ["train", "c.yaml", "--nonsense"], ["runs", "list"]])

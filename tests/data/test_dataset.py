@@ -90,7 +90,7 @@ def test_shards_are_byte_for_byte_what_the_standard_library_writes(tmp_path: Pat
 
 
 def test_webdataset_reads_the_folder(tmp_path: Path) -> None:
-    webdataset = pytest.importorskip("webdataset", reason="not installed: webdataset; pip install '.[train]'")
+    webdataset = pytest.importorskip("webdataset", reason="not installed: webdataset; pip install '.[dev]'")
     folder = write_folder(tmp_path / "d")
     index = json.loads((folder / "index.json").read_text())
     urls = [str(folder / shard["url"]) for shard in index["shardlist"]]

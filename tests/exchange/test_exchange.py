@@ -103,7 +103,7 @@ def test_an_export_computes_what_the_run_does_and_finds_the_classes_of_images(tr
     np.testing.assert_allclose(half, centers, atol=1e-3)
 
 
-def test_the_example_is_ten_lines_and_the_page_shows_it() -> None:
+def test_the_example_is_eleven_lines_and_the_page_shows_it() -> None:
     code = (Path(export_module.__file__).parent / "nearest.py").read_text()
     body = code[code.index("folder = ") :]
     assert len(body.splitlines()) <= 11

@@ -355,6 +355,7 @@ def test_state_dict_restores_weights_centers_and_counter() -> None:
 
 def test_importing_the_package_loads_torch_only() -> None:
     heavy = "deepspeed wandb webdataset typer rich pydantic yaml PIL matplotlib fontTools onnx safetensors"
-    code = f"import sys, partialfc; print([name for name in {heavy.split()!r} if name in sys.modules])"
+    names = "import sys; from partialfc import CenterLoss, PartialFC, RowSGD, losses"
+    code = f"{names}; print([name for name in {heavy.split()!r} if name in sys.modules])"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert loaded.strip() == "[]"

