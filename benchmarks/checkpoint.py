@@ -1,4 +1,4 @@
-"""How long saving a head keeps training waiting, and takes in all, beside plain ``torch.save`` of each rank's part.
+"""Measure how long saving a head blocks training, and takes in all, beside plain ``torch.save`` of each rank's part.
 
     python benchmarks/checkpoint.py --classes 1000000 --dim 512 --ranks 2      # 4 GB: weight and momentum
 

@@ -101,7 +101,7 @@ def main() -> None:
 
 
 def measure(arguments: argparse.Namespace, choice: dict[str, Any]) -> dict[str, float]:
-    """What one choice takes, measured in a process of its own."""
+    """Measure the memory of one choice in a process of its own."""
     given = json.dumps([arguments.classes, arguments.dim, arguments.rate, arguments.budget, choice])
     done = subprocess.run([sys.executable, "-c", CHILD, given], capture_output=True, text=True, check=False)
     if done.returncode:

@@ -33,7 +33,7 @@ SCALE, MARGIN = 64.0, 0.5
 
 
 class PlainHead:
-    """What research code does: gather, index the sampled rows, full logits, autograd, a dense optimizer."""
+    """Step of typical research code: gather, index the sampled rows, full logits, autograd, a dense optimizer."""
 
     def __init__(self, classes: int, dim: int, rate: float, rank: int, world_size: int) -> None:
         self.rank, self.world_size = rank, world_size
@@ -99,7 +99,7 @@ def measure(steps: dict[str, Step], repeats: int) -> dict[str, float]:
 
 
 def peak_extra_mib(step: Callable[[], Any]) -> float | None:
-    """How far ``step`` raises the process's resident memory at its peak; None where the system does not tell."""
+    """Return the peak increase of resident memory during ``step``; None where the system does not tell."""
     status = Path("/proc/self/status")
     if platform.libc_ver()[0] != "glibc":
         return None

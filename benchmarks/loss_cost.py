@@ -1,4 +1,4 @@
-"""What a head step costs with each loss, relative to ArcFace.
+"""Measure the cost of a head step with each loss, relative to ArcFace.
 
     python benchmarks/loss_cost.py --classes 100000 --dim 256 --batch 128 --rate 1.0 --ranks 2
 

@@ -1,4 +1,4 @@
-"""Whether two checkouts of partialfc compute the same numbers, to the last digit: what a refactoring has to keep.
+"""Compare the numbers of two checkouts of partialfc, to the last digit.
 
     python benchmarks/same_numbers.py ../before .                        # six minutes of CPU time
     python benchmarks/same_numbers.py ../before --save numbers.json      # keep the numbers of one checkout,
@@ -54,7 +54,7 @@ _MOST_SHOWN = 3
 
 @dataclass(frozen=True)
 class Job:
-    """What gives the numbers of a run, or of the many of the head, whose names then begin with this one."""
+    """Source of the numbers of a run, or of the many of the head, whose names then begin with this one."""
 
     name: str
     task: Path
@@ -76,7 +76,7 @@ class Job:
             return failure
 
     def saved(self, numbers: Numbers) -> Numbers:
-        """What of saved numbers belongs to this job."""
+        """Return the saved numbers that belong to this job."""
         found = {name: lines for name, lines in numbers.items() if f"{name}: ".startswith(f"{self.name}: ")}
         return {name: lines for name, lines in found.items() if self.words in name}
 
@@ -138,7 +138,7 @@ def main() -> int:
 
 
 def facts(data: str) -> dict[str, str]:
-    """What numbers depend on besides the code."""
+    """Return the facts, besides the code, that numbers depend on."""
     found = {"python": platform.python_version(), "instructions": torch.backends.cpu.get_cpu_capability(), "data": data}
     for package in ("torch", "numpy", "pillow", "deepspeed"):
         try:
@@ -220,7 +220,7 @@ def run_all(jobs: list[Job], checkouts: list[Path], work: Path, at_once: int) ->
 
 
 def compare(job: str, sides: list[Result]) -> dict[str, str | None]:
-    """What is wrong with each run of a job, None if nothing is; with one side only whether it has failed."""
+    """Return the difference in each run of a job, or None; with one side, only its failure."""
     failures = {f"FAILED: {side}" for side in sides if isinstance(side, RunFailed)}
     if failures:
         return {job: "; ".join(sorted(failures))}
@@ -229,7 +229,7 @@ def compare(job: str, sides: list[Result]) -> dict[str, str | None]:
 
 
 def difference(old: list[Line] | None, new: list[Line] | None) -> str | None:
-    """Where two runs first differ, and by what; None if nowhere."""
+    """Return the first difference between two runs, and its size; None if they agree."""
     if old is None or new is None:
         return f"DIFFERS: there is none with {'OLD' if old is None else 'NEW'}"
     for before, after in zip(old, new, strict=False):

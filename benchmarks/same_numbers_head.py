@@ -108,7 +108,7 @@ def main() -> None:
 
 
 def run(case: Case) -> list[Line]:
-    """What a few steps of a case give on this rank."""
+    """Return the results of a few steps of a case on this rank."""
     torch.manual_seed(0)
     center = CenterLoss(weight=0.01, alpha=0.5) if case.center else None
     head = PartialFC(CLASSES, DIM, make_loss(case.loss), case.sample_rate, seed=5, center_loss=center, **case.options)

@@ -93,7 +93,7 @@ def source_of(checkout: Path) -> Path:
 
 
 def python(checkout: Path, *words: str, folder: Path, ranks: int = 0, seconds: float = 600) -> str:
-    """What Python, or torchrun on so many ranks, prints with the package of a checkout.
+    """Return what Python, or torchrun on ``ranks`` ranks, prints with the package of a checkout.
 
     Raises:
         RunFailed: it has ended with another code than 0, or has not ended in time.
@@ -144,7 +144,7 @@ def quick_start(checkout: Path, folder: Path, glyphs: Path) -> list[Line]:
 
 
 def train(checkout: Path, folder: Path, config: Path, legs: tuple[Leg, ...], seconds: float = 600) -> list[Line]:
-    """What the legs of a run write into metrics.jsonl, and digests of the tensors in the last checkpoint."""
+    """Return the rows of metrics.jsonl of all legs of a run, and digests of the tensors in the last checkpoint."""
     run, merged = folder / "run", folder / "merged.safetensors"
     for leg in legs:
         if leg.stop:

@@ -1,4 +1,4 @@
-"""What can go wrong, by name.
+"""Exceptions of the package.
 
 Every exception of the package derives from :class:`PartialFCError`, so a trainer can tell a mistake that this package
 explains from anything else. Errors that one rank detects inside the head travel to all ranks with the batch: the same

@@ -94,7 +94,7 @@ def parse() -> argparse.Namespace:
 
 
 def run_section(name: str, bench: Bench, seconds: float) -> tuple[dict[str, Any], list[str]]:
-    """What the section found, and its problems; whatever happens in it, it ends here."""
+    """Run a section and return its findings and problems; no exception leaves it."""
     section = SECTIONS[name]
     if section.needs_gpu and not bench.cuda:
         return {"seconds": 0.0, "skipped": "needs a GPU"}, []
@@ -121,7 +121,7 @@ def run_section(name: str, bench: Bench, seconds: float) -> tuple[dict[str, Any]
 
 
 def is_usable(device: torch.device) -> bool:
-    """Whether the device still works: after some errors of a kernel nothing does in the same process."""
+    """Return True if the device still works: after some kernel errors it is unusable in the same process."""
     try:
         return float(torch.ones(1, device=device).sum()) == 1.0
     except Exception:

@@ -62,7 +62,7 @@ class Outcome:
     active_rows: list[int]
 
     def errors(self, expected: Outcome) -> dict[str, float]:
-        """How far this lies from ``expected``: the largest difference over the largest expected number, of each."""
+        """Return the distance from ``expected``: the largest difference over the largest expected number, of each."""
         if self.active_rows != expected.active_rows:
             return {"loss": math.inf, "embedding gradient": math.inf, "weight": math.inf}
         return {

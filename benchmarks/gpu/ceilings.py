@@ -1,4 +1,4 @@
-"""What this device can do at best: copies, products at the head's shapes, passes over logits, launches, waits.
+"""Best speeds of this device: copies, products at the head's shapes, passes over logits, launches, waits.
 
 A head step consists of these products, of B embeddings x and n rows w of D numbers, and of passes over [B, n]:
 
@@ -91,7 +91,7 @@ def host_wait(bench: Bench) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Operands:
-    """What the three products multiply, and slices of their results in float64."""
+    """Operands of the three products, and slices of their results in float64."""
 
     pairs: dict[str, tuple[Tensor, Tensor]]
     expected: dict[str, Tensor]

@@ -1,4 +1,4 @@
-"""Whether the head on this device computes what it computes on a CPU in float64, from the same weights."""
+"""Compare the head on this device with float64 on a CPU, from the same weights."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def tolerance(mode: str | None) -> float:
 
 
 def initial_weight_difference(bench: Bench) -> dict[str, float]:
-    """How far the weights drawn from one seed lie apart on the two devices, relative to their standard deviation."""
+    """Return the distance of weights drawn from one seed on two devices, relative to their standard deviation."""
     drawn = [PartialFC(5000, 64, losses.ArcFace(), seed=3, device=device).weight for device in ("cpu", bench.device)]
     expected, found = (weight.detach().cpu().double() for weight in drawn)
     largest = float((found - expected).abs().max() / expected.std())

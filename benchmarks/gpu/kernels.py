@@ -1,4 +1,4 @@
-"""What fused kernels would reach, by prototypes that the package does not use: products with the exponential in their
+"""Speeds of fused kernels, by prototypes that the package does not use: products with the exponential in their
 epilogue, beside cuBLAS and separate passes; a row optimizer in one pass, beside RowSGD and a copy.
 """
 
@@ -84,7 +84,7 @@ def run(bench: Bench, entries: Entries) -> None:
 
 @dataclass(frozen=True)
 class Operands:
-    """What the product kernels are given."""
+    """Inputs of the product kernels."""
 
     x: Tensor  # [B, D], or [B, 3·D] for split products
     w: Tensor  # [n, D]
@@ -111,7 +111,7 @@ class Operands:
         return Operands(x, w, scale, self.shift, self.useful_flops, self.unit_x, self.unit_w)
 
     def exponentials(self) -> Tensor:
-        """What the kernel should give for the first samples, [checked, n] float64, of the operands as they are."""
+        """Return the expected results for the first samples, [checked, n] float64, of the operands as they are."""
         logits = self.scale * (self.x[:_CHECKED].double() @ self.w.double().t())
         return torch.exp(logits - self.shift[:_CHECKED, None].double())
 

@@ -1,4 +1,4 @@
-"""Which call reports a bad batch, and whether the weight has come through unharmed."""
+"""Check which call reports a bad batch, and that the weight is unharmed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every section measures with: a device, a deadline, timers, and entries that fail one by one."""
+"""Tools of every section: a device, a deadline, timers, and entries that fail one by one."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Bench:
         return self.deadline - time.monotonic()
 
     def lacks(self, seconds: float) -> bool:
-        """Whether less than this is left; small sizes take a small part of it."""
+        """Return True if less time than this is left; small sizes take a small part of it."""
         return self.left() < seconds * (0.03 if self.small else 1.0)
 
     def wait(self) -> None:
@@ -147,7 +147,7 @@ def _milliseconds(first: Mark, last: Mark) -> float:
 
 
 class Entries(dict[str, Any]):
-    """What a section has found, by name. A measurement that fails becomes an entry that says why.
+    """Findings of a section, by name. A measurement that fails becomes an entry that says why.
 
     ``problems`` are findings that make the whole run fail; ``details`` go to the JSON file, but not to the table.
     """

@@ -66,7 +66,7 @@ def _usage(bench: Bench) -> dict[str, float]:
 
 
 def planned_classes(bench: Bench, dim: int, dtype: torch.dtype) -> int:
-    """How many classes should fit into the memory that is free, with RowSGD and a sampled tenth."""
+    """Estimate the number of classes that fit into the free memory, with RowSGD and a sampled tenth."""
     bench.free()
     free, _ = torch.cuda.mem_get_info(bench.device)
     stored = 2 * dim * dtype.itemsize  # weight and momentum

@@ -1,4 +1,4 @@
-"""Whether a group of one rank gives the numbers of a single process, and what its collectives cost."""
+"""Compare a group of one rank with a single process, and measure the cost of its collectives."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ Row = tuple[str, dict[str, Any]]
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What the numbers were measured on."""
+    """Describe the machine and software of a measurement."""
     found: dict[str, Any] = {
         "python": platform.python_version(),
         "torch": torch.__version__,

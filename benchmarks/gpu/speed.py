@@ -1,4 +1,4 @@
-"""How long a step takes, beside what research code does and beside the bare products, in the same process."""
+"""Time a step beside research code and beside the bare products, in the same process."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Size:
 
     @property
     def active(self) -> int:
-        """How many rows take part in a step."""
+        """Number of rows that take part in a step."""
         return int(self.rate * self.classes)
 
 

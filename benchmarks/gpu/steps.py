@@ -69,7 +69,7 @@ class HeadStep:
 
 
 class PlainStep:
-    """What InsightFace's partial_fc_v2 does on one GPU: the sampled rows are indexed, all logits are formed at once,
+    """Step of InsightFace's partial_fc_v2 on one GPU: the sampled rows are indexed, all logits are formed at once,
     autograd goes back through them, and dense SGD walks the whole weight. The margin touches the targets only, it and
     the softmax work in place: this is the fast and frugal end of such code.
 

@@ -1,4 +1,4 @@
-"""Where a step makes the host wait for the device, how many kernels it launches, and how busy the device is.
+"""Find where a step makes the host wait for the device, count its kernels, and measure how busy the device is.
 
 torch warns of most waits, not of those in torch.sparse and torch.distributed; the calls of the CUDA runtime that the
 profiler counts are complete.
@@ -121,7 +121,7 @@ def _place(elsewhere: str) -> str:
 
 
 class Profile:
-    """What one step launches and how long the device works on it."""
+    """Kernels that one step launches, and the time that the device works on it."""
 
     def __init__(self, step: HeadStep, bench: Bench) -> None:
         activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
@@ -143,7 +143,7 @@ class Profile:
         self.device_ms = sum(event.self_device_time_total for event in self._on_device) / 1e3
 
     def calls(self, name: str) -> int:
-        """How often a function of the CUDA runtime was called."""
+        """Count the calls of a function of the CUDA runtime."""
         return sum(event.count for event in self._averages if event.key == name)
 
     def top(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""Checkpoint folders on disk: the ones there, the newest valid one, the ones to keep."""
+"""Checkpoint folders on disk: listing, newest valid one, pruning, setting aside."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def prune(folder: Path, keep_last: int, keep_every: int) -> list[Path]:
 
 
 def restore_replaced(folder: Path) -> None:
-    """Give a checkpoint its name back that was about to be replaced when the run was killed."""
+    """Restore the name of a checkpoint whose replacement was interrupted by a kill."""
     for replaced in folder.glob(f".step-*{REPLACED}"):
         path = replaced.with_name(replaced.name[1 : -len(REPLACED)])
         if not path.exists():

@@ -26,7 +26,7 @@ def start_at_mean_embeddings(
 
     Weights keep their initial length, on which the size of their first steps depends. With sub-centers only the first
     one is rotated. Centers of a center loss are set to the mean of the embeddings themselves. A class without samples
-    keeps its random weight. A collective: the ranks share the embedding, whoever owns the classes.
+    keeps its random weight. A collective: the ranks share the embedding, regardless of which rank owns the classes.
 
     Args:
         backbone: in evaluation mode.

@@ -37,7 +37,7 @@ from partialfc.tracking.console import log
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """Where a run continues."""
+    """Resume point: step, samples and counts."""
 
     step: int = 0
     samples: int = 0
@@ -136,7 +136,7 @@ class Checkpoints:
         return str(path)
 
     def describe_newest(self) -> str:
-        """Return the checkpoint that a run which fails now would resume from, in words."""
+        """Describe the checkpoint that a failing run would resume from."""
         if self._complete_step < 0:
             return "there is no checkpoint yet"
         return f"the newest checkpoint, of step {self._complete_step:,}, is older"
@@ -172,7 +172,9 @@ class Checkpoints:
         return broadcast_from_rank0(lambda: check_class_table(before, now, self.config.checkpoint.grow))
 
     def _check_unchanged(self, path: Path, manifest: dict[str, Any], new_classes: int) -> None:
-        """Report what differs from the run that wrote the checkpoint; refuse what must not, or not without force."""
+        """Log config changes since the checkpoint; raise ConfigError for impossible ones, and without ``force`` for
+        risky ones.
+        """
         changes = config_changes(manifest.get("config", {}), self.config.model_dump(mode="json"))
         if manifest.get("data_digest") != self.dataset.digest and not new_classes:
             change = Change("data.train", "another data set", str(self.config.data.train), "needs --force")

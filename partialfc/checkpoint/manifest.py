@@ -45,7 +45,7 @@ def _is_manifest(manifest: Any) -> bool:
 
 
 def manifest_digest(manifest: dict[str, Any]) -> str:
-    """Return the digest of everything in a manifest but the digest itself: a step that has changed is damage, too."""
+    """Return the digest of a manifest, its own field excluded, so that a changed step counts as damage."""
     rest = {name: value for name, value in manifest.items() if name != "digest"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
@@ -57,7 +57,7 @@ def describe_file(path: Path) -> dict[str, Any]:
 
 
 def check_file(checkpoint: Path, name: str, expected: dict[str, Any]) -> str | None:
-    """Return what is wrong with a file of a checkpoint, or None if it is as its manifest says."""
+    """Return the mismatch between a file and its manifest entry, or None."""
     path = checkpoint / name
     if Path(name).name != name or "\0" in name:
         return f"{name!r} is not a plain file name"

@@ -1,4 +1,4 @@
-"""Reads checkpoints that nobody vouches for.
+"""Reader of untrusted checkpoints.
 
 No file is trusted before its size and digest agree with the manifest. DCP's own index is a pickle: it is read by an
 unpickler that knows only the classes of such an index, and refused unless every tensor lies whole in the listed files.
@@ -55,7 +55,7 @@ _ALLOWED: dict[tuple[str, str], Any] = {
 
 
 class _IndexUnpickler(pickle._Unpickler):
-    """Builds nothing but what a DCP index is made of.
+    """Unpickler restricted to the classes of a DCP index.
 
     It derives from the unpickler in Python, whose instructions can be overridden: only instances of the index's classes
     are given attributes. The one in C would give them to classes too, and a file could change ``pathlib`` for the whole
@@ -155,7 +155,7 @@ def stored_tensors(checkpoint: Path) -> dict[str, TensorStorageMetadata]:
 
 
 def describe(checkpoint: Path, digests: bool = True) -> list[str]:
-    """Return what a checkpoint folder holds, in lines for people; no tensor is read.
+    """Describe a checkpoint folder in printable lines, without reading tensors.
 
     Args:
         digests: read every file and compare its digest; otherwise the index's only.

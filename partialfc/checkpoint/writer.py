@@ -64,7 +64,7 @@ def save_checkpoint(
 
 
 def _check_finite(tensors: dict[str, Tensor]) -> None:
-    """Refuse NaN and Inf: a run must not replace checkpoints that it can resume from by one that it cannot."""
+    """Raise CheckpointFailed for NaN or Inf: no unusable checkpoint may replace a usable one."""
     for name, value in tensors.items():
         local = value.to_local() if isinstance(value, DTensor) else value
         if local.is_floating_point() and local.numel():

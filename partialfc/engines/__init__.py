@@ -1,5 +1,5 @@
 """Engines, which update the backbone: DistributedDataParallel or DeepSpeed. The head is not their business.
 
-Imports ``config``, ``runtime``, ``tracking.console``; ``build`` makes the engine that a config names. ``checkpoint``
-knows of engines only :mod:`partialfc.engines.state`.
+Imports ``config``, ``models``, ``runtime``, ``options``, ``tracking.console`` and ``errors``; ``build`` makes the
+engine that a config names. ``checkpoint`` knows of engines only :mod:`partialfc.engines.state`.
 """

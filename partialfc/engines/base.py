@@ -61,7 +61,7 @@ class Engine(Protocol):
         """Provide a module in evaluation mode, which each rank may call any number of times. A collective."""
 
     def counts(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps besides tensors."""
+        """Return the engine's scalars for the manifest."""
 
     def load_counts(self, counts: dict[str, Any]) -> None:
         """Take over what :meth:`counts` returned, possibly of another engine."""

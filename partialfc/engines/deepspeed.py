@@ -3,7 +3,7 @@ Rajbhandari et al., 2020, arXiv:1910.02054).
 
 Imported only where ``engine.name`` is deepspeed. DeepSpeed sees neither head nor loss: it gets the gradient of the
 embeddings, already scaled, and the scale when it updates. The ranks agree beforehand to apply or to skip a step;
-DeepSpeed, which decides by itself, is made to come to the same result.
+DeepSpeed's own overflow check is forced to the same decision.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ class BackboneState(Protocol):
         """Return all tensors, on rank 0 at least. A collective; they may be the ones that training changes later."""
 
     def targets(self) -> dict[str, Tensor]:
-        """Return the tensors into which a checkpoint's weights and buffers are to be read. A collective."""
+        """Return tensors to read a checkpoint's weights and buffers into. A collective."""
 
     def shapes(self) -> dict[str, torch.Size]:
         """Return the shape of each parameter, by its name in the module."""

@@ -179,7 +179,7 @@ def _write_onnx(backbone: nn.Module, path: Path, shape: tuple[int, int, int]) ->
 
 @contextmanager
 def _quiet_exporter() -> Iterator[None]:
-    """Silence what torch's exporter says of optional packages and of its own internals."""
+    """Silence the exporter's messages about optional packages and its internals."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

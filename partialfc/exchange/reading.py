@@ -46,7 +46,7 @@ def map_file(path: Path, offset: int, shape: tuple[int, ...], dtype: torch.dtype
 
 
 def reserve(path: Path, size: int) -> None:
-    """Make ``path`` a file of ``size`` bytes, all of them allocated.
+    """Allocate a file of ``size`` bytes at ``path``.
 
     Raises:
         OSError: the disk is full; without this a signal would say so when the mapped file is written.

@@ -1,4 +1,7 @@
-"""The sharded classifier, as a library for any trainer. Imports torch, partialfc.losses and partialfc.errors only."""
+"""The sharded classifier, as a library for any trainer.
+
+Imported by config and the rooms above it; imports torch, partialfc.losses and partialfc.errors only.
+"""
 
 from partialfc.head.center_loss import CenterLoss
 from partialfc.head.optim.adaptive import RowAdagrad, RowAdamW

@@ -289,14 +289,14 @@ class PartialFC(nn.Module):
         self.apply_deferred_decay(rows)
 
     def restart_step(self) -> None:
-        """Discard the micro-batches of the current step, and read the counter anew.
+        """Discard the micro-batches of the current step, and re-read the counter.
 
         Call this after changing the head's buffers in place, as loading a checkpoint does.
         """
         self._step_state.restart()
 
     def reset_batch_format(self) -> None:
-        """Forget the largest batch and the dtype that the ranks agreed on. The next call on every rank agrees anew."""
+        """Forget the largest batch and the dtype that the ranks agreed on. The next call negotiates them again."""
         self._gatherer.format = None
 
     def extra_repr(self) -> str:

@@ -65,13 +65,13 @@ class StepState:
 
     @property
     def number(self) -> int:
-        """The head's step, as the host knows it."""
+        """Step counter, cached on the host."""
         if self._number is None:
             self._number = int(self._head.step)
         return self._number
 
     def restart(self) -> None:
-        """Discard the step's micro-batches, and read the counter anew: its buffer was changed."""
+        """Discard the step's micro-batches, and re-read the counter: its buffer was changed."""
         self._number = None
         self._discard()
 

@@ -153,7 +153,7 @@ def submit(path: Path) -> str:
 
 
 def _extra_option(option: str) -> str:
-    """Return a user's option for sbatch as it is written on an #SBATCH line."""
+    """Format an option for an #SBATCH line."""
     if not option.startswith("-") or "\n" in option:
         raise ConfigError(f"--sbatch: expected an option of sbatch such as --qos=high, got {option!r}")
     name, _, value = option.partition("=")
@@ -163,7 +163,7 @@ def _extra_option(option: str) -> str:
 
 
 def _quoted(option: str, value: object) -> str:
-    """Return a value as it is written on an #SBATCH line, in quotes if it needs them."""
+    """Quote a value for an #SBATCH line."""
     text = str(value)
     if "\n" in text or '"' in text:
         raise ConfigError(f"--{option}: expected a value without quotes and line breaks, got {text!r}")

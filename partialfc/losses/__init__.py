@@ -1,4 +1,7 @@
-"""Objectives for classifiers: small pieces that read like their papers. Import torch and partialfc.errors only."""
+"""Objectives for classifiers: small pieces that read like their papers.
+
+Imported by the head and config; imports torch and partialfc.errors only.
+"""
 
 from partialfc.losses.adaface import AdaFace
 from partialfc.losses.arcface import ArcFace

@@ -1,4 +1,4 @@
-"""Evaluation mode for as long as it is needed."""
+"""Context manager for evaluation mode."""
 
 from __future__ import annotations
 

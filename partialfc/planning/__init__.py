@@ -1,4 +1,4 @@
 """Memory of a run, known before it starts.
 
-Imported by train and cli; imports build, engines, config, models and the head.
+Imported by train and cli; imports build, engines, data, tracking.console, config, models and the head.
 """

@@ -1,4 +1,4 @@
-"""Run folders: what a run writes about itself, who may write it, and how runs are listed.
+"""Run folders: their files, their lock, and the list of runs.
 
 Imported by checkpoint, train and cli; imports config, files, tracking and nothing above them.
 """

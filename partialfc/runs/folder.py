@@ -24,7 +24,7 @@ _HEARTBEAT = 5.0  # seconds between updates of state.json
 
 
 class RunFolder:
-    """What the first rank writes of a run. A thread keeps ``state.json`` fresh, whatever the run is busy with.
+    """Writes the run folder, on rank 0. A thread refreshes ``state.json`` every few seconds.
 
     Args:
         step: first step of this attempt.

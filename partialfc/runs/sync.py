@@ -25,7 +25,7 @@ class SyncFailed(PartialFCError):
 
 
 def sync(folder: Path) -> bool:
-    """Send W&B what it lacks of the run in ``folder``, however long it takes; return False if there was nothing.
+    """Send W&B the missing rows of the run in ``folder``, without a time limit; return False if none was missing.
 
     Raises:
         DataError: ``folder`` is no run folder, or its run was not written for W&B.

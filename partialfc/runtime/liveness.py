@@ -4,10 +4,10 @@ A thread of every process writes a sign of life to the store each second, with t
 When a collective fails, the other ranks read these: a rank without new signs is dead, stopped or cut off; a rank that
 has fallen behind hangs. A rank that fails by itself leaves its reason in the store.
 
-During evaluations and checkpoints, when collectives may take long, nobody would notice a lost rank for an hour. So a
-second thread watches: rank 0 all other ranks, these rank 0, and all of them the store. It ends a process that waits for
-a lost rank, with the reason. It counts silence in its own wake-ups, not in seconds: after a suspension of the whole
-machine no rank is lost.
+During evaluations and checkpoints, when collectives may take long, a lost rank would go unnoticed for an hour. So a
+second thread watches: rank 0 watches all ranks, the others watch rank 0, and all watch the store. It ends a process
+that waits for a lost rank, with the reason. It counts silence in its own wake-ups, not in seconds: after a suspension
+of the whole machine no rank is lost.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ def fresh_store(timeout: timedelta) -> tuple[dist.Store, int, int]:
 
 
 def _invite(store: dist.Store, world_size: int, deadline: float) -> str:
-    """On rank 0: give the name of this start to all ranks that ask, until each has confirmed it."""
+    """Publish the name of this start until all ranks have confirmed it (rank 0)."""
     name = uuid.uuid4().hex
     missing = set(range(1, world_size))
     asked: dict[int, bytes] = {}

@@ -1,4 +1,4 @@
-"""What a run writes about itself: into its folder, and for people on the console."""
+"""Records of a run: files in its folder and lines on the console."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ class Trainer:
         """Train to the last step, or until asked to stop. A collective.
 
         Raises:
-            PartialFCError: the run failed, for the reason that the run folder tells too.
+            PartialFCError: the run failed; ``state.json`` has the reason.
         """
         # Before anything in the folder is read: a process that is waited for may still write a checkpoint, or finish.
         lock = run_on_rank0(lambda: lock_folder(self.config))
@@ -305,7 +305,7 @@ class Trainer:
     # --- between steps ------------------------------------------------------------------------------------------------
 
     def _is_due(self, every: int) -> bool:
-        """Return True after every ``every`` steps; not after the last, when it happens anyway."""
+        """Return True every ``every`` steps, except at the last step, which always saves and evaluates."""
         return bool(every) and self.step % every == 0 and self.step < self.schedule.total_steps
 
     def _save(self) -> None:

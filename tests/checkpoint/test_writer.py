@@ -201,7 +201,7 @@ def test_a_kill_while_one_of_the_same_step_is_replaced_leaves_the_one_or_the_oth
 
 
 def _begun(folder: Path) -> tuple[Path, Path, dict[str, Any], list[dict[str, Any]]]:
-    """What is on the disk, and known, before a checkpoint of step 3 gets its name."""
+    """State of the disk and of the writer before a checkpoint of step 3 gets its name."""
     temporary = folder / ".step-00000003.incomplete"
     saving._begin(temporary, ())
     saving._write_tensors(temporary, made(start=1).tensors(), None)

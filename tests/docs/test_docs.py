@@ -1,4 +1,4 @@
-"""What the documentation shows, run."""
+"""Run the examples of the documentation."""
 
 from __future__ import annotations
 

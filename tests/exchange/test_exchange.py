@@ -186,7 +186,7 @@ def test_class_centres_of_sub_centers_and_of_bfloat16(
 
 
 def write_shards(folder: Path, weight: torch.Tensor, world_size: int, kind: str) -> None:
-    """As arcface_torch cuts and writes them."""
+    """Cut and write shards as arcface_torch does."""
     folder.mkdir(exist_ok=True)
     first = 0
     for rank in range(world_size):

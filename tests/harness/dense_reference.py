@@ -22,7 +22,7 @@ INITIAL_STATE = {"curricularface": [0.0], "adaface": [20.0, 100.0]}
 
 @dataclass
 class Extras:
-    """What a loss may depend on besides cosines."""
+    """Inputs of a loss besides cosines."""
 
     state: Tensor | None = None  # before the step
     noise: Tensor | None = None  # [B]
@@ -46,7 +46,7 @@ class Dense:
 
 @dataclass
 class Negatives:
-    """How negatives enter: which ones, with which weight."""
+    """Selection of the negatives, and their weights."""
 
     active: Tensor | None = None  # bool [C]
     filter_threshold: float | None = None

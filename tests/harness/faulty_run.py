@@ -83,7 +83,7 @@ def digest_of(trainer: Trainer) -> str:
 
 
 def stepped(trainer: Trainer) -> bool:
-    """Whether the backbone's optimizer has anything in its state but zeros; on other ranks than the first, no."""
+    """Return True if the backbone's optimizer has a non-zero state; always False on ranks other than 0."""
     tensors = trainer.engine.state.tensors()
     return any(bool(value.any()) for name, value in tensors.items() if name.startswith(OPTIMIZER))
 

@@ -48,7 +48,7 @@ class Settings:
 
 @dataclass
 class Record:
-    """What the last of the steps did, and how far the weight is from that of the same steps on a CPU."""
+    """Result of the last step, and the distance of the weight from that of the same steps on a CPU."""
 
     waits: dict[str, int]  # by place
     event_waits: int

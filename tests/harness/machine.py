@@ -1,4 +1,4 @@
-"""What this machine can do, asked where a test needs it; and machines that can do other things, pretended.
+"""Capabilities of this machine, queried where a test needs them, and simulated ones.
 
 ``PRETEND_FP16=1`` (or 0) makes DeepSpeed believe that the CPU computes in float16 by itself (or does not).
 """

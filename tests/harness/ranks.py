@@ -26,7 +26,7 @@ MOST_RANKS = 4
 
 @dataclass
 class Outcome:
-    """What a rank's call returned or raised."""
+    """Result or exception of a rank's call."""
 
     value: Any = None
     error: BaseException | None = None
@@ -77,7 +77,7 @@ class Ranks:
     def outcomes(
         self, world_size: int, function: Callable[..., Any], *arguments: Any, seconds: float = 90
     ) -> list[Any]:
-        """What ``function(group, *arguments)`` did on each of ``world_size`` ranks, errors included."""
+        """Return the outcome of ``function(group, *arguments)`` on each of ``world_size`` ranks, errors included."""
         used = self._connections[:world_size]
         for connection in used:
             connection.send(sys.path)
@@ -88,7 +88,7 @@ class Ranks:
         return [connection.recv() for connection in used]
 
     def run(self, world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """What ``function`` returned on each rank; raises what one of them raised."""
+        """Return the results of ``function`` by rank; raise AssertionError if it failed on one."""
         outcomes = self.outcomes(world_size, function, *arguments)
         for outcome in outcomes:
             if outcome.error is not None:

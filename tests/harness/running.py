@@ -113,7 +113,7 @@ def free_port() -> int:
 
 
 def _as_rank(rank: int, ranks: int, port: int) -> dict[str, str]:
-    """What torchrun says in the environment of a rank, as far as anybody reads it."""
+    """Environment variables of a rank under torchrun, as far as they are read."""
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
     words = {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_USE_AGENT_STORE": "True"}
     return {name: str(value) for name, value in numbers.items()} | words | {"TORCHELASTIC_RESTART_COUNT": "0"}

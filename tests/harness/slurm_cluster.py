@@ -133,7 +133,7 @@ class Cluster:
                 _end(int(file.read_text()))
 
     def run(self, *words: str, check: bool = True, cwd: Path | None = None) -> str:
-        """What a command says; an error ends the test with its words."""
+        """Return the output of a command; an error ends the test with its message."""
         done = subprocess.run(
             words, capture_output=True, text=True, env=self.environment, stdin=subprocess.DEVNULL, timeout=60, cwd=cwd
         )
@@ -141,7 +141,7 @@ class Cluster:
         return done.stdout
 
     def job(self, number: str) -> dict[str, str]:
-        """What Slurm knows of a job: JobState, Restarts, ExitCode, …"""
+        """Fields of a job in Slurm: JobState, Restarts, ExitCode, …"""
         words = self.run("scontrol", "--oneliner", "show", "job", number).splitlines()[0].split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 

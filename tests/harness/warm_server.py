@@ -93,7 +93,7 @@ class Server:
 
 
 def set_name(name: str) -> None:
-    """What ``/proc/PID/comm`` says; up to 15 characters."""
+    """Set the name in ``/proc/PID/comm``; up to 15 characters."""
     ctypes.CDLL(None).prctl(_PR_SET_NAME, name.encode(), 0, 0, 0)
 
 

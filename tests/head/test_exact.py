@@ -52,7 +52,7 @@ class Case:
 
 
 def extras_of(case: Case) -> Extras:
-    """What the loss depends on besides cosines: a state as training leaves it, the step's draws, UCE's bias."""
+    """Inputs of the loss besides cosines: a state as training leaves it, the step's draws, UCE's bias."""
     name = base_of(case.spec)["name"]
     state = {"curricularface": [0.3], "adaface": [7.0, 2.0]}.get(name)
     noise = torch.empty(case.batch, 1)

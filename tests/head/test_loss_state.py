@@ -1,4 +1,4 @@
-"""What losses carry from step to step: equal on all ranks, advanced by applied steps only, saved and loaded."""
+"""State of losses across steps: equal on all ranks, advanced by applied steps only, saved and loaded."""
 
 from __future__ import annotations
 

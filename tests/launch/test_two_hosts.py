@@ -31,7 +31,7 @@ def hosts(tmp_path: Path) -> Iterator[TwoHosts]:
 
 
 def ranks_below(pid: int) -> int:
-    """How many ranks a launcher has running."""
+    """Number of ranks that a launcher runs."""
     found = 0
     for child in children(pid):
         with contextlib.suppress(OSError):

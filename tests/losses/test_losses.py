@@ -1,4 +1,4 @@
-"""What holds for every loss by itself: its curve, its limits, what it refuses, and that others compute the same."""
+"""Properties of every loss by itself: its curve, its limits, what it refuses, and that others compute the same."""
 
 from __future__ import annotations
 

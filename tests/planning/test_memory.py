@@ -1,4 +1,4 @@
-"""What a class costs in bytes: the arithmetic against the tensors themselves."""
+"""Bytes of a class: the arithmetic against the tensors themselves."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How runs are doing: the list of run folders, and the health that a run serves."""
+"""State of runs: the list of run folders, and the health that a run serves."""
 
 from __future__ import annotations
 
@@ -255,7 +255,7 @@ def test_a_start_that_waits_for_another_process_goes_on_from_what_that_one_leave
 
 
 def test_an_evaluation_is_progress(tmp_path: Path) -> None:
-    """What /healthz goes by: a long evaluation is no stalled run."""
+    """Criterion of /healthz: a long evaluation is no stalled run."""
     config = tmp_path / "config.yaml"
     tree = write_task(tmp_path)
     tree["optim"]["epochs"] = 1 / 12

@@ -1,4 +1,4 @@
-"""What this process changes for a while, and work that is done on rank 0."""
+"""Temporary changes to this process, and work that is done on rank 0."""
 
 from __future__ import annotations
 

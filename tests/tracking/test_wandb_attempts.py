@@ -1,4 +1,4 @@
-"""What an attempt leaves, and the next one or `runs sync` makes of it; this process plays the trainer."""
+"""State left by an attempt, and its use by the next one or `runs sync`; this process plays the trainer."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_rows_lost_with_the_connection_or_with_killed_processes_are_sent_again(r
 
 
 def test_the_signals_that_stop_a_job_lose_no_row(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    """As Slurm sends them: to every process of the job, whatever its group and session."""
+    """Signals as Slurm sends them: to every process of the job, whatever its group and session."""
     attempt = run.followed()
     kill(run.path, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # before it has said or done anything
     run.train(5)

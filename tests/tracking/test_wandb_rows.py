@@ -104,7 +104,7 @@ def test_in_a_sweep_the_agent_names_the_run(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_sweep_runs_commands_that_the_trainer_understands(tmp_path: Path) -> None:
-    """What W&B's agent would start for a trial, with a stand-in for the trainer that reads the config."""
+    """Command that W&B's agent starts for a trial, with a stand-in for the trainer that reads the config."""
     from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
     root = Path(__file__).parents[2]

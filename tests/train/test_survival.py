@@ -320,7 +320,7 @@ def test_a_hundred_rounds_of_start_kill_and_resume_lose_no_sample(tmp_path: Path
 
 
 def hosts(task: Path, folder: Path, nodes: str) -> list[str]:
-    """What each of several hosts runs; they tell themselves apart by nothing."""
+    """Command of each of several hosts, the same on all."""
     settings = {"NPROC": 1, "NNODES": nodes, "RDZV_ENDPOINT": f"127.0.0.1:{free_port()}"}
     settings |= {"PYTHON": sys.executable, "RDZV_CONF": "last_call_timeout=3,keep_alive_interval=1"}
     words = ["env", *(f"{name}={value}" for name, value in settings.items()), str(TORCHRUN_SH)]

@@ -81,7 +81,7 @@ class RowOptimizer(Optimizer):
             work.write(rows, copies)
 
     def state_of(self, parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-        """Return the state of ``parameter``, made as far as it is missing."""
+        """Return the state of ``parameter``; create missing tensors."""
         state = self.state[parameter]
         if "step" not in state:
             state["step"] = torch.zeros((), dtype=torch.int64)

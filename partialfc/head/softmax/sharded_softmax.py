@@ -34,7 +34,7 @@ from partialfc.losses import Loss, Samples
 
 @dataclass(frozen=True)
 class ShardStep:
-    """One step as one shard sees it."""
+    """Inputs of a step on one shard."""
 
     local: LocalBatch  # this rank's part of the batch
     embeddings: Tensor  # [B, D] the global batch, raw, in the compute dtype

@@ -5,8 +5,7 @@ line on stdin, its end, or the death of the trainer says that the run has ended.
 URL``, then ``finished``, ``unfinished REASON`` (W&B does not have everything, another client would not help) or
 ``failed REASON``.
 
-What W&B lacks is found anew at each start: the server says how many rows it has, and the lines of the others are sent
-again. It does not matter how an earlier attempt ended, whether it was online, or what was lost on the way.
+Each start asks the server for its number of rows and sends the rest, however the earlier attempt ended.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ def require_wandb(settings: WandbConfig) -> None:
 
 
 def require_client() -> None:
-    """Refuse to go on where W&B's client is not installed.
+    """Raise unless W&B's client is installed.
 
     Raises:
         MissingDependency: it is not.
@@ -142,7 +142,7 @@ def start_client(folder: Path, options: dict[str, Any], stdin: int, stderr: Text
 
 @contextlib.contextmanager
 def _signals_held() -> Iterator[None]:
-    """Start processes that never get the signals that ask a run to stop: they end after the run, not with it.
+    """Block stop signals while a client starts, so that it outlives the run.
 
     A scheduler sends these signals to every process of a job, so a session of their own is not enough. A blocked signal
     stays blocked in a new process from its first moment; an ignored one would be so only once the process has said so.
@@ -180,7 +180,7 @@ class WandbRun:
                 self._tell_end()
 
     def _attend(self) -> None:
-        """Repeat what the clients say, and start another one after one that fails."""
+        """Log the clients' messages; start another client when one fails."""
         try:
             for clients_left in reversed(range(_CLIENTS)):
                 failure, had_begun = self._listen()
@@ -198,7 +198,7 @@ class WandbRun:
             self._warn(failure, "the run continues and")
 
     def _listen(self) -> tuple[str, bool]:
-        """Repeat what one client says until it ends. Return why it failed, or nothing, and True if it had begun."""
+        """Log the messages of one client until it ends; return its failure ('' if none), and True if it had started."""
         assert self._process.stdout is not None
         failure, had_begun = "its client has died", False
         for line in self._process.stdout:
@@ -235,7 +235,7 @@ class WandbRun:
         self._process.wait()
 
     def close(self) -> None:
-        """Say that nothing more will come, and wait until W&B has taken it or its time is over."""
+        """Announce the end of the run, and wait until W&B has every row or the time limit passes."""
         with self._lock:
             self._ended = True
             self._tell_end()

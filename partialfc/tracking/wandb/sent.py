@@ -1,4 +1,4 @@
-"""Which lines of ``metrics.jsonl`` have become rows of W&B's history, over all attempts of a run."""
+"""Record of the lines of ``metrics.jsonl`` that are rows in W&B, over all attempts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _NOTE = re.compile(r"(\d+) (train|evaluation|events) (\d+)\n")
 
 @dataclass
 class Sent:
-    """How far a run's lines have been handed to W&B, over all attempts.
+    """Position up to which lines were sent, over all attempts.
 
     A run that resumes from a checkpoint repeats some steps with the same results. Their lines are not sent twice, so a
     step never goes back. Events are never removed from ``metrics.jsonl`` and are counted.
@@ -32,10 +32,10 @@ class Sent:
 class SentLog:
     """File in the run folder that holds the line of ``metrics.jsonl`` behind each row of the history: ``17 train 20``.
 
-    A line is noted before W&B's client gets it, so W&B has no row that is not noted, whatever is killed and when.
+    A line is recorded before it is sent: every row on the server is recorded, even after a kill.
 
     Args:
-        rows: number of rows on W&B's server, if known. Later notes are dropped: their lines are sent again.
+        rows: number of rows on W&B's server, if known. Later records are dropped: their lines are sent again.
     """
 
     def __init__(self, path: Path, rows: int | None = None) -> None:
