@@ -43,11 +43,21 @@ _INDEX_CLASSES: tuple[type, ...] = (
     dcp_filesystem._StorageInfo,
 )
 _OTHERS_IN_AN_INDEX = (dcp_metadata.BytesStorageMetadata, dcp_metadata._MEM_FORMAT_ENCODING)
+
+
+def _memory_format(kind: type, name: str) -> Any:
+    """Stand in for ``getattr``, with which Python before 3.11.4 pickles a member of an enumeration."""
+    if kind is not dcp_metadata._MEM_FORMAT_ENCODING:
+        raise pickle.UnpicklingError(f"{kind!r} is no enumeration of a checkpoint's index")
+    return dcp_metadata._MEM_FORMAT_ENCODING[name]
+
+
 _PATHS = {"PosixPath": pathlib.PurePosixPath, "PurePosixPath": pathlib.PurePosixPath}
 _ALLOWED: dict[tuple[str, str], Any] = {
     **{(kind.__module__, kind.__name__): kind for kind in (*_INDEX_CLASSES, *_OTHERS_IN_AN_INDEX)},
     **{("torch", str(dtype).removeprefix("torch.")): dtype for dtype in _DTYPES},
     ("torch", "Size"): torch.Size,
+    ("builtins", "getattr"): _memory_format,
     ("torch.serialization", "_get_layout"): lambda name: {"torch.strided": torch.strided}[name],
     **{("pathlib", name): kind for name, kind in _PATHS.items()},
     **{("pathlib._local", name): kind for name, kind in _PATHS.items()},  # its module since Python 3.13

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import pathlib
 import pickle
 import shutil
 import time
@@ -12,13 +14,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.distributed.checkpoint import metadata
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, ChunkStorageMetadata
 
 from partialfc import ConfigError, RowAdamW, RowSGD
 from partialfc.checkpoint.config_diff import config_changes
 from partialfc.checkpoint.folders import latest_valid, prune, set_aside, step_folders
 from partialfc.checkpoint.manifest import read_manifest, verify
-from partialfc.checkpoint.reader import CheckedReader
+from partialfc.checkpoint.reader import CheckedReader, _IndexUnpickler
 from partialfc.checkpoint.writer import save_checkpoint
 from partialfc.errors import CheckpointFailed, DamagedCheckpoint
 from tests.harness.checkpoints import Hostile, made, train_a_little
@@ -510,3 +513,22 @@ def test_twenty_kills_while_saving_never_cost_the_last_checkpoint(task: Path) ->
     assert [line["step"] for line in train] == list(range(1, STEPS + 1))
     for mine, other in zip(train, whole, strict=True):
         assert mine["loss"] == pytest.approx(other["loss"], rel=1e-5)
+
+
+class ByGetattr:
+    """Pickles as Python before 3.11.4 pickles a member of an enumeration."""
+
+    def __init__(self, kind: Any, name: str) -> None:
+        self.kind, self.name = kind, name
+
+    def __reduce__(self) -> Any:
+        return getattr, (self.kind, self.name)
+
+
+def test_an_index_that_an_older_python_has_written_is_read() -> None:
+    kind = metadata._MEM_FORMAT_ENCODING
+    content = pickle.dumps(ByGetattr(kind, kind.TORCH_CONTIGUOUS_FORMAT.name))
+    assert _IndexUnpickler(io.BytesIO(content)).load() is kind.TORCH_CONTIGUOUS_FORMAT
+    for hostile in (ByGetattr(pathlib.PurePosixPath, "__subclasses__"), ByGetattr(metadata.Metadata, "__init__")):
+        with pytest.raises((pickle.UnpicklingError, KeyError)):
+            _IndexUnpickler(io.BytesIO(pickle.dumps(hostile))).load()
