@@ -18,6 +18,7 @@ import hypothesis
 import pytest
 import yaml
 
+from tests.harness import warm
 from tests.harness.ranks import Ranks
 from tests.harness.tasks import write_task
 
@@ -43,6 +44,10 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = folder / "config.yaml"
     config.write_text(yaml.safe_dump(write_task(folder)))
     return config
+
+
+def pytest_unconfigure() -> None:
+    warm.end_servers()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

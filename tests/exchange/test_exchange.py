@@ -307,6 +307,7 @@ def test_a_run_starts_from_imported_weights(tmp_path: Path, ranks: int) -> None:
     write_set(tmp_path / "unused", 3, 1, seed=1)
     task["model"] = {"name": "iresnet18", "embedding_dim": 8}
     task["evaluation"] = {"sets": []}
+    task["optim"]["epochs"] = 0.5
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(task))
     torch.manual_seed(5)

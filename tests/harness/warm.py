@@ -135,7 +135,7 @@ def starter(requests: socket.socket) -> Callable[..., Any]:
 
 @functools.cache
 def server(*modules: str) -> Callable[..., Any]:
-    """The ``starter`` of a server that has imported ``modules``; it lives as long as this process."""
+    """The ``starter`` of a server that has imported ``modules``; ``end_servers`` ends it."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with theirs:
         process = subprocess.Popen(
@@ -146,8 +146,15 @@ def server(*modules: str) -> Callable[..., Any]:
             stdout=subprocess.DEVNULL,
             start_new_session=True,
         )
-    _KEPT.append(process)
+    _SERVERS.append((ours, process))
     return starter(ours)
 
 
-_KEPT: list[subprocess.Popen[bytes]] = []  # a Popen that is not kept warns of a process that still runs
+_SERVERS: list[tuple[socket.socket, subprocess.Popen[bytes]]] = []
+
+
+def end_servers() -> None:
+    """End all servers, and what they have started and nobody has ended."""
+    for requests, process in _SERVERS:
+        requests.close()
+        process.wait(30)

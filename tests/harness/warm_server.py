@@ -60,6 +60,7 @@ class Server:
             if self._kill_at_end:
                 for pid in self._reports:
                     os.kill(pid, signal.SIGKILL)
+                    os.waitpid(pid, 0)
             os._exit(0)
         *streams, report = descriptors
         pid = os.fork()

@@ -75,7 +75,7 @@ def test_a_server_in_trouble_costs_the_training_one_warning_and_nothing_else(
     task: Path, tmp_path: Path, trouble: str
 ) -> None:
     server = Server(trouble) if trouble != "dead" else None
-    more = ["tracking.wandb.mode=online", "tracking.wandb.timeout=2"]
+    more = ["tracking.wandb.mode=online", "tracking.wandb.timeout=4"]
     url = server.url if server else DEAD
     done = train(task, tmp_path, *more, WANDB_API_KEY=KEY, WANDB_BASE_URL=url)
     assert done.returncode == 0, done.stdout + done.stderr
