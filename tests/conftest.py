@@ -46,6 +46,17 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return config
 
 
+@pytest.fixture
+def short_task(tmp_path: Path) -> Path:
+    """The config file of a task of one epoch without evaluations, for one test."""
+    tree = write_task(tmp_path)
+    tree["evaluation"] = {"sets": []}
+    tree["optim"]["epochs"] = 1
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
 def pytest_unconfigure() -> None:
     warm.end_servers()
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ast
+from fnmatch import fnmatch
 from pathlib import Path
+
+import pytest
 
 HERE = Path(__file__).parent
 
@@ -21,6 +24,16 @@ def test_test_modules_import_nothing_from_each_other() -> None:
 
 def test_a_room_of_tests_is_a_room_of_the_package() -> None:
     package = {path.name for path in (HERE.parent / "partialfc").iterdir() if path.is_dir()}
-    others = {"harness", "fixtures", "docs", "benchmarks"}
+    others = {"harness", "fixtures", "docs", "examples", "benchmarks"}
     rooms = {path.name for path in HERE.iterdir() if path.is_dir() and any(path.glob("*.py"))}
     assert rooms - others <= package
+
+
+def test_pytest_looks_into_every_room(pytestconfig: pytest.Config) -> None:
+    ignored = pytestconfig.getini("norecursedirs")  # its default holds "build"
+    assert not [room.parent for room in HERE.rglob("test_*.py") if any(fnmatch(room.parent.name, p) for p in ignored)]
+
+
+def test_a_test_module_has_at_most_400_lines() -> None:
+    lengths = {str(path): len(path.read_text(encoding="utf-8").splitlines()) for path in HERE.rglob("*.py")}
+    assert {path: length for path, length in lengths.items() if length > 400} == {}

@@ -1,4 +1,4 @@
-"""Configs of checkpoints against that of the run that resumes: keys that one of them does not have."""
+"""Configs of checkpoints against that of the run that resumes: changes, and keys that one of them does not have."""
 
 from __future__ import annotations
 
@@ -96,3 +96,66 @@ def test_each_key_newer_than_a_released_version_says_what_that_version_did(manif
     parsed = parse_config(before).model_dump(mode="json")
     assert [key for key in _lacking(before, parsed) if key not in BEFORE_KEY] == []
     assert config_changes(before, parsed) == []
+
+
+def test_another_engine_is_harmless_and_another_precision_is_not() -> None:
+    before = {"engine": {"name": "ddp", "zero_stage": 1, "offload": "none", "precision": "fp32"}}
+    now = {"engine": {"name": "deepspeed", "zero_stage": 3, "offload": "cpu", "precision": "bf16"}}
+    severities = {change.key: change.severity for change in config_changes(before, now)}
+    assert severities.pop("engine.precision") == "needs --force"
+    assert set(severities.values()) == {"harmless"}
+
+
+def test_changes_are_judged_by_the_longest_prefix() -> None:
+    before = {"run": {"dir": "a", "seed": 1}, "head": {"loss": {"name": "arcface", "margin": 0.5}}, "optim": {"lr": 1}}
+    now = {"run": {"dir": "b", "seed": 2}, "head": {"loss": {"name": "arcface"}}, "optim": {"lr": 1}}
+    severities = {change.key: change.severity for change in config_changes(before, now)}
+    assert severities == {"run.dir": "harmless", "run.seed": "needs --force", "head.loss.margin": "needs --force"}
+    centers = {"head": {"center_loss": {"weight": 0.1}}}
+    for before, now, severity in (
+        (centers, {"head": {"center_loss": None}}, "impossible"),
+        ({"head": {"center_loss": None}}, centers, "impossible"),
+        (centers, {"head": {"center_loss": {"weight": 0.2}}}, "needs --force"),
+    ):
+        assert [change.severity for change in config_changes(before, now)] == [severity]
+
+
+def test_a_precision_as_exact_is_harmless_and_fast_is_not() -> None:
+    for before, now, verdict in (
+        (None, "exact", "harmless"),
+        ("exact", "highest", "harmless"),
+        ("exact", "fast", "needs --force"),
+        ("fast", None, "needs --force"),
+    ):
+        old, new = ({"head": {"matmul_precision": precision}} for precision in (before, now))
+        assert [change.severity for change in config_changes(old, new)] == [verdict]
+    assert not config_changes({"head": {}}, {"head": {"matmul_precision": None}}), "0.1 did not have the key"
+
+
+def test_what_may_change_in_a_run_that_goes_on() -> None:
+    before = resolved(model={"name": "vit_t", "options": {"drop_path": 0.1}})
+    changed = {
+        "name": "vit_s",
+        "options": {"drop_path": 0.2},
+        "pretrained": "w.pth",
+        "activation_checkpointing": True,
+        "channels_last": True,
+    }
+    now = resolved(model=changed, engine={"compile": True, "sync_batchnorm": False})
+    assert {change.key: change.severity for change in config_changes(before, now)} == {
+        "model.name": "impossible",
+        "model.options.drop_path": "needs --force",
+        "model.pretrained": "harmless",
+        "model.activation_checkpointing": "harmless",
+        "model.channels_last": "harmless",
+        "engine.compile": "harmless",
+        "engine.sync_batchnorm": "needs --force",
+    }
+    names = {name: resolved(model={"name": name}) for name in ("r50", "iresnet50", "r100", "x.y:net")}
+    for before_name, now_name, severity in (
+        ("r50", "iresnet50", "harmless"),
+        ("r50", "r100", "impossible"),
+        ("r50", "x.y:net", "impossible"),
+    ):
+        (change,) = config_changes(names[before_name], names[now_name])
+        assert change.severity == severity

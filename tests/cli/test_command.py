@@ -14,6 +14,7 @@ from typer.main import get_command
 
 import partialfc
 from partialfc.cli.main import app
+from tests.harness.running import run
 
 HEAVY = {"torch", "pydantic", "numpy", "yaml", "matplotlib", "wandb"}
 PRINT_HELP = """
@@ -111,3 +112,9 @@ def test_public_names_are_imported_at_their_first_use() -> None:
 def test_public_classes_can_be_pickled(name: str) -> None:
     found = getattr(partialfc, name)
     assert pickle.loads(pickle.dumps(found)) is found
+
+
+def test_ranks_are_of_a_dry_run(short_task: Path) -> None:
+    done = run(short_task, 0, "--ranks", "2")
+    assert done.returncode == 2
+    assert "--ranks belongs to --dry-run" in done.stderr

@@ -15,6 +15,8 @@ from partialfc.build.head import build_head
 from partialfc.build.optimizers import build_head_optimizer
 from partialfc.config import Config, build_loss, build_sample_rate, load_config, parse_config, to_yaml
 from partialfc.errors import ConfigError
+from tests.harness.running import partialfc
+from tests.harness.tasks import write_task
 
 MINIMAL: dict[str, Any] = {"data": {"train": "some/folder"}}
 
@@ -193,3 +195,12 @@ def test_sample_rates_follow_their_schedule() -> None:
     assert (linear.largest, steps.largest) == (1.0, 0.5)
     head = build_head(parse_config({**MINIMAL, "head": {"weight_dtype": "bfloat16"}}), 20)
     assert head.weight.dtype is torch.bfloat16
+
+
+def test_a_data_set_of_another_size_is_refused(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(write_task(tmp_path)))
+    done = partialfc("train", config, "data.num_classes=38")
+    assert done.returncode == 2
+    assert "data.num_classes: 38 expected, and" in done.stderr
+    assert "has 37" in done.stderr

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from partialfc.config import parse_config
 from partialfc.engines.ddp import DdpEngine
 from partialfc.runtime.process import ProcessContext
 from partialfc.runtime.stopping import StopRequest
+from tests.harness.running import run
 
 
 def test_an_exception_does_not_leave_evaluation_mode_or_autocast_behind() -> None:
@@ -28,3 +31,15 @@ def test_an_exception_does_not_leave_evaluation_mode_or_autocast_behind() -> Non
     assert backbone.training
     assert backbone[1].training
     assert not torch.is_autocast_enabled("cpu")
+
+
+def test_parameters_that_nothing_uses_or_trains_are_named(short_task: Path, tmp_path: Path) -> None:
+    folder = f"run.dir={tmp_path / 'run'}"
+    unused = run(short_task, 2, "model.name=tests.harness.backbones:unused_first", folder)
+    assert unused.returncode == 1
+    assert "the forward pass does not use 1 trainable parameters" in unused.stderr
+    assert "to average over ranks: first. Remove them, or freeze them" in unused.stderr
+    assert run(short_task, 0, "model.name=tests.harness.backbones:unused_first", folder, "--force").returncode == 0
+    frozen = run(short_task, 0, "model.name=tests.harness.backbones:frozen", f"run.dir={tmp_path / 'frozen'}")
+    assert frozen.returncode == 2
+    assert "backbones:frozen has no parameter to train" in frozen.stderr

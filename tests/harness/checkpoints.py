@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from partialfc import CenterLoss, PartialFC, RowSGD, losses
 from partialfc.checkpoint.state import TrainingState
 from partialfc.engines.state import ReplicatedBackbone
+from partialfc.exchange.merge import merge
 
 
 def made(kind: Any = RowSGD, start: int = 0, classes: int = 11, **options: Any) -> TrainingState:
@@ -50,3 +53,11 @@ class Hostile:
 
     def __reduce__(self) -> Any:
         return os.system, (self.command,)
+
+
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    """The backbone of a run's newest checkpoint."""
+    path = folder / "all.safetensors"
+    path.unlink(missing_ok=True)
+    merge(folder, path, only="backbone.")
+    return {name.removeprefix("backbone."): value for name, value in load_file(path).items()}

@@ -1,9 +1,8 @@
-"""Properties of every loss by itself: its curve, its limits, what it refuses, and that others compute the same."""
+"""Properties of every loss by itself: its curve, its limits, its random margins, its wrappers."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -14,27 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
-from partialfc import ConfigError, PartialFC, losses
+from partialfc import PartialFC, losses
 from partialfc.head.random import normal_rows, stream_key
 from tests.harness.loss_cases import LOSSES, make_loss
-
-CLASSES, DIM = 17, 8
-COSINES = torch.linspace(-1, 1, 4001, dtype=torch.float64)
-
-
-def describe(count: int, norms: float | Tensor = 30.0, **more: Any) -> losses.Samples:
-    """Samples as the head describes them, for ``count`` cosines."""
-    ones = torch.ones(count, dtype=torch.float64)
-    found = losses.Samples(norms * ones, ones.bool(), torch.arange(count), 0, 0, noise=0 * ones)
-    return replace(found, **more)
-
-
-def curve(loss: losses.Loss, samples: losses.Samples, cosines: Tensor = COSINES) -> tuple[Tensor, Tensor]:
-    """Target logits and their slopes at ``cosines``."""
-    variable = cosines.clone().requires_grad_()
-    logit = loss.target_logit(variable, replace(samples, state=loss.stateful.state))
-    return logit.detach(), torch.autograd.grad(logit.sum(), variable)[0]
-
+from tests.harness.single_loss import CLASSES, COSINES, DIM, batch, curve, describe, head_of
 
 scales = st.floats(0.1, 512)
 angles, units = st.floats(0, math.pi / 2), st.floats(0, 1)
@@ -91,16 +73,6 @@ def test_slopes_are_the_curves_own(loss: losses.Loss, norm: float, noise: float)
     smooth[0] = smooth[-1] = False  # at the ends the derivative is bounded
     assert int(smooth.sum()) > 0.9 * len(COSINES)
     torch.testing.assert_close(slope[smooth], numeric[smooth], rtol=1e-4, atol=1e-4 * loss.scale)
-
-
-def batch(seed: int = 0, n: int = 9) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(n, DIM, generator=generator, dtype=torch.float64) * 5
-    return x.requires_grad_(), torch.randint(0, CLASSES, (n,), generator=generator)
-
-
-def head_of(loss: losses.Loss, **options: Any) -> PartialFC:
-    return PartialFC(CLASSES, DIM, loss, weight_dtype=torch.float64, **options)
 
 
 WITHOUT_MARGIN: list[losses.Loss] = [
@@ -164,80 +136,6 @@ def _with_scale(spec: dict[str, Any], scale: float) -> dict[str, Any]:
     return spec if spec["name"] == "softmax" else {**spec, "scale": scale}
 
 
-# --- the same loss, by others -----------------------------------------------------------------------------------------
-
-
-def in_pytorch_metric_learning(name: str) -> tuple[losses.Loss, Any]:
-    """Our loss and theirs."""
-    theirs = pytest.importorskip(
-        "pytorch_metric_learning.losses", reason="not installed: pytorch-metric-learning; pip install '.[dev]'"
-    )
-    sizes = {"num_classes": CLASSES, "embedding_size": DIM}
-    return {
-        "ArcFace": lambda: (losses.ArcFace(30, 0.4), theirs.ArcFaceLoss(**sizes, margin=math.degrees(0.4), scale=30)),
-        "CosFace": lambda: (losses.CosFace(30, 0.3), theirs.CosFaceLoss(**sizes, margin=0.3, scale=30)),
-        "SphereFace": lambda: (
-            losses.ASoftmax(30, 3, annealing_start=0.0, annealing_end=0.0),
-            theirs.SphereFaceLoss(**sizes, margin=3, scale=30),
-        ),
-        "SubCenterArcFace": lambda: (
-            losses.SubCenterArcFace(30, 0.4, sub_centers=3),
-            theirs.SubCenterArcFaceLoss(**sizes, margin=math.degrees(0.4), scale=30, sub_centers=3),
-        ),
-        "NormalizedSoftmax": lambda: (
-            losses.NormFace(20),
-            theirs.NormalizedSoftmaxLoss(**sizes, temperature=1 / 20),
-        ),
-    }[name]()
-
-
-@pytest.mark.parametrize("name", ["ArcFace", "CosFace", "SphereFace", "SubCenterArcFace", "NormalizedSoftmax"])
-def test_pytorch_metric_learning_computes_the_same(name: str) -> None:
-    ours, theirs = in_pytorch_metric_learning(name)
-    head, (x, y) = head_of(ours), batch()
-    # Their SphereFace multiplies by the embeddings' lengths; with length 1 it is ours, but along the embedding itself.
-    x = normalize(x.detach()).requires_grad_()
-    rows = head.weight.detach().reshape(-1, DIM)
-    theirs.W = torch.nn.Parameter(rows.T.clone())
-    expected = theirs(x, y)
-    (their_x, their_w) = torch.autograd.grad(expected, (x, theirs.W))
-    out = head(x, y)
-    out.loss.backward()
-    torch.testing.assert_close(out.loss.detach(), expected.detach(), rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(head.weight.grad.to_dense().reshape(-1, DIM), their_w.T, rtol=1e-7, atol=1e-9)
-    radial = (their_x * x.detach()).sum(1, keepdim=True) * x.detach()
-    torch.testing.assert_close(x.grad, their_x - radial, rtol=1e-7, atol=1e-9)
-
-
-def test_straight_through_margin_gradient_is_that_of_training_under_no_grad() -> None:
-    x, y = batch()
-    head = head_of(losses.ArcFace(margin_gradient="straight_through"))
-    head(x, y).loss.backward()
-    theirs = x.detach().clone().requires_grad_()
-    cosine = normalize(theirs) @ normalize(head.weight.detach()).T
-    with torch.no_grad():  # the widely copied code: logits changed in place, invisible to autograd
-        own = cosine[range(len(y)), y]
-        cosine[range(len(y)), y] = torch.cos(torch.acos(own) + 0.5)
-    cross_entropy(64 * cosine, y).backward()
-    torch.testing.assert_close(x.grad, theirs.grad, rtol=1e-8, atol=1e-10)
-
-
-@pytest.mark.parametrize("bias", [True, False])
-def test_label_smoothing_is_that_of_torch_cross_entropy(bias: bool) -> None:
-    x, y = batch()
-    head = head_of(losses.LabelSmoothing(losses.Softmax(bias=bias), 0.15))
-    theirs = x.detach().clone().requires_grad_()
-    expected = cross_entropy(theirs @ head.weight.detach().T, y, label_smoothing=0.15)
-    expected.backward()
-    out = head(x, y)
-    out.loss.backward()
-    torch.testing.assert_close(out.loss.detach(), expected.detach())
-    torch.testing.assert_close(x.grad, theirs.grad)
-
-
-# --- random margins ---------------------------------------------------------------------------------------------------
-
-
 def test_elastic_margins_are_normal_and_a_function_of_seed_step_and_position() -> None:
     positions = torch.arange(20_000)
     draws = torch.empty(20_000, 1)
@@ -265,116 +163,6 @@ def test_the_plus_form_gives_the_largest_margin_to_the_hardest_sample() -> None:
     margins = cosine - loss.target_logit(cosine, samples)
     # The draws of the valid samples are 0.5, 0.6, 0.4, 0.7; the hardest of them has cosine 0.1.
     assert margins[valid].tolist() == pytest.approx([0.4, 0.7, 0.6, 0.5])
-
-
-# --- refusals ---------------------------------------------------------------------------------------------------------
-
-REFUSED: list[tuple[Callable[[], Any], str]] = [
-    (lambda: losses.NormFace(scale=0), "scale must be a positive number, got 0"),
-    (lambda: losses.CosFace(scale=math.inf), "scale must be a positive number, got inf"),
-    (lambda: losses.ArcFace(scale="64"), "scale must be a positive number, got 64"),
-    (lambda: losses.ArcFace(margin=math.nan), r"margin must lie in \[0, 1.5708\], got nan"),
-    (lambda: losses.SphereFace(margin=0.5), r"margin must lie in \[1, 8\], got 0.5"),
-    (lambda: losses.ASoftmax(margin=0), r"margin must lie in \[1, 8\], got 0"),
-    (lambda: losses.ASoftmax(margin=1.35), "whole number in .* SphereFace accepts fractions"),
-    (lambda: losses.ASoftmax(annealing_start=1.0, annealing_end=5.0), r"annealing_start must lie in \[5, 1e\+09\]"),
-    (lambda: losses.SubCenterArcFace(sub_centers=0), r"sub_centers must be a whole number in \[1, 256\], got 0"),
-    (lambda: losses.SubCenter(losses.CosFace(), sub_centers=1.5), "sub_centers must be a whole number"),
-    (lambda: losses.SubCenter(losses.Softmax()), "Softmax works on raw logits"),
-    (lambda: losses.SubCenter(losses.SubCenterArcFace()), "has sub-centers already"),
-    (lambda: losses.SubCenter("arcface"), "loss must be a partialfc.losses.Loss"),
-    (lambda: losses.CurricularFace(momentum=1.5), r"momentum must lie in \[0, 1\], got 1.5"),
-    (lambda: losses.MVAMSoftmax(emphasis=0.9), r"emphasis must lie in \[1, 2\], got 0.9"),
-    (lambda: losses.MagFace(margin_low=0.8, margin_high=0.4), r"margin_high must lie in \[0.8, 1.5708\], got 0.4"),
-    (lambda: losses.MagFace(norm_low=110, norm_high=10), "0 < norm_low < norm_high must hold, got 110 and 10"),
-    (lambda: losses.MagFace(penalty_weight=-1), "penalty_weight must lie in"),
-    (lambda: losses.AdaFace(margin=1.2), r"margin must lie in \[0, 1\], got 1.2"),
-    (lambda: losses.AdaFace(concentration=0), "concentration must be a positive number, got 0"),
-    (lambda: losses.ElasticArcFace(std=-0.1), r"std must lie in \[0, 1\], got -0.1"),
-    (lambda: losses.Circle(margin=2), r"margin must lie in \[0, 1\], got 2"),
-    (lambda: losses.UCE(negative_weight=0), "negative_weight must be a positive number, got 0"),
-    (lambda: losses.UCE(bias=math.inf), r"bias must lie in \[-10000, 10000\], got inf"),
-    (lambda: losses.UCE(bias="x"), "bias must lie in"),
-    (lambda: losses.SubCenterArcFace(sub_centers=math.nan), "whole number in .* got nan"),
-    (lambda: losses.SubCenterArcFace(sub_centers=257), "whole number in .* got 257"),
-    (lambda: losses.MagFace(norm_low="a"), "norm_low must be a positive number, got a"),
-    (lambda: losses.ArcFace(scale=True), "scale must be a positive number, got True"),
-    (lambda: losses.LabelSmoothing(losses.Softmax(), "a"), "smoothing must lie in"),
-    (lambda: losses.Focal(losses.ArcFace(), gamma=-1), r"gamma must lie in \[0, 10\], got -1"),
-    (lambda: losses.Focal(losses.ArcFace(), alpha=0), "alpha must be a positive number, got 0"),
-    (lambda: losses.Focal(losses.UCE()), "UCE has no p_y"),
-    (lambda: losses.Focal(losses.Focal(losses.ArcFace())), "Focal has no p_y"),
-    (lambda: losses.Focal(losses.LabelSmoothing(losses.ArcFace())), "LabelSmoothing has no p_y"),
-    (lambda: losses.LabelSmoothing(losses.Circle()), "whose negatives are plain logits, got Circle"),
-    (lambda: losses.LabelSmoothing(losses.UCE()), "got UCE"),
-    (lambda: losses.LabelSmoothing(losses.Softmax(), smoothing=1.0), r"smoothing must lie in \[0, 0.99\], got 1.0"),
-    (lambda: head_of(losses.ArcFace(), filter_threshold=1.5), r"in \[-1, 1\], got 1.5"),
-]
-
-
-@pytest.mark.parametrize(("make", "words"), REFUSED, ids=[words for _, words in REFUSED])
-def test_wrong_parameters_are_refused_with_the_valid_range(make: Callable[[], Any], words: str) -> None:
-    with pytest.raises(ConfigError, match=words):
-        make()
-
-
-def test_a_loss_that_breaks_its_contract_is_refused_when_the_head_is_made() -> None:
-    class Unknown(losses.NormFace):
-        needs = frozenset({"labels"})
-
-    class Mean(losses.NormFace):
-        def target_logit(self, cosine: Tensor, samples: losses.Samples) -> Tensor:
-            return cosine.mean()
-
-    class Hidden(losses.NormFace):
-        def __init__(self) -> None:
-            super().__init__()
-            self.power = torch.nn.Parameter(torch.ones(()))
-
-        def negative_logits(self, cosine: Tensor, samples: losses.Samples) -> Tensor:
-            return self.scale * cosine * self.power
-
-    class Forgetful(losses.NormFace):
-        def __init__(self) -> None:
-            super().__init__()
-            self.register_buffer("state", torch.zeros(1))
-
-    class FromNorms(losses.NormFace):
-        needs = frozenset({"norms"})
-
-        def negative_logits(self, cosine: Tensor, samples: losses.Samples) -> Tensor:
-            return self.scale * cosine * (samples.norms / 10).to(cosine.dtype)[:, None]
-
-    class Scalar(losses.NormFace):
-        def sample_loss(self, d: Tensor) -> Tensor:
-            return d.mean()
-
-    class Undeclared(losses.NormFace):
-        def target_logit(self, cosine: Tensor, samples: losses.Samples) -> Tensor:
-            return self.scale * (cosine - samples.noise)
-
-    with pytest.raises(TypeError):
-        head_of(Undeclared())
-    for kind, words in (
-        (FromNorms, r"FromNorms.negative_logits depends on a parameter of the loss or on samples.norms"),
-        (Scalar, r"Scalar.objective must keep the shape \[2\]"),
-        (Unknown, r"Unknown.needs may hold .* got \['labels'\]"),
-        (Mean, r"Mean.target_logit must keep the shape \[2\] of its input, got \[\]"),
-        (Hidden, "Hidden.negative_logits depends on a parameter of the loss"),
-        (Forgetful, r"Forgetful has a state but no statistics\(\)"),
-    ):
-        with pytest.raises(ConfigError, match=words):
-            head_of(kind())
-
-
-def test_a_loss_with_a_state_belongs_to_one_head() -> None:
-    for loss in (losses.CurricularFace(), losses.Focal(losses.AdaFace()), losses.UCE()):
-        head = head_of(loss)
-        with pytest.raises(ConfigError, match="already belongs to a head; give each head its own"):
-            head_of(loss)
-        assert head.loss is loss
-    shared = losses.ArcFace()
-    assert head_of(shared).loss is head_of(shared).loss, "nothing in it to disturb"
 
 
 def test_numbers_of_numpy_are_numbers() -> None:

@@ -1,4 +1,4 @@
-"""Bytes of a class: the arithmetic against the tensors themselves."""
+"""Lasting memory: bytes of a class against the tensors themselves, and bytes of a backbone by engine."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from partialfc import CenterLoss, LinearRate, PartialFC, RowAdagrad, RowAdamW, R
 from partialfc.errors import ConfigError
 from partialfc.head.optim.deferred_decay import deferred_decay_of
 from partialfc.head.sample_rate import largest_rate
-from partialfc.planning.memory import head_memory
+from partialfc.planning.memory import backbone_memory, head_memory
 
 CLASSES, DIM = 60, 24
 
@@ -112,3 +112,15 @@ def test_a_schedule_ends_with_all_classes() -> None:
         active.append(out.active_rows)
     assert active == pytest.approx([200, 200, 800, 800, 2000], rel=0.2)
     assert active[-1] == 2000
+
+
+@pytest.mark.parametrize(("precision", "width"), [("fp32", 4), ("bf16", 2)])
+def test_lasting_memory_of_a_backbone_follows_the_engine(precision: Any, width: int) -> None:
+    plain = backbone_memory(1000, "adamw", precision=precision)
+    assert plain == {"weights": 4000, "gradients": 4000, "optimizer": 8000}
+    stages = [backbone_memory(1000, "adamw", precision=precision, zero_stage=stage, world_size=4) for stage in range(4)]
+    master = 0 if width == 4 else 4000
+    assert stages[0] == {"weights": 1000 * width, "gradients": 1000 * width, "optimizer": master + 8000}
+    assert stages[1] == {"weights": 1000 * width, "gradients": 1000 * width, "optimizer": 3000}
+    assert stages[2] == {"weights": 1000 * width, "gradients": 250 * width, "optimizer": 3000}
+    assert stages[3] == {"weights": 250 * width, "gradients": 250 * width, "optimizer": 3000}

@@ -1,4 +1,4 @@
-"""State of runs: the list of run folders, and the health that a run serves."""
+"""State of runs: the list of run folders, and what a folder says of the run in it."""
 
 from __future__ import annotations
 
@@ -8,31 +8,17 @@ import re
 import signal
 import sys
 import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from prometheus_client.parser import text_string_to_metric_families
 
 from partialfc.config import parse_config
 from partialfc.runs.folder import RunFolder
 from partialfc.runs.listing import describe_runs, find_runs
 from partialfc.runs.state import record_failure
-from partialfc.tracking.http import Endpoint
-from tests.harness.running import (
-    command,
-    events,
-    finish,
-    free_port,
-    lines,
-    started,
-    state,
-    steps_done,
-    wait_until,
-)
+from tests.harness.running import command, events, finish, partialfc, started, state, steps_done, wait_until
 from tests.harness.tasks import write_task
 
 
@@ -132,6 +118,18 @@ def test_the_list_is_renewed_until_the_user_has_seen_enough(several: Path, tmp_p
         assert process.wait(10) == 0
 
 
+def test_runs_lists_a_folder_whose_name_is_not_a_command(several: Path) -> None:
+    for arguments in (["runs", several], ["runs", "list", several]):
+        done = partialfc(*arguments)
+        assert done.returncode == 0, done.stderr
+        (row,) = [line for line in done.stdout.splitlines() if line.startswith("old ")]
+        assert row.split()[:3] == ["old", "finished", "2,000/2,000"]
+    for folder in ("junk", "nope"):
+        done = partialfc("runs", "sync", several / folder)
+        assert done.returncode == 1
+        assert done.stderr.startswith(f"error: there is no run in {several}/{folder}")
+
+
 def config_of(folder: Path, **tracking: Any) -> Any:
     return parse_config({"run": {"dir": str(folder)}, "data": {"train": "x"}, "tracking": tracking})
 
@@ -158,54 +156,6 @@ def test_a_failure_that_another_rank_has_written_is_not_overwritten(
     time.sleep(0.3)
     assert state(tmp_path)["reason"] == "rank 1: the disk is gone"
     folder.close()
-
-
-def test_health_and_metrics_are_served_on_loopback(tmp_path: Path) -> None:
-    now: dict[str, Any] = {
-        "state": "running",
-        "step": 7,
-        "total_steps": 10,
-        "seconds_since_progress": 1.0,
-        "reason": "",
-    }
-    endpoint = Endpoint(0, lambda: now, stalled_after=60)
-    endpoint.record({"kind": "train", "step": 7, "loss": 1.5, "seconds": {"data": 0.25, "head": 0.5}, "time": 1.0})
-    endpoint.record({"kind": "event", "event": "skipped_step"})
-    endpoint.record({"kind": "event", "event": "skipped_step"})
-    base = f"http://127.0.0.1:{endpoint.port}"
-    with urllib.request.urlopen(f"{base}/healthz", timeout=10) as answer:
-        assert (answer.status, json.load(answer)["step"]) == (200, 7)
-    with urllib.request.urlopen(f"{base}/metrics", timeout=10) as answer:
-        families = {family.name: family for family in text_string_to_metric_families(answer.read().decode())}
-    assert families["partialfc_loss"].samples[0].value == 1.5
-    assert families["partialfc_step"].samples[0].value == 7
-    assert families["partialfc_up"].samples[0].value == 1
-    phases = {sample.labels["phase"]: sample.value for sample in families["partialfc_step_seconds"].samples}
-    assert phases == {"data": 0.25, "head": 0.5}
-    assert {s.labels["event"]: s.value for s in families["partialfc_events"].samples} == {"skipped_step": 2}
-    now["seconds_since_progress"] = 61.0
-    with pytest.raises(urllib.error.HTTPError, match="503"):
-        urllib.request.urlopen(f"{base}/healthz", timeout=10)
-    with pytest.raises(urllib.error.HTTPError, match="404"):
-        urllib.request.urlopen(f"{base}/elsewhere", timeout=10)
-    endpoint.close()
-
-
-def test_a_run_serves_its_health_while_it_trains_and_a_taken_port_is_no_reason_not_to(tmp_path: Path) -> None:
-    config = tmp_path / "config.yaml"
-    config.write_text(yaml.safe_dump(write_task(tmp_path)))
-    port = free_port()
-    long = ["optim.epochs=1000", "evaluation.every=0", f"tracking.metrics_port={port}"]
-    with started(command(config, 0, f"run.dir={tmp_path}/first", *long), tmp_path / "first.out") as first:
-        wait_until(lambda: steps_done(tmp_path / "first") >= 3, of=first)
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
-            text = answer.read().decode()
-        step = float(re.findall(r"^partialfc_step (\S+)$", text, re.MULTILINE)[0])
-        assert step >= 3
-        with started(command(config, 0, f"run.dir={tmp_path}/second", *long), tmp_path / "second.out") as second:
-            wait_until(lambda: steps_done(tmp_path / "second") >= 1, of=second)
-    assert f"tracking.metrics_port={port} cannot be served" in (tmp_path / "second.out").read_text()
-    assert lines(tmp_path / "second", "train")
 
 
 def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:

@@ -14,15 +14,7 @@ from partialfc.tracking.metrics import read_metrics
 from partialfc.tracking.wandb.run import WandbRun
 from tests.harness.running import events, finish, lines
 from tests.harness.wandb_log import Logged, assert_whole
-from tests.harness.wandb_runs import (
-    KEY,
-    LONGER,
-    clients,
-    environment,
-    killed_after,
-    partialfc,
-    train,
-)
+from tests.harness.wandb_runs import KEY, LONGER, clients, environment, killed_after, partialfc, train
 from tests.harness.wandb_server import Server
 
 
@@ -194,14 +186,3 @@ def test_the_trainer_never_imports_wandb(task: Path, tmp_path: Path) -> None:
         done = finish(words, env=environment(tmp_path))
         assert done.returncode == 0, done.stdout + done.stderr
         assert (tmp_path / mode / "wandb").exists() == (mode == "offline")
-
-
-def test_runs_lists_a_folder_whose_name_is_not_a_command(offline: Path) -> None:
-    for arguments in (["runs", str(offline)], ["runs", "list", str(offline)]):
-        done = partialfc(offline, *arguments)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.splitlines()[1].split()[:3] == ["run", "finished", "36/36"]
-    for folder in ("home", "nope"):
-        done = partialfc(offline, "runs", "sync", str(offline / folder))
-        assert done.returncode == 1
-        assert done.stderr.startswith(f"error: there is no run in {offline}/{folder}")

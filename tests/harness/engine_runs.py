@@ -1,0 +1,63 @@
+"""Runs of both engines: trained by name, and what they leave read back."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.harness.machine import no_fp16, no_fp16_under_deepspeed
+from tests.harness.running import finish, lines
+
+FAULTY_RUN = str(Path(__file__).with_name("faulty_run.py"))
+LINEAR = "tests.harness.backbones:linear"
+STAGES = [0, 1, 2, 3]
+SPLIT = [1, 2, 3]
+TWELVE = ["optim.epochs=1"]  # 12 steps
+
+
+def zero(stage: int, *more: str) -> list[str]:
+    return ["engine.name=deepspeed", f"engine.zero_stage={stage}", *more]
+
+
+def train_all(task: Path, ranks: int, runs: dict[str, list[str]], fault: list[Any] | None = None) -> None:
+    """Train runs of these names and overrides. One that fails leaves its output: the tests that ask for it fail."""
+    for name, overrides in runs.items():
+        words = [sys.executable, FAULTY_RUN, str(task), *map(str, fault or ("nothing", 0, "1"))]
+        done = finish([*words, f"run.dir={task.parent / name}", *overrides], ranks=ranks)
+        if done.returncode:
+            (task.parent / f"{name}.failed").write_text(done.stdout + done.stderr)
+
+
+def folder_of(task: Path, name: str) -> Path:
+    """The folder of a run that has come to its end."""
+    failed = task.parent / f"{name}.failed"
+    if failed.exists():
+        pytest.fail(f"the run {name} has failed:\n{failed.read_text()}")
+    return task.parent / name
+
+
+def curve(task: Path, name: str, key: str = "loss") -> list[float]:
+    return [line[key] for line in lines(folder_of(task, name), "train")]
+
+
+def of_ranks(task: Path, name: str, ranks: int = 2) -> list[dict[str, Any]]:
+    return [json.loads((folder_of(task, name) / f"rank{rank}.json").read_text()) for rank in range(ranks)]
+
+
+def no_fp16_for(engine: str) -> str | None:
+    """Why an engine cannot train in fp16 here, or None."""
+    return no_fp16_under_deepspeed() if "zero" in engine else no_fp16()
+
+
+def skip_if(reason: str | None) -> None:
+    if reason:
+        pytest.skip(reason)
+
+
+def applied(losses: list[float]) -> list[float]:
+    """The losses of the steps that were applied; a skipped one has none."""
+    return [loss for loss in losses if loss is not None]
