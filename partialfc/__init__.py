@@ -4,8 +4,8 @@
 >>> head = PartialFC(num_classes=1000, embedding_dim=128, loss=losses.ArcFace(scale=64.0, margin=0.5))
 >>> optimizer = RowSGD(head.parameters(), lr=0.1)
 
-The head and the losses are imported at their first use, because they need torch: ``partialfc --help`` and the processes
-beside a training start without it.
+The head and the losses need torch and are imported on first use, so ``partialfc --help`` and a run's side processes
+start without it.
 """
 
 from importlib import import_module
@@ -68,7 +68,7 @@ def __getattr__(name: str) -> object:
         return import_module(f"{__name__}.{name}")
     if name in __all__:
         value: object = getattr(import_module(f"{__name__}.head"), name)
-        globals()[name] = value  # the next use does not come here
+        globals()[name] = value  # later uses bypass this function
         return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

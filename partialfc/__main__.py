@@ -6,7 +6,7 @@ import sys
 
 
 def main() -> None:
-    """Run the command. Where a package of the trainer is missing, say how to install it."""
+    """Run the command; if a package of the trainer is missing, say how to install it."""
     try:
         from partialfc.cli.main import main as run
 

@@ -1,8 +1,8 @@
 """Exceptions of the package.
 
-Every exception of the package derives from :class:`PartialFCError`, so a trainer can tell a mistake that this package
-explains from anything else. Errors that one rank detects inside the head travel to all ranks with the batch: the same
-exception, with the same words, is raised everywhere, and no rank is left waiting in a collective.
+Every exception of the package derives from :class:`PartialFCError`, so a trainer can catch exactly what this package
+explains. An error that one rank finds inside the head travels to all ranks with the batch: every rank raises the same
+exception with the same message, and none is left waiting in a collective.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class MissingDependency(PartialFCError, ImportError):
 
 
 class BatchMismatch(PartialFCError, ValueError):
-    """Embeddings and labels do not fit each other, the head, or what the other ranks passed."""
+    """Embeddings and labels do not fit each other, the head, or the other ranks' batches."""
 
 
 class LabelOutOfRange(PartialFCError, ValueError):
@@ -41,15 +41,15 @@ class RankLost(PartialFCError, RuntimeError):
 
 
 class Interrupted(PartialFCError):
-    """The user did not want to wait until the run had stopped."""
+    """A second Ctrl-C ended the run before it could stop cleanly."""
 
 
 class ExportFailed(PartialFCError):
-    """An exported file does not compute what it was exported from."""
+    """An exported file computes different embeddings than its backbone."""
 
 
 class CheckpointFailed(PartialFCError, OSError):
-    """A checkpoint could not be written; what was there before is untouched."""
+    """A checkpoint could not be written; earlier ones are untouched."""
 
 
 class DamagedCheckpoint(DataError):
@@ -57,4 +57,4 @@ class DamagedCheckpoint(DataError):
 
 
 class Diverged(PartialFCError, ArithmeticError):
-    """The numbers are no longer finite, or the loss keeps jumping, and skipping steps does not help."""
+    """The numbers stay non-finite, or the loss keeps jumping, although steps are skipped."""

@@ -1,4 +1,4 @@
-"""The one file lock, and the one atomic write."""
+"""The package's only file lock and atomic write."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     Raises:
         OSError: the file cannot be written; ``path`` is unchanged.
     """
-    # Several processes may write the same file: each has a temporary file of its own.
+    # Several processes may write the same file: each has its own temporary file.
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with temporary.open("wb") as file:
@@ -34,7 +34,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 def sync_to_disk(path: Path) -> None:
-    """Return when a file's content, or the names in a folder, are on the disk."""
+    """Sync a file's content, or the names in a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -43,7 +43,7 @@ def sync_to_disk(path: Path) -> None:
 
 
 class FileLock:
-    """An exclusive lock between processes, held until :meth:`release` or until the process ends, in whatever way.
+    """An exclusive lock between processes, held until :meth:`release` or the end of the process, however it ends.
 
     It belongs to the process: forked children do not inherit it, and a second lock on the same file in the same process
     is granted. Where the file system has no locks, every lock is granted and :attr:`unsupported` says why.

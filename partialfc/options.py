@@ -1,4 +1,4 @@
-"""Checks of names and values that people write into a config or a command."""
+"""Checks of names and values in a config or a command."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def convert_like(where: str, value: Any, default: Any) -> Any:
         where: config key, for the message.
 
     Raises:
-        ConfigError: the value is of another type.
+        ConfigError: the value has the wrong type.
     """
     for kind, expected in ((bool, "true or false"), (str, "a text")):
         if isinstance(default, kind):

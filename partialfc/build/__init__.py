@@ -1,5 +1,5 @@
 """The parts of a run, built from its config: backbone, head, optimizers, engine.
 
-Imports ``engines``, ``models``, ``head`` and ``config``. ``train``, ``evaluate``, ``planning`` and rooms above them
-import it.
+Imports ``engines``, ``runtime``, ``config``, ``models`` and ``head``. ``checkpoint``, ``evaluate``, ``planning``,
+``runs`` and the rooms above may import it.
 """

@@ -20,7 +20,7 @@ def build_backbone(config: Config, process: ProcessContext) -> nn.Module:
     """Build the module whose tensors are trained, saved and exported, on this rank's device.
 
     Raises:
-        ConfigError: the backbone is unknown, or the device cannot do what the config asks for.
+        ConfigError: the backbone is unknown, or the device does not support a setting.
         MissingDependency: the backbone needs a package that is not installed.
     """
     model = config.model

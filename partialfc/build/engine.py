@@ -13,7 +13,7 @@ from partialfc.runtime.process import ProcessContext
 
 
 def build_engine(module: nn.Module, config: Config, process: ProcessContext) -> Engine:
-    """Build the engine of the config, with an optimizer, around a backbone that has its initial weights. A collective.
+    """Build the config's engine, with its optimizer, around an initialised backbone. A collective.
 
     Raises:
         ConfigError: all parameters of the backbone are frozen, or the engine refuses its settings.

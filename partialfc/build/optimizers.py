@@ -13,7 +13,7 @@ from partialfc.head.optim.base import RowOptimizer
 
 
 def build_backbone_optimizer(config: Config, backbone: nn.Module, device: torch.device) -> torch.optim.Optimizer:
-    """Build the backbone's optimizer, at the peak learning rate; on a GPU one kernel updates all tensors."""
+    """Build the backbone's optimizer at the peak learning rate; on a GPU, a fused kernel updates all tensors."""
     optim = config.optim
     common: dict[str, Any] = {"lr": optim.lr, "weight_decay": optim.weight_decay}
     if device.type == "cuda":
@@ -24,11 +24,11 @@ def build_backbone_optimizer(config: Config, backbone: nn.Module, device: torch.
 
 
 def build_head_optimizer(config: Config, head: PartialFC) -> RowOptimizer:
-    """Build the head's optimizer, at the peak learning rate; each group holds its factor on it as ``lr_factor``."""
+    """Build the head's optimizer at the peak learning rate; each group keeps its multiple of it as ``lr_factor``."""
     optim = config.optim
     rows = [parameter for parameter in (head.weight, head.bias) if parameter is not None]
     groups: list[dict[str, Any]] = [{"params": rows, "lr_factor": optim.head_lr_factor}]
-    # A number that a loss learns (UCE's threshold) is not a row: neither decay nor the rows' learning rate suits it.
+    # A scalar that a loss learns (UCE's threshold) is not a row: it gets neither decay nor the rows' learning rate.
     loss_parameters = list(head.loss.parameters())
     if loss_parameters:
         groups.append({"params": loss_parameters, "lr_factor": 1.0, "weight_decay": 0.0})

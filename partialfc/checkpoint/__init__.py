@@ -1,4 +1,5 @@
 """Checkpoints: written during training, checked before use.
 
-Imported by evaluate, train, exchange and cli; imports runs, engines, runtime, data, config and the head, never train.
+Imports ``runs``, ``engines``, ``runtime``, ``data``, ``tracking.console``, ``config``, ``models`` and ``head``.
+``evaluate``, ``train`` and the rooms above may import it.
 """

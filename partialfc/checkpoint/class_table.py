@@ -31,10 +31,10 @@ def class_names(table: Path) -> Iterator[str]:
 
 
 def check_class_table(before: Path, now: Path, may_grow: bool) -> int:
-    """Return the number of classes that ``now`` adds to the classes of ``before``, with which it must begin.
+    """Return the number of classes that ``now`` appends to the classes of ``before``.
 
     Raises:
-        ConfigError: a class has another id than before or is missing, or there are new ones and ``may_grow`` is false.
+        ConfigError: a class has changed its id or is missing, or there are new classes and ``may_grow`` is false.
         DataError: a table cannot be read.
     """
     new = 0

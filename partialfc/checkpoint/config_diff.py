@@ -9,7 +9,7 @@ from partialfc.models import BY_NAME
 
 ChangeSeverity = Literal["harmless", "needs --force", "impossible"]
 
-# The longest prefix decides. Harmless: no number depends on it but where the run looks and how much memory it takes.
+# The longest matching prefix decides. A harmless key changes no trained number.
 _SEVERITY: dict[str, ChangeSeverity] = {
     "": "needs --force",
     "run": "harmless",
@@ -19,11 +19,11 @@ _SEVERITY: dict[str, ChangeSeverity] = {
     "data.channels": "impossible",
     "data.image_size": "needs --force",
     "model": "impossible",
-    "model.options": "needs --force",  # where one changes a shape, the checkpoint does not load
+    "model.options": "needs --force",  # one that changes a shape makes loading fail
     "model.activation_checkpointing": "harmless",
     "model.channels_last": "harmless",
     "model.pretrained": "harmless",  # read at step 0 only
-    # A checkpoint is the same whoever wrote it. engine.precision is not here: it changes what is computed.
+    # Checkpoints do not depend on the engine. engine.precision is absent: it changes results.
     "engine.name": "harmless",
     "engine.zero_stage": "harmless",
     "engine.offload": "harmless",
@@ -42,16 +42,16 @@ _SEVERITY: dict[str, ChangeSeverity] = {
     "checkpoint": "harmless",
 }
 
-# What versions without a key did. A key that is newer than version 0.1 has a line here, whatever its default is today;
-# one that is lacking both in the checkpoint and here counts as unchanged.
+# The behaviour of versions that lack a key. Every key added since 0.1 has a line here, whatever its default today; a
+# key absent from both the checkpoint and this table counts as unchanged.
 BEFORE_KEY: dict[str, Any] = {
     "model.options": {},
     "optim.spike": None,
     "engine.precision": "fp32",
-    "head.matmul_precision": None,  # float32 products, and what null chooses is as exact
+    "head.matmul_precision": None,  # float32 products; null chooses products as exact
 }
 
-_OPEN_SECTIONS = ("head.loss", "model.options")  # their keys are those of a loss or a backbone, not of the schema
+_OPEN_SECTIONS = ("head.loss", "model.options")  # their keys belong to a loss or a backbone, not to the schema
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Change:
 def config_changes(before: dict[str, Any], now: dict[str, Any]) -> list[Change]:
     """Return the keys whose values differ between two resolved configs, by name.
 
-    A key that ``before`` lacks because its version did not have it counts as what that version did.
+    A key unknown to the version that wrote ``before`` counts as that version's behaviour.
     """
     old, new = _flatten(_with_lacking_keys(before, now)), _flatten(now)
     keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
@@ -96,18 +96,18 @@ def _with_lacking_keys(before: dict[str, Any], now: dict[str, Any], prefix: str 
 
 
 def _has_no_centers(change: Change) -> bool:
-    """A center loss that is new or gone: its centers are nowhere, or have nowhere to go."""
+    """Return True for a center loss added or removed: its centers cannot be loaded, or would be lost."""
     return change.key.startswith("head.center_loss.") and None in (change.before, change.now)
 
 
 def _is_alias(change: Change) -> bool:
-    """Another name of the same backbone: r50 and iresnet50."""
+    """Return True for another name of the same backbone: r50 and iresnet50."""
     names = (change.before, change.now)
     return change.key == "model.name" and len({id(BY_NAME.get(name, name)) for name in names}) == 1
 
 
 def _is_as_precise(change: Change) -> bool:
-    """Return true for another way to form products that are as exact: any but ``fast``."""
+    """Return True for a change between equally exact precisions: all but ``fast``."""
     return change.key == "head.matmul_precision" and "fast" not in (change.before, change.now)
 
 

@@ -14,29 +14,29 @@ from partialfc.errors import CheckpointFailed, DamagedCheckpoint
 from partialfc.runtime.collectives import all_gather_object, broadcast_from_rank0, is_rank0, rank_slice
 from partialfc.tracking.console import log
 
-REPLACED = ".replaced"  # ends the hidden name of a checkpoint while another one of its step takes its place
+REPLACED = ".replaced"  # suffix of the hidden name of a checkpoint that is being replaced
 
 
 def step_folder(folder: Path, step: int) -> Path:
-    """Return the place of the checkpoint of ``step``."""
+    """Return the folder of the checkpoint of ``step``."""
     return folder / f"step-{step:08d}"
 
 
 def step_of(checkpoint: Path) -> int:
-    """Return the step of a checkpoint folder, by its name."""
+    """Return the step in a checkpoint folder's name."""
     return int(checkpoint.name.removeprefix("step-"))
 
 
 def step_folders(folder: Path) -> list[Path]:
-    """Return the checkpoint folders in ``folder``, the newest first."""
+    """Return the checkpoint folders in ``folder``, newest first."""
     found = [path for path in folder.glob("step-*") if path.is_dir() and path.name[5:].isdecimal()]
     return sorted(found, key=step_of, reverse=True)
 
 
 def latest_valid(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """Return the newest checkpoint in ``folder`` whose files all match their digests, and its manifest; None if none.
+    """Return the newest checkpoint in ``folder`` whose files all match their digests, and its manifest; or None.
 
-    Damaged ones are reported and passed over. A collective: the ranks share the reading, and agree.
+    Damaged checkpoints are logged and skipped. A collective: the ranks share the reading and agree on the result.
     """
     for checkpoint in broadcast_from_rank0(lambda: step_folders(folder)):
         try:
@@ -58,7 +58,7 @@ def prune(folder: Path, keep_last: int, keep_every: int) -> list[Path]:
 
     Args:
         keep_last: newest complete checkpoints to keep.
-        keep_every: keep multiples of this number of steps besides; 0: none.
+        keep_every: also keep checkpoints at multiples of this many steps; 0: none.
     """
     kept, removed = 0, []
     for path in step_folders(folder):
@@ -66,7 +66,7 @@ def prune(folder: Path, keep_last: int, keep_every: int) -> list[Path]:
         if (path / MANIFEST).exists() and kept < keep_last:
             kept += 1
         elif kept >= keep_last and not milestone:
-            # Under another name first: a folder half removed must not look like a checkpoint.
+            # Rename first: a half-removed folder must not look like a checkpoint.
             doomed = path.with_name(f".{path.name}.removed")
             path.rename(doomed)
             shutil.rmtree(doomed, ignore_errors=True)
@@ -79,14 +79,14 @@ def restore_replaced(folder: Path) -> None:
     for replaced in folder.glob(f".step-*{REPLACED}"):
         path = replaced.with_name(replaced.name[1 : -len(REPLACED)])
         if not path.exists():
-            with suppress(OSError):  # a folder that cannot be written; the others are used
+            with suppress(OSError):  # a read-only folder; the other checkpoints are used
                 replaced.rename(path)
 
 
 def set_aside(folder: Path, after: int) -> list[Path]:
     """Rename the checkpoints of steps beyond ``after``, damaged or unwanted, and return their new paths.
 
-    These steps are done again, and the checkpoints written then must not count as older. Nothing is removed.
+    Their steps will be repeated, and the new checkpoints must count as the newest. Nothing is removed.
 
     Raises:
         CheckpointFailed: one cannot be renamed.

@@ -15,18 +15,18 @@ from partialfc.head import PartialFC
 from partialfc.runtime.process import ProcessContext
 from partialfc.tracking.console import console_progress, no_progress
 
-_ELEMENTS = 1 << 22  # of the sums exchanged at once
+_ELEMENTS = 1 << 22  # elements of the sums exchanged at once
 
 
 @torch.no_grad()
 def start_at_mean_embeddings(
     config: Config, process: ProcessContext, dataset: TarDataset, backbone: nn.Module, head: PartialFC, first_class: int
 ) -> None:
-    """Rotate the weights of the classes from ``first_class`` on to the mean of their samples' unit embeddings.
+    """Rotate the weights of the new classes, ``first_class`` and up, to the mean of their samples' unit embeddings.
 
-    Weights keep their initial length, on which the size of their first steps depends. With sub-centers only the first
-    one is rotated. Centers of a center loss are set to the mean of the embeddings themselves. A class without samples
-    keeps its random weight. A collective: the ranks share the embedding, regardless of which rank owns the classes.
+    Weights keep their initial length, which sets the size of their first steps. With sub-centers, only the first is
+    rotated. The centers of a center loss are set to the mean of the embeddings themselves. A class without samples
+    keeps its random weight. A collective: the ranks share the embedding, whichever rank owns the classes.
 
     Args:
         backbone: in evaluation mode.

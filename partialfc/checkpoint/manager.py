@@ -1,4 +1,4 @@
-"""A run's checkpoints: written while it trains, resumed from when it starts again."""
+"""A run's checkpoints: saving, resuming, rolling back."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from partialfc.tracking.console import log
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """Resume point: step, samples and counts."""
+    """Step, samples and counts at which a run resumes."""
 
     step: int = 0
     samples: int = 0
@@ -48,8 +48,8 @@ class Checkpoints:
     """Writes and resumes from the checkpoints of a run; every rank has one.
 
     Args:
-        evaluating: gives the backbone to embed images with, as an engine does.
-        force: resume although the config has changed in ways that change results.
+        evaluating: provides the backbone in evaluation mode, as an engine does.
+        force: resume despite config changes that change results.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Checkpoints:
         self.folder = config.run.dir / "checkpoints"
         keep = config.checkpoint
         self._saver = Saver(keep.asynchronous, lambda: prune(self.folder, keep.keep_last, keep.keep_every))
-        self._other_samples = 0  # seen in earlier data sets, beyond those of as many steps of this one
+        self._other_samples = 0  # samples seen in earlier data sets, beyond as many steps of this one
         self._newest_step = -1  # loaded, written or being written
         self._complete_step = -1  # loaded or written
         self._rolled_back = (-1, 0)  # step of the checkpoint, number of times
@@ -77,7 +77,7 @@ class Checkpoints:
         """Load the newest valid checkpoint of the run folder, if there is one. A collective.
 
         Raises:
-            ConfigError: this run cannot resume from its config, data set or class table.
+            ConfigError: the config, data set or class table does not fit the checkpoint.
             DamagedCheckpoint: there are checkpoints, and none is valid.
         """
         run_on_rank0(lambda: restore_replaced(self.folder))
@@ -99,7 +99,7 @@ class Checkpoints:
         self._set_aside(step_of(path))
         step: int = manifest["step"]
         self._complete_step = step
-        self._newest_step = -1 if new_classes else step  # the checkpoint of this step lacks them
+        self._newest_step = -1 if new_classes else step  # this step's checkpoint lacks the new classes
         if self.process.is_first:
             log(f"resuming from step {step:,} ({path}, written on {manifest.get('world_size')} ranks)")
         if new_classes:
@@ -112,13 +112,13 @@ class Checkpoints:
         """Load the newest valid checkpoint into a run that continues at ``step``. A collective.
 
         Args:
-            most: number of times that one checkpoint may be rolled back to.
+            most: rollbacks allowed to one checkpoint.
 
         Returns:
             Its path, or None if there is none.
 
         Raises:
-            Diverged: rolling back to it has not helped.
+            Diverged: the loss kept jumping after that many.
         """
         self._saver.wait()
         found = latest_valid(self.folder)
@@ -136,7 +136,7 @@ class Checkpoints:
         return str(path)
 
     def describe_newest(self) -> str:
-        """Describe the checkpoint that a failing run would resume from."""
+        """Describe the checkpoint from which a failing run would resume."""
         if self._complete_step < 0:
             return "there is no checkpoint yet"
         return f"the newest checkpoint, of step {self._complete_step:,}, is older"
@@ -144,7 +144,7 @@ class Checkpoints:
     def _set_aside(self, after: int) -> None:
         for place in broadcast_from_rank0(lambda: set_aside(self.folder, after)):
             if self.process.is_first:
-                log(f"set aside, since its steps are done again: {place}")
+                log(f"set aside, since its steps will be repeated: {place}")
 
     def _samples_before(self, step: int) -> int:
         return samples_before(step, self.dataset.num_samples, self.config.data.global_batch_size)
@@ -182,9 +182,9 @@ class Checkpoints:
         impossible = [str(change) for change in changes if change.severity == "impossible"]
         forced = [str(change) for change in changes if change.severity == "needs --force"]
         if impossible or (forced and not self.force):
-            advice = "choose another run.dir" + ("" if impossible else ", or pass --force to resume all the same")
+            advice = "choose another run.dir" + ("" if impossible else ", or pass --force to resume anyway")
             raise ConfigError(
-                f"{path} was written with another config:\n  " + "\n  ".join(impossible + forced) + f"\n{advice}"
+                f"{path} was written with a different config:\n  " + "\n  ".join(impossible + forced) + f"\n{advice}"
             )
         if changes and self.process.is_first:
             log("changed since the checkpoint: " + "; ".join(map(str, changes)))
@@ -192,10 +192,10 @@ class Checkpoints:
     # --- saving -------------------------------------------------------------------------------------------------------
 
     def save(self, step: int, counts: dict[str, Any] | None = None) -> None:
-        """Start to write a checkpoint; :meth:`report` tells the outcome. A collective.
+        """Start writing a checkpoint; :meth:`report` logs the outcome. A collective.
 
         Args:
-            counts: what :meth:`resume` returns besides; must fit JSON.
+            counts: JSON-serialisable values that :meth:`resume` returns.
         """
         if step == self._newest_step:
             return
@@ -219,10 +219,10 @@ class Checkpoints:
         self._saver.save(step_folder(self.folder, step), self.state.tensors(), manifest, extra)
 
     def report(self, folder: RunFolder | None, wait: bool = False) -> None:
-        """Log the outcomes of the saves that have ended.
+        """Log the outcomes of the saves that have finished.
 
         Args:
-            wait: wait for all saves; the last one must have succeeded.
+            wait: first wait for all saves, the last of which must succeed.
 
         Raises:
             CheckpointFailed: the last one failed, with ``wait``.
@@ -236,12 +236,12 @@ class Checkpoints:
             if folder and result.error is None:
                 folder.metrics.write("event", event="checkpoint", step=step, path=str(result.folder))
             elif folder and not (wait and result is ended[-1]):
-                # A run is worth more than one of its checkpoints, and the previous one is still there.
+                # One lost checkpoint must not end the run: the previous one is still there.
                 log(f"WARNING: {result.error}; training continues without it")
                 folder.metrics.write("event", event="checkpoint_failed", step=step, reason=str(result.error))
         if wait and ended and ended[-1].error is not None:
             raise ended[-1].error
 
     def wait(self, seconds: float) -> None:
-        """Give a checkpoint that is being written ``seconds`` to become complete, before the process ends."""
+        """Wait up to ``seconds`` for a checkpoint that is being written, before the process ends."""
         self._saver.wait(seconds)

@@ -1,4 +1,4 @@
-"""``manifest.json``: size and digest of every file of a checkpoint, and everything in it that is not a tensor."""
+"""``manifest.json``: size and digest of every file of a checkpoint, and all state that is not a tensor."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _is_manifest(manifest: Any) -> bool:
 
 
 def manifest_digest(manifest: dict[str, Any]) -> str:
-    """Return the digest of a manifest, its own field excluded, so that a changed step counts as damage."""
+    """Return the digest of a manifest without its digest field, so that a changed step counts as damage."""
     rest = {name: value for name, value in manifest.items() if name != "digest"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 

@@ -1,7 +1,7 @@
 """Reader of untrusted checkpoints.
 
-No file is trusted before its size and digest agree with the manifest. DCP's own index is a pickle: it is read by an
-unpickler that knows only the classes of such an index, and refused unless every tensor lies whole in the listed files.
+No file is trusted before its size and digest match the manifest. DCP's own index is a pickle: an unpickler restricted
+to the classes of such an index reads it, and it is refused unless every tensor lies whole in the listed files.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ _OTHERS_IN_AN_INDEX = (dcp_metadata.BytesStorageMetadata, dcp_metadata._MEM_FORM
 
 
 def _memory_format(kind: type, name: str) -> Any:
-    """Stand in for ``getattr``, with which Python before 3.11.4 pickles a member of an enumeration."""
+    """Replace ``getattr``, with which Python before 3.11.4 pickles members of an enumeration."""
     if kind is not dcp_metadata._MEM_FORMAT_ENCODING:
-        raise pickle.UnpicklingError(f"{kind!r} is no enumeration of a checkpoint's index")
+        raise pickle.UnpicklingError(f"{kind!r} is not an enumeration of a checkpoint's index")
     return dcp_metadata._MEM_FORMAT_ENCODING[name]
 
 
@@ -67,8 +67,8 @@ _ALLOWED: dict[tuple[str, str], Any] = {
 class _IndexUnpickler(pickle._Unpickler):
     """Unpickler restricted to the classes of a DCP index.
 
-    It derives from the unpickler in Python, whose instructions can be overridden: only instances of the index's classes
-    are given attributes. The one in C would give them to classes too, and a file could change ``pathlib`` for the whole
+    Derives from the pure-Python unpickler, whose instructions can be overridden: only instances of the index's classes
+    get attributes. The C unpickler would set them on classes too, and a file could change ``pathlib`` for the whole
     process.
     """
 
@@ -102,11 +102,11 @@ class CheckedReader(FileSystemReader):
         files = read_manifest(path.parent)["files"]
         try:
             metadata = _IndexUnpickler(io.BytesIO(path.read_bytes())).load()
-        except Exception as error:  # anything may be in those bytes
+        except Exception as error:  # the bytes may hold anything
             raise DamagedCheckpoint(f"{path} cannot be read: {type(error).__name__}: {error}") from error
         try:
             problem = _find_problem(metadata, files)
-        except (AttributeError, TypeError, ValueError, IndexError) as error:  # not even of the right types
+        except (AttributeError, TypeError, ValueError, IndexError) as error:  # fields of the wrong type
             problem = f"is not a checkpoint's index ({error})"
         if problem:
             raise DamagedCheckpoint(f"{path} {problem}")
@@ -118,7 +118,7 @@ class CheckedReader(FileSystemReader):
 
 
 def _find_problem(metadata: Any, files: dict[str, dict[str, Any]]) -> str | None:
-    """Return why an index cannot be loaded, or None: each tensor must lie in the listed files, whole."""
+    """Return the reason an index cannot be loaded, or None. Each tensor must lie whole in the listed files."""
     if not isinstance(metadata, Metadata):
         return "is not a checkpoint's index"
     places: dict[Any, Any] = metadata.storage_data
@@ -143,7 +143,7 @@ def _find_problem(metadata: Any, files: dict[str, dict[str, Any]]) -> str | None
 
 
 def _is_covered(size: torch.Size, chunks: list[ChunkStorageMetadata]) -> bool:
-    """Return True if ``chunks`` are the rows of a tensor of this ``size``, each once."""
+    """Return True if ``chunks`` cover the rows of a tensor of this ``size`` exactly once."""
     if len(size) == 0:
         return len(chunks) == 1
     end = 0
@@ -168,7 +168,7 @@ def describe(checkpoint: Path, digests: bool = True) -> list[str]:
     """Describe a checkpoint folder in printable lines, without reading tensors.
 
     Args:
-        digests: read every file and compare its digest; otherwise the index's only.
+        digests: check the digests of all files; otherwise only the index's.
 
     Raises:
         DamagedCheckpoint: it is not a checkpoint, or a file was modified.

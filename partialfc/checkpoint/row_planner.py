@@ -1,4 +1,4 @@
-"""Reads only the rows of the classes that a rank owns, whichever ranks wrote them."""
+"""Load planner that reads only the rows a rank owns, whichever ranks wrote them."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from partialfc.runtime.collectives import Group, reason_of
 class RowLoadPlanner(DefaultLoadPlanner):
     """Loads into plain tensors; those named in ``first_row`` are this rank's rows of a larger tensor.
 
-    Rows beyond the stored ones stay as they are: a head that has more classes than the checkpoint is filled without
-    forming the old shape anywhere.
+    Rows beyond the stored ones are left unchanged, so that a head with more classes than the checkpoint loads without
+    ever taking the old shape.
 
     Args:
         first_row: index of this rank's first row, by tensor name.
@@ -52,14 +52,14 @@ class RowLoadPlanner(DefaultLoadPlanner):
 
 
 def stored_rows(stored: TensorStorageMetadata, first: int, count: int) -> int:
-    """Return how many of the ``count`` rows from ``first`` on are stored."""
+    """Return the number of stored rows among the ``count`` rows from ``first`` on."""
     return max(0, min(count, stored.size[0] - first))
 
 
 def read_tensors(
     reader: CheckedReader, targets: dict[str, Tensor], planner: RowLoadPlanner, group: Group = None
 ) -> None:
-    """Fill ``targets`` from a checkpoint. A collective of the ranks of ``group``; without one, each rank by itself.
+    """Fill ``targets`` from a checkpoint. A collective of ``group``; without one, each rank reads alone.
 
     Raises:
         DamagedCheckpoint: it cannot be read.

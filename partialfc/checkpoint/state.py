@@ -1,6 +1,6 @@
-"""All tensors of a run under the names that checkpoints use: saved from any number of ranks, loaded on any other.
+"""All tensors of a run under their checkpoint names: saved from any number of ranks, loaded on any other.
 
-A tensor with one row a class is a ``Shard(0)`` DTensor over the ranks; each reads its own range of the classes.
+A tensor with one row per class is a ``Shard(0)`` DTensor over the ranks; each rank reads its own range of classes.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ class TrainingState:
     """Weights, buffers and optimizer state of the backbone and the head.
 
     Args:
-        head_optimizer: None to load only what an evaluation needs.
+        head_optimizer: None for an evaluation, which needs no optimizer state.
     """
 
     def __init__(self, backbone: BackboneState, head: PartialFC, head_optimizer: Optimizer | None = None) -> None:
         self.backbone, self.head, self.head_optimizer = backbone, head, head_optimizer
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return all tensors, not copied; those with one row a class as DTensors. A collective."""
+        """Return all tensors, uncopied; those with one row per class as DTensors. A collective."""
         assert self.head_optimizer is not None
         found = self.backbone.tensors() | self._head_tensors()
         for name, parameter in self.head.named_parameters():
@@ -48,16 +48,16 @@ class TrainingState:
         }
 
     def load(self, checkpoint: Path, grow: bool = False) -> int:
-        """Fill all tensors from a checkpoint folder that has been checked. A collective of the head's ranks.
+        """Load all tensors from a verified checkpoint folder. A collective of the head's ranks.
 
         Args:
-            grow: accept a checkpoint of fewer classes: the others keep their weights, with zero optimizer state.
+            grow: accept a checkpoint with fewer classes; new ones keep their weights, with zero optimizer state.
 
         Returns:
             The number of classes in the checkpoint.
 
         Raises:
-            ConfigError: it is of another model, head, optimizer or number of classes.
+            ConfigError: its model, head, optimizer or number of classes differs.
             DamagedCheckpoint: it cannot be read.
         """
         stored = stored_tensors(checkpoint)
@@ -76,7 +76,7 @@ class TrainingState:
         return {f"{_HEAD}{name}": value for name, value in self.head.state_dict().items()}
 
     def _optimizer_targets(self, checkpoint: Path, stored: dict[str, TensorStorageMetadata]) -> dict[str, Tensor]:
-        """Return zeros in the shapes in which this rank holds the optimizer state of the checkpoint."""
+        """Return zeros in this rank's shapes of the checkpoint's optimizer state."""
         if self.head_optimizer is None:
             return {}
         head_shapes = {name: parameter.shape for name, parameter in self.head.named_parameters()}
@@ -128,7 +128,7 @@ class TrainingState:
 
 
 def _has_rows(name: str, dimensions: int) -> bool:
-    """Return True if a tensor of this name has one row a class; an optimizer's own step count has none."""
+    """Return True if a tensor of this name has one row per class; an optimizer's own step counter has not."""
     if name.startswith(_HEAD_OPTIMIZER):
         owner = name.removeprefix(_HEAD_OPTIMIZER).rpartition(".")[0]
     else:

@@ -1,4 +1,4 @@
-"""Writes checkpoints, complete or absent: under a hidden name, synced to disk, then renamed."""
+"""Checkpoint writing, complete or absent: under a hidden name, synced to disk, then renamed."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ def save_checkpoint(
     """Write a checkpoint folder. A collective.
 
     Args:
-        folder: its final name; what another checkpoint there holds is replaced.
+        folder: final name; a checkpoint already there is replaced.
         tensors: this rank's.
-        manifest: what the manifest says besides files, versions and digest; the first rank's.
-        extra: files to copy into it; the first rank's.
-        group: ranks that take part; None: all.
+        manifest: fields of the manifest besides files, versions and digest; from rank 0.
+        extra: files to copy into it; from rank 0.
+        group: participating ranks; None: all.
 
     Raises:
-        CheckpointFailed: on every rank, if it cannot be written (a full disk), or a tensor holds NaN; no other
-            checkpoint is touched.
+        CheckpointFailed: on every rank: it cannot be written (a full disk), or a tensor holds NaN. No other checkpoint
+            is touched.
     """
     first = is_rank0()
     temporary = folder.with_name(f".{folder.name}.incomplete")
@@ -53,13 +53,13 @@ def save_checkpoint(
         run_on_all_ranks(lambda: _check_finite(tensors), group)
         run_on_all_ranks(lambda: _begin(temporary, extra) if first else None, group)
         run_on_all_ranks(lambda: _write_tensors(temporary, tensors, group), group)
-        # The first rank's listing: on a network file system another rank may not see all files yet.
+        # Rank 0's listing: on a network file system another rank may not see all files yet.
         names = run_on_all_ranks(lambda: sorted(path.name for path in temporary.iterdir()) if first else None, group)[0]
         files = run_on_all_ranks(lambda: {name: describe_file(temporary / name) for name in rank_slice(names)}, group)
         run_on_all_ranks(lambda: _finish(temporary, folder, manifest, files) if first else None, group)
     except CheckpointFailed:
         if first:
-            shutil.rmtree(temporary, ignore_errors=True)  # its space is needed
+            shutil.rmtree(temporary, ignore_errors=True)  # frees its space
         raise
 
 
@@ -87,14 +87,14 @@ def _write_tensors(folder: Path, tensors: dict[str, Tensor], group: Group) -> No
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # about saving in a single process, which is intended
         writer = dcp.FileSystemWriter(folder, sync_files=True)
-        # Batch statistics differ between ranks; the first rank's count, since DDP broadcasts them.
+        # Batch statistics differ between ranks; rank 0's are saved, since DDP broadcasts them.
         planner = dcp.DefaultSavePlanner(dedup_save_to_lowest_rank=True)
         alone = not dist.is_initialized()
         dcp.save(tensors, storage_writer=writer, planner=planner, process_group=group, no_dist=alone)
 
 
 def _finish(temporary: Path, folder: Path, manifest: dict[str, Any], files: list[dict[str, Any]]) -> None:
-    """Write the manifest, and give the folder its name: only now it is a checkpoint.
+    """Write the manifest and rename the folder, which makes it a checkpoint.
 
     A kill between the two renames is repaired by :func:`partialfc.checkpoint.folders.restore_replaced`.
     """
@@ -108,11 +108,11 @@ def _finish(temporary: Path, folder: Path, manifest: dict[str, Any], files: list
     sync_to_disk(path)
     sync_to_disk(temporary)
     replaced = folder.with_name(f".{folder.name}{REPLACED}")
-    if folder.exists():  # of this step, before the head has grown
+    if folder.exists():  # of the same step, before the head grew
         folder.rename(replaced)
     temporary.rename(folder)
     sync_to_disk(folder.parent)
-    shutil.rmtree(replaced, ignore_errors=True)  # last: it takes long, and a kill must leave one of the two
+    shutil.rmtree(replaced, ignore_errors=True)  # last: it is slow, and a kill must leave one of the two
 
 
 @dataclass(frozen=True)
@@ -126,12 +126,12 @@ class SaveResult:
 class Saver:
     """Saves while training continues, at most one checkpoint at a time.
 
-    :meth:`save` copies the state into host memory, which it keeps for the next save, and returns; a thread with a
-    process group of its own writes the copy. Every rank has a saver, and calls :meth:`save` in the same steps.
+    :meth:`save` copies the state into host buffers, which the next save reuses, and returns; a thread with its own
+    process group writes the copy. Every rank has a saver and calls :meth:`save` at the same steps.
 
     Args:
-        asynchronous: if false, :meth:`save` returns when the checkpoint is written, and there is no copy.
-        saved: called on the first rank, by the writing thread, when a checkpoint is complete.
+        asynchronous: if false, :meth:`save` writes without a copy and returns when done.
+        saved: called on rank 0, by the writing thread, after each complete checkpoint.
     """
 
     def __init__(self, asynchronous: bool, saved: Callable[[], object]) -> None:
@@ -152,12 +152,12 @@ class Saver:
             self._write(folder, tensors, manifest, extra)
             return
         arguments = (folder, self._copied(tensors), manifest, extra)
-        # A daemon: a lost rank would block this thread, and with it the end of the process, for ever.
+        # A daemon: a lost rank would block this thread, and so the process's exit, for ever.
         self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint", daemon=True)
         self._thread.start()
 
     def wait(self, seconds: float | None = None) -> None:
-        """Return when nothing is being written any more, or after ``seconds``."""
+        """Wait until no checkpoint is being written, or for ``seconds``."""
         if self._thread is not None:
             self._thread.join(seconds)
             if not self._thread.is_alive():
@@ -208,6 +208,6 @@ class Saver:
 
 
 def _like(value: DTensor, local: Tensor) -> DTensor:
-    """Return ``local``, in host memory, as this rank's shard of a tensor such as ``value``."""
+    """Return ``local``, in host memory, as this rank's shard of a tensor like ``value``."""
     mesh = value.device_mesh if value.device_mesh.device_type == "cpu" else DeviceMesh("cpu", value.device_mesh.mesh)
     return DTensor.from_local(local, mesh, value.placements, run_check=False, shape=value.shape, stride=value.stride())

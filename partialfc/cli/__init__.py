@@ -1,5 +1,5 @@
-"""The command ``partialfc``: one module a verb, assembled by ``main``.
+"""The command ``partialfc``: one module per verb, assembled by ``main``.
 
-The top of the package: it may import every other room, and nothing imports it. Commands import what they need when they
-run, so that ``--help`` needs neither torch nor pydantic.
+May import every other room; only ``__main__`` imports it. Commands import their dependencies when they run, so that
+``--help`` needs neither torch nor pydantic.
 """

@@ -11,4 +11,4 @@ ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file, e
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="config keys to override, e.g. optim.lr=0.2")
 ]
-Force = Annotated[bool, typer.Option("--force", help="resume a run although its config has changed")]
+Force = Annotated[bool, typer.Option("--force", help="resume a run despite a changed config")]

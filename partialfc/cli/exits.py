@@ -14,10 +14,10 @@ STOPPED = 75  # EX_TEMPFAIL: stopped on request with a checkpoint written; start
 
 
 def exit_now(code: int) -> NoReturn:
-    """End the process without the interpreter's own shutdown.
+    """End the process without the interpreter's shutdown.
 
-    Native threads of a broken process group may never end, or abort during the shutdown; a launcher would then restart
-    a run that is done.
+    Native threads of a broken process group may hang or abort during the shutdown; a launcher would then restart a
+    finished run.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -27,7 +27,7 @@ def exit_now(code: int) -> NoReturn:
 def fail(error: Exception, code: int) -> NoReturn:
     """Print an error as one line and end with ``code``.
 
-    torchrun passes no exit code on, so the code and the message also go to the file that ``PARTIALFC_CODE_FILE`` names.
+    torchrun does not pass on exit codes, so code and message also go to the file named by ``PARTIALFC_CODE_FILE``.
     """
     sys.stdout.flush()
     with contextlib.suppress(OSError, KeyError):

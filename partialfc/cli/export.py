@@ -30,7 +30,7 @@ def export_command(
         str | None, typer.Option(help="confirm the run's my.module:factory or timm:NAME: its code is executed")
     ] = None,
 ) -> None:
-    """Export the backbone as safetensors and ONNX, and on request the class centres."""
+    """Export the backbone as safetensors and ONNX and, on request, the class centres."""
     from partialfc.config import load_config
     from partialfc.exchange.export import export
     from partialfc.tracking.wandb.run import sync_pending

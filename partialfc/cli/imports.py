@@ -23,7 +23,7 @@ def import_weights_command(
         Path | None, typer.Option(help="folder that holds checkpoint_gpu_*.pt or softmax_fc_gpu_*.pt")
     ] = None,
 ) -> None:
-    """Import InsightFace's weights, of any number of ranks, as the first checkpoint of CONFIG's run."""
+    """Import InsightFace weights, saved by any number of ranks, as the first checkpoint of CONFIG's run."""
     from partialfc.config import load_config
     from partialfc.exchange.import_weights import import_weights
 

@@ -22,7 +22,7 @@ def slurm_command(
     overrides: Overrides = None,
     partition: Annotated[str | None, typer.Option(help="partition of the cluster")] = None,
     account: Annotated[str | None, typer.Option(help="account to charge")] = None,
-    gpus_per_node: Annotated[str | None, typer.Option(help="number or kind:number of GPUs; one rank each")] = None,
+    gpus_per_node: Annotated[str | None, typer.Option(help="GPUs, as number or kind:number; one rank each")] = None,
     cpus_per_task: Annotated[int | None, typer.Option(min=1, help="cores per node (one task runs on a node)")] = None,
     mem: Annotated[str | None, typer.Option(help="memory per node, e.g. 400G")] = None,
     warning_seconds: Annotated[
@@ -46,7 +46,7 @@ def slurm_command(
         nodes, time, partition, account, gpus_per_node, cpus_per_task, mem, warning_seconds, tuple(sbatch or ())
     )
     words = [*(overrides or []), *(["--force"] if force else [])]
-    # --dry-run creates no run folder, so a script that is only printed sends the job's output elsewhere.
+    # --dry-run creates no run folder, so the printed script sends the job's output elsewhere.
     text = job_script(request, run.name, run, config, words, image, cache, Path() if dry_run else None)
     limit = seconds_of(time)
     if limit and warning_seconds > limit / 2:

@@ -45,7 +45,7 @@ def options(
         bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
     ] = False,
 ) -> None:
-    """Take the options that come before the verb."""
+    """Accept options before the verb."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -12,7 +12,7 @@ from partialfc.tracking.console import log
 
 
 class FolderOrCommand(TyperGroup):
-    """Group whose command ``list`` may be left out: ``partialfc runs DIR`` is ``partialfc runs list DIR``."""
+    """Group whose command ``list`` is optional: ``partialfc runs DIR`` is ``partialfc runs list DIR``."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if args and args[0] not in (*self.commands, "--help"):
@@ -31,7 +31,7 @@ def list_command(
     watch: Annotated[bool, typer.Option("--watch", help="refresh until Ctrl-C")] = False,
     every: Annotated[float, typer.Option(min=0.1, help="seconds between refreshes")] = 5.0,
 ) -> None:
-    """Show state, step, ETA and last metrics of runs. The word `list` may be left out."""
+    """Show state, step, ETA and last metrics of runs. The word `list` is optional."""
     from partialfc.runs.listing import describe_runs, watch_runs
 
     if watch:
@@ -44,7 +44,7 @@ def list_command(
 def sync_command(
     folder: Annotated[Path, typer.Argument(help="run folder")],
 ) -> None:
-    """Send W&B the rows of a run that it lacks, because the run was offline or the server did not answer."""
+    """Send the rows of a run that W&B lacks, after the run was offline or the server unreachable."""
     from partialfc.runs.sync import sync
 
-    log(f"{folder}: " + ("sent what W&B did not have" if sync(folder) else "nothing to send"))
+    log(f"{folder}: " + ("sent the missing rows" if sync(folder) else "nothing to send"))

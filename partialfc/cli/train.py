@@ -37,5 +37,5 @@ def train_command(
     from partialfc.train.main import train
 
     outcome = train(load_config(config, overrides or []), force)
-    # torchrun takes any other code for a failure and restarts the run; state.json holds the outcome.
+    # torchrun treats any other code as a failure and restarts the run; state.json holds the outcome.
     exit_now(STOPPED if outcome == "preempted" and not under_torchrun() else 0)

@@ -1,7 +1,7 @@
-"""The configuration: its schema, reading it from YAML and overrides, and the objects that it names.
+"""Configuration: the schema, loading from YAML and overrides, and the objects that a config names.
 
-Imports ``models``, ``head``, ``losses`` and ``options``, to check their parameters. Everything from ``runtime`` and
-``data`` upwards may import it.
+Imports ``models``, ``head``, ``losses`` and ``options``, to check their parameters. ``runtime``, ``data``, ``tracking``
+and the rooms above may import it.
 """
 
 from partialfc.config.load import load_config, parse_config, require_num_classes, to_yaml, value_of

@@ -1,4 +1,4 @@
-"""Reading of a config: YAML, then overrides from the command line, then validation."""
+"""Config loading: YAML, then overrides from the command line, then validation."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def parse_config(tree: dict[str, Any]) -> Config:
     """Validate a tree of plain values.
 
     Raises:
-        ConfigError: a key is unknown, of the wrong type or out of range, or two do not go together.
+        ConfigError: a key is unknown, of the wrong type or out of range, or two are incompatible.
     """
     try:
         config = Config.model_validate(tree)
@@ -79,7 +79,7 @@ def _check_engine(engine: EngineConfig) -> None:
 
 
 def to_yaml(config: Config) -> str:
-    """Return the resolved config as YAML, with every key; :func:`load_config` reads an equal one from it."""
+    """Return the resolved config as YAML, with every key; :func:`load_config` reads it back equal."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 

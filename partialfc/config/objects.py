@@ -14,7 +14,7 @@ from partialfc.options import convert_like, describe_unknown
 
 
 def build_loss(config: LossConfig) -> losses.Loss:
-    """Build the loss that a config names. A loss that wraps another takes it as ``loss``, with a name and parameters.
+    """Build the loss that a config names. A wrapping loss takes the other as ``loss``, with a name and parameters.
 
     Raises:
         ConfigError: the loss or a parameter is unknown, or a value is out of range.

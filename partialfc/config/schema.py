@@ -1,7 +1,7 @@
 """The configuration tree: one YAML file, overridden by ``section.key=value`` on the command line.
 
 Every key has a type, a default, a range and one line of documentation. Unknown keys are refused with the nearest name.
-A config sets the *global* batch; the number of ranks that share it is up to the launcher and changes no result.
+A config sets the *global* batch; the launcher chooses the number of ranks, which changes no result.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ class DataConfig(Section):
 
     train: Path = Field(description="data set folder with index.json")
     num_classes: int | None = Field(None, ge=1, description="number of classes that the data set must have; null: any")
-    global_batch_size: int = Field(256, ge=1, description="samples a step, over all ranks")
-    image_size: int = Field(32, ge=8, le=1024, description="pixels; images of another size are resized")
+    global_batch_size: int = Field(256, ge=1, description="samples per step, over all ranks")
+    image_size: int = Field(32, ge=8, le=1024, description="pixels; images of other sizes are resized")
     channels: Literal[1, 3] = Field(1, description="1 grey, 3 RGB")
     augment: Literal["none", "light", "flip"] = Field(
-        "light", description="light: random affine maps and noise; flip: random mirroring, as is usual for faces"
+        "light", description="light: random affine maps and noise; flip: random mirroring, usual for faces"
     )
-    workers: int = Field(0, ge=0, le=256, description="loader processes a rank; 0 loads in the training process")
+    workers: int = Field(0, ge=0, le=256, description="loader processes per rank; 0 loads in the training process")
 
 
 class ModelConfig(Section):
@@ -60,7 +60,7 @@ class ModelConfig(Section):
 
 
 class LossConfig(BaseModel):
-    """``name``, and the parameters of that loss."""
+    """Name and parameters of a loss."""
 
     model_config = ConfigDict(extra="allow")
     name: str = Field("arcface", description="loss, one of " + ", ".join(losses.BY_NAME))
@@ -94,15 +94,15 @@ class HeadConfig(Section):
     center_loss: CenterLossConfig | None = Field(None, description="center loss beside the softmax loss")
     weight_dtype: Literal["float32", "bfloat16"] = Field("float32", description="bfloat16: stochastic rounding")
     matmul_precision: Literal["highest", "exact", "fast"] | None = Field(
-        None, description="of logits and gradients; null: exact on NVIDIA GPUs from Ampere on, else highest"
+        None, description="precision of logits and gradients; null: exact on NVIDIA GPUs from Ampere on, else highest"
     )
     memory_budget_mb: float = Field(256.0, gt=0, description="MiB for the logits of a step")
 
 
 class SpikeConfig(Section):
-    """Rule by which a loss is a spike."""
+    """Definition of a loss spike."""
 
-    factor: float = Field(3.0, gt=1, description="a loss above this many times its running mean is a spike")
+    factor: float = Field(3.0, gt=1, description="a loss above this multiple of its running mean is a spike")
     window: int = Field(100, ge=1, description="steps of the running mean")
 
 
@@ -110,8 +110,8 @@ class OptimConfig(Section):
     """Optimizers of backbone and head, and their schedule."""
 
     name: Literal["sgd", "adamw"] = Field("sgd", description="SGD with momentum, or AdamW")
-    head: Literal["same", "sgd", "adamw", "adagrad"] = Field("same", description="of the head; adagrad: row-wise")
-    head_state_dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the head's momentum or moments")
+    head: Literal["same", "sgd", "adamw", "adagrad"] = Field("same", description="head optimizer; adagrad: row-wise")
+    head_state_dtype: Literal["float32", "bfloat16"] = Field("float32", description="dtype of the head's moments")
     lr: float = Field(0.1, ge=0, description="peak learning rate")
     momentum: float = Field(0.9, ge=0, lt=1, description="momentum of both optimizers")
     weight_decay: float = Field(5e-4, ge=0, description="weight decay of both optimizers")
@@ -126,7 +126,7 @@ class OptimConfig(Section):
     )
     accumulation: int = Field(1, ge=1, description="micro-batches into which a global batch is split")
     spike: SpikeConfig | None = Field(
-        None, description="after a spike of the loss go back to the last checkpoint, with the next samples"
+        None, description="roll back to the last checkpoint after a loss spike, and continue with the next samples"
     )
 
     @property
@@ -140,12 +140,12 @@ class EngineConfig(Section):
 
     name: Literal["ddp", "deepspeed"] = Field("ddp", description="engine of the backbone: torch alone, or DeepSpeed")
     zero_stage: int = Field(
-        1, ge=0, le=3, description="of deepspeed, split over ranks: 1 optimizer state, 2 gradients too, 3 weights too"
+        1, ge=0, le=3, description="split over DeepSpeed's ranks: 1 optimizer state, 2 also gradients, 3 also weights"
     )
     offload: Literal["none", "cpu"] = Field(
         "none", description="cpu: optimizer state in host memory, with deepspeed at zero_stage 1 to 3"
     )
-    deepspeed_config: Path | None = Field(None, description="DeepSpeed JSON for options that this config does not have")
+    deepspeed_config: Path | None = Field(None, description="DeepSpeed JSON with options that this config lacks")
     precision: Literal["fp32", "bf16", "fp16"] = Field(
         "fp32", description="precision of the backbone; fp16 scales the loss dynamically"
     )
@@ -160,7 +160,7 @@ class EvaluationConfig(Section):
 
     sets: list[Path] = Field([], description="folders: verification (with protocol.json) or samples of known classes")
     every: int = Field(0, ge=0, description="steps between evaluations; 0: only at the end")
-    batch_size: int = Field(256, ge=1, description="images a rank embeds at once")
+    batch_size: int = Field(256, ge=1, description="images embedded at once per rank")
 
 
 class CheckpointConfig(Section):
@@ -170,7 +170,7 @@ class CheckpointConfig(Section):
     keep_last: int = Field(2, ge=1, description="number of newest checkpoints to keep")
     keep_every: int = Field(0, ge=0, description="keep checkpoints at multiples of this step, too; 0: none")
     asynchronous: bool = Field(True, description="write in the background, from a copy in host memory")
-    grow: bool = Field(False, description="resume with classes that the checkpoint lacks, added after its own")
+    grow: bool = Field(False, description="resume with new classes after those of the checkpoint")
     grow_init: Literal["random", "embedding"] = Field(
         "random", description="weights of new classes: random, or the mean embedding of their samples"
     )
@@ -208,7 +208,7 @@ class Config(Section):
     model: ModelConfig = Field(ModelConfig(), description="the backbone")
     head: HeadConfig = Field(HeadConfig(), description="the sharded classifier")
     optim: OptimConfig = Field(OptimConfig(), description="optimizers and their schedule")
-    engine: EngineConfig = Field(EngineConfig(), description="who updates the backbone, and in which precision")
+    engine: EngineConfig = Field(EngineConfig(), description="engine and precision of the backbone")
     evaluation: EvaluationConfig = Field(EvaluationConfig(), description="evaluations")
     checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="checkpoints, and resuming from them")
     tracking: TrackingConfig = Field(TrackingConfig(), description="metrics and Weights & Biases")

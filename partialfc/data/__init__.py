@@ -1,4 +1,4 @@
 """Data sets: the folder format, the order of samples, augmentation, the loader, and the glyph data set.
 
-Imports ``config``, ``tracking.console``, ``files`` and ``errors``. Everything from ``engines`` upwards may import it.
+Imports ``tracking.console``, ``config``, ``files`` and ``errors``. ``engines`` and the rooms above may import it.
 """

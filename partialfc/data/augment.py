@@ -52,7 +52,7 @@ class Augment:
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> Pixels:
         """Augment a grey (L) or RGB image; return float32 [channels, height, width] in [-1, 1]."""
-        # Always six draws: the effect of one parameter does not depend on which others are in use.
+        # Always six draws, so that no parameter changes another's random numbers.
         rotate, scale, shear, shift_x, shift_y, noise = rng.random(6).tolist()
         if self.rotate_degrees or self.scale or self.shear or self.translate:
             image = self._warp(image, *(2 * x - 1 for x in (rotate, scale, shear, shift_x, shift_y)))
@@ -86,7 +86,7 @@ class Augment:
 
 
 def background(image: Image.Image) -> float | tuple[int, ...]:
-    """Return the colour for the area that the warp uncovers: the median of the corners, by channel."""
+    """Return the colour for the area that the warp uncovers: the median of the corners, per channel."""
     right, bottom = image.width - 1, image.height - 1
     corners = [image.getpixel(xy) for xy in ((0, 0), (right, 0), (0, bottom), (right, bottom))]
     channels = zip(*(corner if isinstance(corner, tuple) else (corner,) for corner in corners), strict=True)

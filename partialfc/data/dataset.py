@@ -74,7 +74,7 @@ def _check_shard_entry(entry: object, path: Path) -> None:
 class TarDataset:
     """Random access to the samples of a data set folder.
 
-    Safe to use in DataLoader workers, forked or spawned: files are opened where they are read, by position only.
+    Safe in DataLoader workers, forked or spawned: each process opens the files itself and reads by position.
 
     Attributes:
         labels: int64 [num_samples], class ids in [0, num_classes).
@@ -170,7 +170,7 @@ class TarDataset:
 
 @dataclass(frozen=True, slots=True)
 class _Offsets:
-    """The index: where each sample lies, and its label."""
+    """Place and label of each sample."""
 
     shard: npt.NDArray[np.int32]  # [num_samples]
     offsets: npt.NDArray[np.int64]  # [num_samples], of the image in its shard

@@ -1,4 +1,4 @@
-"""Batches of a data set folder, in the global order that (seed, step) fixes."""
+"""Batches of a data set folder, in the global order given by (seed, step)."""
 
 from __future__ import annotations
 
@@ -130,9 +130,9 @@ def build_loader(dataset: TarDataset, settings: LoaderSettings, start_step: int,
 
 @contextmanager
 def running(loader: DataLoader[Batch]) -> Iterator[Iterator[Batch]]:
-    """Iterate over a loader inside the context, and end its processes after it, also after an exception.
+    """Iterate over a loader inside the context; end its processes on leaving it, also after an exception.
 
-    They ignore SIGTERM, by which Python ends the children of a process that exits: it would wait for them forever.
+    The workers ignore SIGTERM, with which Python ends the children of an exiting process: it would wait forever.
     """
     batches = iter(loader)
     try:
@@ -145,7 +145,7 @@ def running(loader: DataLoader[Batch]) -> Iterator[Iterator[Batch]]:
 def evaluation_batches(
     dataset: TarDataset, settings: LoaderSettings, batch_size: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Iterate over this rank's contiguous slice of the data set, without augmentation; all ranks together have every
+    """Iterate over this rank's contiguous slice of the data set, without augmentation; together, the ranks cover every
     sample once.
 
     Args:
@@ -181,7 +181,7 @@ def decode(dataset: TarDataset, index: int, image_size: int, channels: int) -> I
     """
     data = dataset.read(index)
     try:
-        # Data is not trusted: Pillow may use no decoder but these.
+        # Untrusted data: Pillow may use only these decoders.
         with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as encoded:
             image = encoded.convert(_MODES[channels])
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
@@ -198,6 +198,6 @@ def _require_samples(dataset: TarDataset) -> None:
 
 def _start_worker(worker: int) -> None:
     torch.set_num_threads(1)  # there are as many workers as cores
-    # The rank itself answers a signal to the process group: it finishes its step, and ends its workers.
+    # A signal to the process group is for the rank to handle: it finishes its step and ends its workers.
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)

@@ -1,11 +1,10 @@
-"""The order of samples, as pure functions.
+"""Sample order, as pure functions.
 
 Every rank computes its samples of a step from (seed, step) alone: nothing is shuffled in memory or stored, and the
 global batch of a step is the same for every world size.
 
-The hash is splitmix64 (Steele et al., OOPSLA 2014), as in :mod:`partialfc.head.random`. That one works on tensors of
-any device, this one on Python integers and NumPy arrays: a loader hashes two keys for each sample, in a microsecond
-each here, in a hundred as tensors.
+The hash is splitmix64 (Steele et al., OOPSLA 2014), as in :mod:`partialfc.head.random`, but on Python integers and
+NumPy arrays: a loader hashes two keys per sample, each in a microsecond here, in a hundred as tensors.
 """
 
 from __future__ import annotations
@@ -103,8 +102,8 @@ def batch_indices(
 ) -> Indices:
     """Return the sample indices of ``rank`` in ``step`` (0-based, counted over all epochs).
 
-    A global batch is split into ``micro_batches`` first, and each of these over the ranks: so a micro-batch holds the
-    same samples at any world size.
+    A global batch is first split into ``micro_batches``, then each of these over the ranks, so that a micro-batch holds
+    the same samples at any world size.
 
     Returns:
         int64 [micro_batches · ceil(P / W)] for micro-batches of P = ceil(B / micro_batches): one after the other,

@@ -21,7 +21,7 @@ class Pool:
         self._executor = ProcessPoolExecutor(self.workers) if self.workers > 1 else None
 
     def map(self, function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
-        """Yield ``function(*task)`` for each task, in order. Few results wait at a time: memory is bounded."""
+        """Yield ``function(*task)`` for each task, in order. Only a few results wait at a time, to bound memory."""
         if self._executor is None:
             for task in tasks:
                 yield function(*task)

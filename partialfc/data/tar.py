@@ -27,7 +27,7 @@ def ustar_header(name: str, size: int) -> bytes:
     if not 0 < len(encoded) <= 100:
         raise DataError(f"member name must have 1..100 bytes in UTF-8, got {len(encoded)}: {name!r}")
     if not 0 <= size < 8**11:
-        raise DataError(f"member {name!r} has {size} bytes; a ustar archive holds less than 8 GiB a member")
+        raise DataError(f"member {name!r} has {size} bytes; ustar members must be smaller than 8 GiB")
     header = bytearray(BLOCK)
     header[0 : len(encoded)] = encoded
     header[100:108] = b"0000644\0"

@@ -1,4 +1,4 @@
-"""Writer of data set folders: tar shards, the class table, and at last the index that makes the folder complete."""
+"""Writer of data set folders: tar shards, the class table, and last the index, which completes the folder."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from partialfc.errors import DataError
 from partialfc.files import write_atomically
 
 INDEX, CLASSES, OFFSETS = "index.json", "classes.jsonl", "offsets.npz"
-UNFINISHED = ".unfinished"  # marks a folder that a writer has begun: it may be cleared and written again
+UNFINISHED = ".unfinished"  # marks a folder in progress, which may be cleared and written again
 
 
 class DatasetWriter:
-    """Writes samples into shards; :meth:`finish` makes the folder complete, and nothing else does.
+    """Writes samples into shards; only :meth:`finish` makes the folder complete.
 
     ::
 
@@ -29,8 +29,8 @@ class DatasetWriter:
             ...
             writer.finish(classes=[{"name": "first"}, ...])
 
-    Equal samples in equal order give equal bytes. A folder that is not empty is refused, unless an interrupted writer
-    left it, or ``overwrite`` is set; only files of the format are removed then.
+    The same samples in the same order give the same bytes. A non-empty folder is refused unless an interrupted writer
+    left it or ``overwrite`` is set; then only files of the format are removed.
     """
 
     def __init__(self, folder: Path | str, samples_per_shard: int = 10_000, overwrite: bool = False) -> None:
@@ -85,7 +85,7 @@ class DatasetWriter:
         """Write the class table and the index; return the digest of the content.
 
         Args:
-            classes: one mapping a class, in the order of the ids, with at least ``name``.
+            classes: one mapping per class, in the order of the ids, with at least ``name``.
             extra: further entries of the index, such as ``{"source": …}``, which do not enter the digest.
         """
         if self._file is not None:
@@ -154,8 +154,8 @@ class DatasetWriter:
 
 
 def check_target(folder: Path, overwrite: bool) -> None:
-    """Raise a DataError if a writer must not begin in ``folder``: not empty, and not left by an interrupted one."""
+    """Raise a DataError if ``folder`` is not empty, unless ``overwrite`` is set or an interrupted writer left it."""
     if folder.exists() and not folder.is_dir():
         raise DataError(f"{folder} is not a folder")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite and not (folder / UNFINISHED).exists():
-        raise DataError(f"{folder} is not empty; choose another folder or ask to overwrite")
+        raise DataError(f"{folder} is not empty; choose another folder, or pass --overwrite")

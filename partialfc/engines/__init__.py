@@ -1,5 +1,5 @@
-"""Engines, which update the backbone: DistributedDataParallel or DeepSpeed. The head is not their business.
+"""Engines, which update the backbone and never the head: DistributedDataParallel or DeepSpeed.
 
-Imports ``config``, ``models``, ``runtime``, ``options``, ``tracking.console`` and ``errors``; ``build`` makes the
-engine that a config names. ``checkpoint`` knows of engines only :mod:`partialfc.engines.state`.
+Imports ``runtime``, ``tracking.console``, ``config``, ``models`` and ``options``. ``build`` and the rooms above may
+import it; ``checkpoint`` and ``evaluate`` use only :mod:`partialfc.engines.state`.
 """

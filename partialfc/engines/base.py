@@ -1,4 +1,4 @@
-"""The interface of an engine, and what engines share."""
+"""The engine interface, and helpers that engines share."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 class Engine(Protocol):
     """Forward, backward and update of a backbone, however its state is laid out over the ranks.
 
-    The head runs its own backward pass, in float32 and without loss scale, and returns the embeddings' gradient, with
-    which the engine continues. So nothing that an engine does to a loss (scaling, dividing) reaches the head.
+    The head runs its own backward pass, in float32 and without loss scale; the engine continues from the embeddings'
+    gradient. An engine's scaling of a loss therefore never reaches the head.
     """
 
     module: nn.Module
@@ -47,12 +47,12 @@ class Engine(Protocol):
         """
 
     def step(self) -> bool:
-        """Update the backbone and return True; or return False on all ranks if the step must be skipped, which the
-        caller then does with :meth:`skip`.
+        """Update the backbone and return True; or return False on all ranks if the caller must :meth:`skip` the
+        step.
         """
 
     def skip(self) -> bool:
-        """Undo this step's effect on gradients and statistics; return True if a loss scale has fallen by it."""
+        """Undo this step's effect on gradients and statistics; return True if the loss scale fell."""
 
     def grad_norm(self) -> Tensor:
         """Return the norm [] of the last step's gradient, unscaled and before clipping."""
@@ -64,12 +64,12 @@ class Engine(Protocol):
         """Return the engine's scalars for the manifest."""
 
     def load_counts(self, counts: dict[str, Any]) -> None:
-        """Take over what :meth:`counts` returned, possibly of another engine."""
+        """Restore the result of :meth:`counts`, possibly another engine's."""
 
 
 @torch.no_grad()
 def broadcast_buffers(buffers: list[Tensor]) -> None:
-    """Copy batch statistics from rank 0, whose are in checkpoints, to all ranks, as DistributedDataParallel does before
+    """Copy batch statistics from rank 0, which checkpoints hold, to all ranks, as DistributedDataParallel does before
     each step. A collective.
     """
     buffers = [buffer for buffer in buffers if buffer.is_floating_point()]  # counts of batches are equal anyway
@@ -82,7 +82,7 @@ def broadcast_buffers(buffers: list[Tensor]) -> None:
 
 
 class GradientWatch:
-    """Checks a rank's own gradients before they are averaged: the mean does not show whose was not finite."""
+    """Checks a rank's own gradients before they are averaged: the mean does not show whose was non-finite."""
 
     def __init__(self) -> None:
         self._largest: Tensor | None = None
@@ -113,7 +113,7 @@ class GradientWatch:
 
 
 def require_compiler(device_type: str) -> None:
-    """Check for the compiler that ``torch.compile`` would miss only in the first step.
+    """Check for a C++ compiler, which ``torch.compile`` would miss only at the first step.
 
     Raises:
         MissingDependency: there is none.

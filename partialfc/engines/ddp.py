@@ -1,4 +1,4 @@
-"""The engine of torch alone: DistributedDataParallel around the backbone, replicated on all ranks."""
+"""The plain torch engine: DistributedDataParallel around the backbone, replicated on all ranks."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ class DdpEngine:
             ddp.register_comm_hook(None, self._local_gradient.before(default_hooks.allreduce_hook))
         if config.engine.compile:
             require_compiler(process.device.type)
-            # In place, so that names stay; with the random numbers of the module that is not compiled.
+            # In place, to keep names; with the random numbers of the uncompiled module.
             self._wrapped.compile(options={"fallback_random": True})
         self.optimizer = optimizer
         self.state: BackboneState = ReplicatedBackbone(module, self.optimizer)
         self._norm = torch.zeros((), device=process.device)
-        self._gradients_checked = process.world_size == 1  # alone, a parameter may go without
+        self._gradients_checked = process.world_size == 1  # a single rank may have unused parameters
         self._buffers = list(module.buffers())
         self._buffers_before = [torch.empty_like(buffer) for buffer in self._buffers]
 

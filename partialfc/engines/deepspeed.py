@@ -1,8 +1,8 @@
-"""The engine of DeepSpeed: optimizer state, gradients and weights of the backbone are split over the ranks (ZeRO,
+"""The DeepSpeed engine: optimizer state, gradients and weights of the backbone are split over the ranks (ZeRO,
 Rajbhandari et al., 2020, arXiv:1910.02054).
 
-Imported only where ``engine.name`` is deepspeed. DeepSpeed sees neither head nor loss: it gets the gradient of the
-embeddings, already scaled, and the scale when it updates. The ranks agree beforehand to apply or to skip a step;
+Imported only if ``engine.name`` is deepspeed. DeepSpeed sees neither head nor loss: it gets the gradient of the
+embeddings, already scaled, and the scale at the update. The ranks agree beforehand to apply or skip a step, and
 DeepSpeed's own overflow check is forced to the same decision.
 """
 
@@ -40,11 +40,11 @@ class DeepSpeedEngine:
     """A backbone and its optimizer, split over the ranks as ``engine.zero_stage`` says.
 
     With ``bf16`` or ``fp16`` the forward pass computes under autocast, with weights stored in that dtype; the optimizer
-    updates float32 weights. Statistics of batch normalisation stay float32, and are those of rank 0, as under
+    updates float32 weights. Statistics of batch normalisation stay float32, and are rank 0's, as under
     DistributedDataParallel.
 
     Args:
-        module: the backbone, on the rank's device, with its first weights. DeepSpeed changes it in place.
+        module: the backbone, on the rank's device, with its initial weights. DeepSpeed changes it in place.
 
     Raises:
         ConfigError: ``engine.deepspeed_config`` contradicts the config, or DeepSpeed refuses it.
@@ -94,7 +94,7 @@ class DeepSpeedEngine:
         self._buffers = list(module.buffers())
         self._buffers_before = [torch.empty_like(buffer) for buffer in self._buffers]
         self._norm = torch.zeros((), device=process.device)
-        self._skipped_itself = False  # DeepSpeed has skipped this step without being made to
+        self._skipped_itself = False  # DeepSpeed has skipped this step of its own accord
 
     def begin_step(self, lr: float) -> None:
         for group in self._engine.optimizer.param_groups:
@@ -114,7 +114,7 @@ class DeepSpeedEngine:
         if self.loss_scale:
             gradient = gradient * self.loss_scale.value
         self._engine.set_gradient_accumulation_boundary(last)
-        # DeepSpeed takes a scalar: the gradient of this one with respect to the embeddings is `gradient`.
+        # DeepSpeed takes a scalar; this one's gradient with respect to the embeddings is `gradient`.
         self._engine.backward((embeddings * gradient).sum(), scale_wrt_gas=False)
 
     @torch.no_grad()
@@ -178,7 +178,7 @@ class DeepSpeedEngine:
         return self.loss_scale.value if self.loss_scale else 1.0
 
     def _deepspeed_step(self) -> bool:
-        """Let DeepSpeed update; return False if it skipped the step, for a gradient that is not finite."""
+        """Run DeepSpeed's update; return False if it skipped the step because of a non-finite gradient."""
         if self.loss_scale:
             self._engine.optimizer.loss_scale = self.loss_scale.value  # which it divides by; it multiplies by 1.0
         try:
@@ -196,11 +196,11 @@ class DeepSpeedEngine:
         self._with_gradient = parameter
 
     def _spoil_gradient(self) -> None:
-        """Put Inf into the averaged gradient, the only thing for which DeepSpeed skips a step, on all ranks."""
+        """Put Inf into the averaged gradient on all ranks: nothing else makes DeepSpeed skip a step."""
         from deepspeed.utils import safe_set_full_grad, safe_set_local_grad
 
-        # The next step must overwrite it: so neither of a parameter without gradient, which DeepSpeed leaves as it is,
-        # nor in the padding, which rank 0 does not have.
+        # The next step must overwrite it: so not a parameter without gradient, which DeepSpeed leaves alone, and not
+        # the padding, which rank 0 does not have.
         parameter: Any = self._with_gradient
         assert parameter is not None, "a step without any gradient"
         if self.stage == 3:
@@ -228,7 +228,7 @@ def _import_deepspeed(process: ProcessContext, options: dict[str, Any]) -> Modul
     if process.device.type == "cpu":
         # Its own all-reduce for the ranks of a CPU host takes a minute to compile at first use: gloo suffices.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # DeepSpeed calls torch by deprecated names.
+    # DeepSpeed uses deprecated names of torch.
     warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
     logger = logging.getLogger("DeepSpeed")
     verbose = options.get("wall_clock_breakdown") or options.get("comms_logger")
@@ -260,8 +260,8 @@ def _without_weights(module: nn.Module) -> nn.Module:
 
 
 def _normalize_in_float32(norm: _BatchNorm) -> None:
-    """Let ``norm``, whose weights will be stored in half precision, compute as under autocast: with float32 weights and
-    statistics, whatever the dtype of its input.
+    """Make ``norm``, whose weights will be stored in half precision, compute as under autocast: with float32 weights
+    and statistics, whatever the dtype of its input.
     """
     forward_of_norm = norm.forward
 

@@ -1,4 +1,4 @@
-"""DeepSpeed's options: the ones that follow from the config, and those that a user's own JSON may add."""
+"""DeepSpeed's options: those that follow from the config, and those that a user's JSON may add."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from partialfc.engines.loss_scale import LossScale
 from partialfc.errors import ConfigError
 from partialfc.options import describe_unknown
 
-_BUCKET = 50_000_000  # most elements of the gradient that are averaged at once; an eighth of a small backbone
+_BUCKET = 50_000_000  # most gradient elements averaged at once; for a small backbone, an eighth of its elements
 
-# What a JSON may set: these keys, the ones that :func:`_fixed` lists, with the values there, and loss scale. Any other
+# Keys that a JSON may set, besides those of :func:`_fixed` with the values there and those of the loss scale. Any other
 # key would break the layout of the state or the agreement on skipped steps, or have no effect.
 _PASSED_ON = {
     "communication_data_type",
@@ -56,25 +56,25 @@ _IGNORED = {  # common in files, without effect here
     "zero_optimization.stage3_gather_16bit_weights_on_model_save",
     "zero_optimization.gather_16bit_weights_on_model_save",
 }
-# Sections with keys of any name: DeepSpeed checks those of the first two, and the others may hold "auto" alone.
+# Sections with keys of any name: DeepSpeed checks those of the first two; the others may hold only "auto".
 _OPEN_SECTIONS = {
     "zero_optimization.offload_optimizer": "",
     "zero_optimization.offload_param": "",
-    "optimizer.params": "optim.lr, optim.weight_decay and optim.momentum say it",
-    "scheduler": "optim.schedule, optim.warmup and optim.epochs say it",
+    "optimizer.params": "optim.lr, optim.weight_decay and optim.momentum set it",
+    "scheduler": "optim.schedule, optim.warmup and optim.epochs set it",
 }
 
 
 def deepspeed_options(config: Config, world_size: int, parameters: int) -> dict[str, Any]:
-    """Return the dictionary for ``deepspeed.initialize``, for a backbone with this number of ``parameters``.
+    """Return the options for ``deepspeed.initialize``, for a backbone of this number of ``parameters``.
 
     Raises:
-        ConfigError: ``engine.deepspeed_config`` cannot be read, contradicts the config, or sets what is not supported.
+        ConfigError: ``engine.deepspeed_config`` cannot be read, contradicts the config, or sets an unsupported option.
     """
     engine = config.engine
     zero: dict[str, Any] = {
         "stage": engine.zero_stage,
-        # DeepSpeed's default buffer has 500 million elements, several times what most backbones have.
+        # DeepSpeed's default buffer has 500 million elements, several times as many as most backbones.
         "reduce_bucket_size": min(max(parameters // 8, 1), _BUCKET),
     }
     options: dict[str, Any] = {
@@ -91,7 +91,7 @@ def deepspeed_options(config: Config, world_size: int, parameters: int) -> dict[
     if engine.precision == "bf16":
         options["bf16"] = {"enabled": True, "check_grad_overflow": True}
     elif engine.precision == "fp16":
-        options["fp16"] = {"enabled": True, "loss_scale": 1.0}  # the engine scales by itself
+        options["fp16"] = {"enabled": True, "loss_scale": 1.0}  # the engine scales the loss itself
     settings = _read(config)
     _check(config, settings, world_size)
     for key, value in settings.items():
@@ -135,7 +135,7 @@ def _check(config: Config, settings: dict[str, Any], world_size: int) -> None:
 
 
 def _fixed(config: Config, world_size: int = 1) -> dict[str, tuple[Any, str]]:
-    """Return the keys that follow from the config: the value that a JSON may repeat, and the reason to show."""
+    """Return the keys that follow from the config: the only value that a JSON may give, and the reason to show."""
     engine, optim, batch = config.engine, config.optim, config.data.global_batch_size
     micro = _micro_batch(config, world_size)
     sizes = f"data.global_batch_size={batch}, optim.accumulation={optim.accumulation} and {world_size} ranks"
@@ -166,13 +166,13 @@ def _equal(value: Any, expected: Any) -> bool:
 
 
 def _micro_batch(config: Config, world_size: int) -> int:
-    """Return the samples of a micro-batch on a rank, padding included."""
+    """Return the samples of a micro-batch per rank, padding included."""
     of_all_ranks = -(-config.data.global_batch_size // config.optim.accumulation)
     return -(-of_all_ranks // world_size)
 
 
 def _read(config: Config) -> dict[str, Any]:
-    """Return the settings of the user's JSON by dotted key; one that is ``"auto"`` counts as absent."""
+    """Return the settings of the user's JSON by dotted key; ``"auto"`` counts as absent."""
     path = config.engine.deepspeed_config
     if path is None:
         return {}
@@ -189,7 +189,7 @@ def _read(config: Config) -> dict[str, Any]:
 
 
 def _settings(config: Config, section: dict[str, Any], known: set[str], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the settings below a dotted ``prefix``; refuse a key that is not known."""
+    """Yield the settings below a dotted ``prefix``; refuse unknown keys."""
     names = {key.removeprefix(prefix).partition(".")[0] for key in known if key.startswith(prefix)}
     is_open = any(prefix.startswith(f"{section}.") for section in _OPEN_SECTIONS)
     for name, value in section.items():

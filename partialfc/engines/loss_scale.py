@@ -8,7 +8,7 @@ from typing import Any
 class LossScale:
     """Factor on the loss that keeps small gradients from vanishing in float16 (Micikevicius et al., ICLR 2018).
 
-    Each step that overflows halves it, ``window`` steps in a row that do not double it. The ranks agree on each step
+    A step that overflows halves it, ``window`` consecutive steps that do not double it. The ranks agree on each step
     first, so their scales stay equal.
     """
 
@@ -33,5 +33,5 @@ class LossScale:
         return {"value": self.value, "good_steps": self._good_steps}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Take over the values that :meth:`state` returned."""
+        """Restore the result of :meth:`state`."""
         self.value, self._good_steps = float(state["value"]), int(state["good_steps"])

@@ -1,4 +1,4 @@
-"""A backbone's weights and optimizer state, whole, under the names that checkpoints use."""
+"""A backbone's whole weights and optimizer state, under their checkpoint names."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ WEIGHTS, OPTIMIZER = "backbone.", "backbone_optimizer."
 
 
 class BackboneState(Protocol):
-    """Tensors of a backbone, as a checkpoint needs them: whole, on whichever ranks their parts lie.
+    """Whole tensors of a backbone for checkpoints, whichever ranks hold their parts.
 
     Names are ``backbone.<name in the module>`` and ``backbone_optimizer.<parameter>.<key>``.
     """
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return all tensors, on rank 0 at least. A collective; they may be the ones that training changes later."""
+        """Return all tensors, on rank 0 at least; training may change them later. A collective."""
 
     def targets(self) -> dict[str, Tensor]:
         """Return tensors to read a checkpoint's weights and buffers into. A collective."""
@@ -27,7 +27,7 @@ class BackboneState(Protocol):
         """Return the shape of each parameter, by its name in the module."""
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Take over ``tensors``: the targets, filled, and the optimizer's state. A collective."""
+        """Load ``tensors``: the filled targets and the optimizer's state. A collective."""
 
 
 class ReplicatedBackbone:

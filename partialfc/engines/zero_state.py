@@ -1,4 +1,4 @@
-"""The state of a backbone that DeepSpeed has partitioned, under the names that checkpoints use.
+"""State of a backbone that DeepSpeed has partitioned, under its checkpoint names.
 
 Each class below reads and writes the float32 values of DeepSpeed's optimizer for some ZeRO stages, one parameter at a
 time: no rank holds more than one whole parameter, except rank 0, which passes all of them to the checkpoint.
@@ -23,7 +23,7 @@ class ZeroState(ABC):
     """State of a backbone under a DeepSpeed engine.
 
     Args:
-        module: the backbone before ``deepspeed.initialize``, its tensors whole; :meth:`attach` passes the engine.
+        module: the backbone before ``deepspeed.initialize``, its tensors whole; :meth:`attach` adds the engine.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -32,12 +32,12 @@ class ZeroState(ABC):
         self._first_weights = {  # on the host: device memory is scarcer
             f"{WEIGHTS}{name}": parameter.detach().to("cpu", copy=True) for name, parameter in module.named_parameters()
         }
-        self._frozen: dict[nn.Parameter, Tensor] = {}  # float32; the forward pass may use less
+        self._frozen: dict[nn.Parameter, Tensor] = {}  # float32; the forward pass may use a lower precision
         self._engine: Any = None
 
     def attach(self, engine: Any) -> None:
-        """Use ``engine`` from now on, reset to the module's first weights and an optimizer that has not stepped:
-        DeepSpeed copies the weights after rounding them, and may have made a step on zero gradients. A collective.
+        """Use ``engine``, reset to the module's initial weights and a fresh optimizer: DeepSpeed copies the weights
+        after rounding them, and may have taken a step on zero gradients. A collective.
         """
         self._engine = engine
         self.load(self._first_weights)
@@ -54,7 +54,7 @@ class ZeroState(ABC):
 
     @torch.no_grad()
     def weights(self, keep: bool = True, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-        """Return weights and buffers, float32; none without ``keep``, on a rank that only takes part. A collective."""
+        """Return weights and buffers, float32; nothing without ``keep``, on ranks that only take part. A collective."""
         found: dict[str, Tensor] = {}
         whole: dict[Tensor, Tensor] = {}  # a shared parameter has two names
         for name, value in self.module.state_dict(keep_vars=True).items():
@@ -94,7 +94,7 @@ class ZeroState(ABC):
         self._copy_to_forward(tensors)
 
     def kept(self) -> list[Tensor]:
-        """Return what this rank's optimizer holds in memory: the float32 weights that it updates, and their state."""
+        """Return the tensors of this rank's optimizer: the float32 weights that it updates, and their state."""
         values = [value for state in self._optimizer.state.values() for value in state.values()]
         return [*self._pieces(), *(value for value in values if isinstance(value, Tensor))]
 

@@ -1,4 +1,5 @@
 """Verification, identification, and their figures.
 
-Imported by train and cli; imports checkpoint, build, data, runtime and the head.
+Imports ``checkpoint``, ``build``, ``engines.state``, ``runtime``, ``data``, ``tracking.console``, ``config``,
+``models`` and ``head``. ``train`` and the rooms above may import it.
 """

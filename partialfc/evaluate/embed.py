@@ -24,7 +24,7 @@ def embed(
 
     Args:
         batches: this rank's (indices [b], images [b, C, H, W]); the ranks' batches together hold every sample once.
-        interrupted: called before each batch; once it returns True, the rest is left out and the result is useless.
+        interrupted: called before each batch; once it returns True, the rest is skipped and the result is useless.
     """
     embeddings = torch.zeros(num_samples, dim, device=device)
     with eval_mode(backbone):

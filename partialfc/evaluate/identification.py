@@ -12,12 +12,12 @@ from partialfc.head import PartialFC
 def nearest_classes(head: PartialFC, embeddings: Tensor, classes_per_chunk: int = 8192, rows: int = 1024) -> Tensor:
     """Return the class with the highest logit over all shards for each embedding, [N] int64. A collective.
 
-    Except with plain Softmax that is the class with the highest cosine.
+    For every loss but plain Softmax, that is the class with the highest cosine.
 
     Args:
         embeddings: [N, D], not normalised, the same on every rank.
-        classes_per_chunk: classes of a block of logits.
-        rows: embeddings of a block of logits.
+        classes_per_chunk: classes per block of logits.
+        rows: embeddings per block of logits.
     """
     device = head.weight.device
     best = torch.full((len(embeddings),), -torch.inf, dtype=torch.float64, device=device)
@@ -39,6 +39,6 @@ def nearest_classes(head: PartialFC, embeddings: Tensor, classes_per_chunk: int 
             best[block] = torch.where(better, value.double(), best[block])
             found[block] = torch.where(better, column + start + head.first_class, found[block])
     highest = head.collectives.maximum(best.clone())
-    # Where shards share the highest logit, the lowest class wins: the maximum of negated ids.
+    # Among equally high logits the lowest class wins: the maximum of negated ids.
     candidates = torch.where(best == highest, -found.double(), -float(head.num_classes))
     return (-head.collectives.maximum(candidates)).long()

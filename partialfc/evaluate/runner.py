@@ -35,7 +35,7 @@ class Evaluation:
 
     Raises:
         DataError: a set is missing or incomplete, or its classes are not those of the training set.
-        ConfigError: two sets would give results of the same name.
+        ConfigError: the results of two sets have the same name.
     """
 
     def __init__(self, config: Config, num_classes: int) -> None:
@@ -57,10 +57,10 @@ class Evaluation:
     def run(self, backbone: nn.Module, head: PartialFC, process: ProcessContext, name: str) -> dict[str, Any] | None:
         """Return all results, e.g. ``{"unseen_font": {"tar_at_far": {"0.001": 0.9}, …}}``. A collective.
 
-        The first rank also writes them, with a ROC figure, into the run folder's ``evaluation/`` under ``name``.
+        Rank 0 also writes them, with a ROC figure, into the run folder's ``evaluation/`` under ``name``.
 
         Returns:
-            The results by protocol or set, or None if a request to stop came in between.
+            The results by protocol or set, or None if a stop was requested meanwhile.
         """
 
         def interrupted() -> bool:  # on this rank; the others learn of it within a second or two
@@ -122,7 +122,7 @@ def _is_verification(folder: Path) -> bool:
 
 
 def _summarize(scores: Scores) -> dict[str, Any]:
-    """Return what the results say of one protocol; figures that too few pairs leave undefined are left out."""
+    """Return the results of one protocol, without the figures that too few pairs leave undefined."""
     rates = {f"{far:g}": scores.tar_at_far(far) for far in FARS}
     return {
         "tar_at_far": {far: tar for far, (tar, _) in rates.items() if not math.isnan(tar)},
@@ -134,7 +134,7 @@ def _summarize(scores: Scores) -> dict[str, Any]:
 
 
 def describe_results(results: dict[str, Any]) -> list[str]:
-    """Return one line for people on each protocol or set."""
+    """Return a readable line for each protocol or set."""
     lines = []
     for name, found in results.items():
         tar = "  ".join(f"TAR {value:.4f} at FAR {far}" for far, value in found.get("tar_at_far", {}).items())

@@ -19,7 +19,7 @@ from partialfc.runtime.collectives import broadcast_from_rank0
 from partialfc.runtime.process import joined
 from partialfc.tracking.console import log
 
-_TIMEOUT = 120.0  # seconds of silence after which a rank is lost
+_TIMEOUT = 120.0  # seconds of silence after which a rank counts as lost
 
 
 def evaluate(run: Path, sets: Sequence[Path] = (), model: str | None = None) -> dict[str, Any] | None:
@@ -29,13 +29,13 @@ def evaluate(run: Path, sets: Sequence[Path] = (), model: str | None = None) -> 
 
     Args:
         sets: evaluation sets instead of those of the run's config; their names become part of the file's name.
-        model: the run's ``model.name``, repeated, if it is not one of this package's: it names code to run.
+        model: confirms the run's ``model.name`` if that is not built in, since it names code to execute.
 
     Returns:
-        The results, or None if a request to stop came in between.
+        The results, or None if a stop was requested meanwhile.
 
     Raises:
-        ConfigError: there is nothing to evaluate on, or ``model`` is missing.
+        ConfigError: no evaluation set is given, or ``model`` is missing.
         DataError: the run has no valid checkpoint, or a set is missing, incomplete or malformed.
     """
     with joined(None, _TIMEOUT) as process:  # the file `stop` in the run folder is for a training run

@@ -1,8 +1,8 @@
 """Open-set verification: TAR at FAR over all pairs.
 
-A pair is *genuine* if both samples are of one class, else an *impostor*. TAR (FAR) is the share of genuine (impostor)
-pairs whose cosine reaches the threshold. Cosines are counted in a histogram of 2^20 bins over [-1, 1], so any number of
-pairs fits and ranks add up their counts; a threshold is a bin's edge (steps of 2e-6 in cosine).
+A pair is *genuine* if both samples belong to one class, else an *impostor*. TAR (FAR) is the share of genuine
+(impostor) pairs whose cosine reaches the threshold. Cosines are counted in a histogram of 2^20 bins over [-1, 1], so
+any number of pairs fits and ranks add up their counts; a threshold is a bin's edge (steps of 2e-6 in cosine).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Scores:
     def tar_at_far(self, far: float) -> tuple[float, float]:
         """Return the largest TAR at which FAR is at most ``far``, and its threshold.
 
-        NaN if there are fewer than 1/far impostors: such a rate cannot be told from zero.
+        NaN if there are fewer than 1/far impostors: such a rate is indistinguishable from zero.
         """
         impostors, genuine = int(self.impostors.sum()), int(self.genuine.sum())
         if impostors * far < 1 or not genuine:
@@ -56,7 +56,7 @@ class Scores:
     def spread(self) -> dict[str, float]:
         """Return mean and standard deviation of the genuine and of the impostor pairs' cosines; NaN without pairs.
 
-        They tell how close the samples of a class are to each other, and how far apart classes lie.
+        They show how close the samples of a class lie to each other, and how far apart the classes.
         """
         found = {}
         for name, counts in (("genuine", self.genuine), ("impostor", self.impostors)):
@@ -116,10 +116,10 @@ def score_pairs(
     Args:
         embeddings: [N, D], unit length.
         labels: [N] int64.
-        designs: N names, which make a sample a probe or a gallery sample. A pair counts once, and no sample is
+        designs: N names, which decide if a sample is a probe, in the gallery, or both. A pair counts once; no sample is
             compared with itself.
-        look_alikes: pairs of classes that are left out.
-        interrupted: called now and then; once it returns True, the rest is left out and the result is useless.
+        look_alikes: pairs of classes to leave out.
+        interrupted: called now and then; once it returns True, the rest is skipped and the result is useless.
     """
     device = embeddings.device
     probes = torch.tensor([i for i, design in enumerate(designs) if design in protocol.probe], device=device)

@@ -1,4 +1,4 @@
-"""Weights that come in (InsightFace's, any backbone's) and go out (safetensors, ONNX, class centres).
+"""Import of weights (InsightFace's, any backbone's) and export (safetensors, ONNX, class centres).
 
-Imported by cli only; imports train and everything below.
+May import ``train`` and the rooms below. Only ``cli`` may import it.
 """

@@ -35,7 +35,7 @@ ABOUT, WEIGHTS, ONNX, CENTERS, EXAMPLE = (
     "nearest.py",
 )
 _TOLERANCE = 1e-4  # largest difference between onnxruntime and torch, over the largest value
-_MAX_EMBEDDED = 1 << 30  # bytes of weights within an ONNX file, whose format ends at 2 GiB; larger ones lie beside it
+_MAX_EMBEDDED = 1 << 30  # bytes of weights inside an ONNX file, whose format ends at 2 GiB; more go beside it
 _BLOCK = 1 << 14  # class centres normalised at once
 
 
@@ -58,7 +58,7 @@ def export(
     progress: Progress = no_progress,
     model: str | None = None,
 ) -> Exported:
-    """Write the backbone of a run's newest valid checkpoint, and on request its class centres, into a folder.
+    """Write the backbone of a run's newest valid checkpoint and, on request, its class centres into a folder.
 
     ``backbone.safetensors`` holds its state dict; ``backbone.onnx`` takes ``images`` [batch, channels, size, size]
     float32 in [-1, 1] of any batch size and gives ``embeddings`` [batch, D], not normalised; ``class_centers.npy``
@@ -70,13 +70,13 @@ def export(
         out: folder to write; default: ``export`` in the run folder.
         centers: write the class centres, and ``nearest.py``, which uses them.
         onnx: write the ONNX file.
-        model: the run's ``model.name``, repeated, if it is not one of this package's: a checkpoint may come from
-            anywhere, and only the caller can allow the code that it names to run.
+        model: confirms the run's ``model.name`` if that is not built in: a checkpoint may come from anywhere, and only
+            the caller can allow the code that it names to run.
 
     Raises:
         ConfigError: ``out`` holds something else, or ``model`` is missing.
         DamagedCheckpoint: there is no valid checkpoint.
-        ExportFailed: the ONNX file computes other embeddings than the backbone.
+        ExportFailed: the ONNX file and the backbone compute different embeddings.
         DataError: ``out`` cannot be written.
         MissingDependency: an exporter is not installed.
     """
@@ -192,7 +192,7 @@ def _quiet_exporter() -> Iterator[None]:
 
 
 def _compare_onnx(backbone: nn.Module, path: Path, shape: tuple[int, int, int]) -> float:
-    """Return the largest difference to torch on batches of several sizes, relative to the largest value."""
+    """Return the largest difference from torch on batches of several sizes, relative to the largest value."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])

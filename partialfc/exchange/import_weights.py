@@ -1,4 +1,4 @@
-"""Weights of InsightFace's arcface_torch, and any backbone's, as the checkpoint that a run starts from."""
+"""Import of InsightFace's arcface_torch weights, and any backbone's, as a run's first checkpoint."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ _NUMBERED = re.compile(r"(.*?)(\d+)(\.pth?)")
 def import_weights(config: Config, backbone: Path | None, head: Path | None) -> Path:
     """Write the checkpoint of step 0 into a run folder, on the ranks that torchrun started or in this process alone.
 
-    ``partialfc train`` with the same config then starts from these weights. What is not given is initialised as usual;
-    optimizer state is empty.
+    ``partialfc train`` with the same config then starts from these weights. A part that is not given is initialised as
+    usual; optimizer state is empty.
 
     Args:
         backbone: a state dict (``backbone.pth``, ``model.pt``), a ``checkpoint_gpu_*.pt``, or a safetensors file.
@@ -48,7 +48,7 @@ def import_weights(config: Config, backbone: Path | None, head: Path | None) -> 
             raise ConfigError(f"{config.run.dir} already holds checkpoints; choose another run.dir")
         plain = config.engine.model_copy(update={"name": "ddp"})  # each rank has a backbone to fill
         trainer = Trainer(config.model_copy(update={"engine": plain}), process)
-        trainer.checkpoints.config = config  # the manifest holds that of the run to be started
+        trainer.checkpoints.config = config  # the manifest must hold the config of the run itself
         problem = None
         try:
             if backbone is not None:
@@ -79,7 +79,7 @@ def load_head(head: PartialFC, path: Path) -> None:
     sizes = [len(_rows(shard)) for shard in shards]  # mapped, not read
     total, world_size = sum(sizes), len(shards)
     for number, (shard, size) in enumerate(zip(shards, sizes, strict=True)):
-        # arcface_torch gives the first (total mod W) ranks one class more.
+        # arcface_torch gives the first (total mod W) ranks one extra class.
         expected = total // world_size + (number < total % world_size)
         if size != expected:
             raise DataError(

@@ -1,4 +1,4 @@
-"""All parts of a checkpoint in one safetensors file."""
+"""One safetensors file of all parts of a checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reads checkpoints in a single process, as whole tensors."""
+"""Reading of checkpoints in a single process, as whole tensors."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def read_into(checkpoint: Path, targets: dict[str, Tensor], planner: RowLoadPlan
 
 
 def map_file(path: Path, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Return a tensor that lies in a file of sufficient size; an empty one lies in memory."""
+    """Return a tensor mapped from a file of sufficient size; an empty one is in memory."""
     count = math.prod(shape)
     if count == 0:
         return torch.empty(shape, dtype=dtype)
@@ -49,7 +49,7 @@ def reserve(path: Path, size: int) -> None:
     """Allocate a file of ``size`` bytes at ``path``.
 
     Raises:
-        OSError: the disk is full; without this a signal would say so when the mapped file is written.
+        OSError: the disk is full; without this, writing the mapped file would end the process by a signal.
     """
     with path.open("r+b" if path.exists() else "w+b") as file:
         os.posix_fallocate(file.fileno(), 0, size)

@@ -1,6 +1,6 @@
 """The sharded classifier, as a library for any trainer.
 
-Imported by config and the rooms above it; imports torch, partialfc.losses and partialfc.errors only.
+Imports torch, ``losses`` and ``errors`` only. ``config`` and the rooms above may import it.
 """
 
 from partialfc.head.center_loss import CenterLoss

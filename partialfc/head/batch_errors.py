@@ -1,6 +1,6 @@
 """Checks of a batch, and the errors that they raise on every rank.
 
-A problem travels in the header of the rank that finds it: a code and two numbers, which the words are made from.
+A problem travels in the header of the rank that finds it: a code and two numbers, from which all form one message.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Problem(IntEnum):
     TOO_LARGE = 7
     DTYPE_CHANGED = 8
     LABEL_RANGE = 9  # a = sample, b = its label
-    NON_FINITE = 10  # a = first such sample, b = how many
+    NON_FINITE = 10  # a = first such sample, b = their number
 
 
 class Finding(NamedTuple):
@@ -42,7 +42,7 @@ class Finding(NamedTuple):
 def check_form(
     embeddings: Tensor, labels: Tensor, dim: int, device: torch.device, agreed: BatchFormat | None
 ) -> Finding:
-    """Check everything about a local batch that the host knows without reading values."""
+    """Check the form of a local batch: everything that the host knows without reading values."""
     if embeddings.dim() != 2:
         return Finding(Problem.NOT_2D, embeddings.dim())
     if embeddings.dtype not in FLOATS:
@@ -79,13 +79,13 @@ def check_values(header: Tensor, embeddings: Tensor, labels: Tensor, num_classes
 
 
 def any_problem(headers: Tensor) -> Tensor:
-    """Return a bool [] on the device of ``headers [W, 9]``, true if a rank reports a problem or the ranks disagree."""
+    """Return a bool [] on the device of ``headers [W, 9]``: True if a rank reports a problem or the ranks disagree."""
     shared = headers[:, Field.FLAGS : Field.RATE + 1]
     return (headers[:, Field.PROBLEM] != Problem.NONE).any() | (shared != shared[0]).any()
 
 
 def raise_problem(headers: list[list[int]], num_classes: int, dim: int, agreed: BatchFormat | None) -> None:
-    """Raise the problem that the gathered ``headers`` report, in the same words on every rank; return if there is none.
+    """Raise the problem that the gathered ``headers`` report, if any, with the same message on every rank.
 
     Raises:
         BatchMismatch, LabelOutOfRange, NonFiniteEmbeddings
@@ -117,7 +117,7 @@ def _mode(flags: int) -> str:
 def _describe(
     header: list[int], num_classes: int, dim: int, agreed: BatchFormat | None
 ) -> tuple[type[PartialFCError], str]:
-    """Return the error that a header reports, and its words."""
+    """Return the error that a header reports, and its message."""
     count, dtype, a, b = (header[field] for field in (Field.COUNT, Field.DTYPE, Field.DETAIL_A, Field.DETAIL_B))
     match Problem(header[Field.PROBLEM]):
         case Problem.NOT_2D:

@@ -12,7 +12,7 @@ from partialfc.head.ownership import OwnedSamples
 class CenterLoss(nn.Module):
     """``½·weight·mean‖x_i − k_{y_i}‖²`` added to the head's loss (Wen et al., ECCV 2016, eq. 2–5).
 
-    x are the raw embeddings, k one center a class. The centers lie on the rank that owns the class and start at 0.
+    x are the raw embeddings, k one center per class. The centers lie on the rank that owns the class and start at 0.
     They have no gradient: with each applied optimizer step ``k_j ← k_j − alpha·Σ(k_j − x_i)/(1 + n_j)`` over the n_j
     samples of class j in that step's batch (all micro-batches together). A skipped step drops its sums.
 
@@ -40,7 +40,7 @@ class CenterLoss(nn.Module):
         self.register_buffer("centers", torch.zeros(rows, dim, dtype=dtype, device=device))
 
     def accumulate(self, owned: OwnedSamples, offsets: Tensor) -> None:
-        """Add ``offsets [B, D]``, x − k of the ``owned`` samples and 0 of all others, to the step under way."""
+        """Add ``offsets [B, D]``, x − k of the ``owned`` samples and 0 of all others, to the current step."""
         self._pending.append((owned, offsets))
 
     @torch.no_grad()
@@ -50,8 +50,7 @@ class CenterLoss(nn.Module):
             rows = torch.cat([owned.rows for owned, _ in self._pending])  # [n]
             counted = torch.cat([owned.mask for owned, _ in self._pending])
             offsets = torch.cat([offsets for _, offsets in self._pending])
-            # There are at most n classes, numbered in the order of their rows: nothing here has a size that only the
-            # device knows.
+            # At most n classes, numbered in the order of their rows: no size here is known to the device alone.
             ordered, order = rows.sort()
             number = torch.zeros_like(rows)
             number[1:] = (ordered[1:] != ordered[:-1]).cumsum(0)
@@ -65,7 +64,7 @@ class CenterLoss(nn.Module):
 
     @property
     def pending_offsets(self) -> list[Tensor]:
-        """Offsets that the next applied step would move the centers by, [B, D] for each micro-batch."""
+        """Offsets by which the next applied step will move the centers, [B, D] for each micro-batch."""
         return [offsets for _, offsets in self._pending]
 
     def discard_pending(self) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from partialfc.errors import ConfigError, RankLost
 
-# torch 2.13 renamed these two and warns about the old names, which are all that torch 2.11 has.
+# torch 2.13 renamed these two and warns about the old names, the only ones in torch 2.11.
 _OLD_NAMES = {"all_gather_single": "all_gather_into_tensor", "reduce_scatter_single": "reduce_scatter_tensor"}
 
 
@@ -46,7 +46,7 @@ class Collectives:
         return self  # a copied head belongs to the same ranks; a process group cannot be copied
 
     def check_group(self) -> None:
-        """Raise ConfigError if the process group was made after this object: every rank would train on its own."""
+        """Raise ConfigError if the process group was made after this object: every rank would train alone."""
         if self.group is None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             raise ConfigError(
                 "this head was made before torch.distributed.init_process_group, so it is not sharded; make it "
@@ -55,7 +55,7 @@ class Collectives:
 
     @property
     def distributed(self) -> bool:
-        """True if there is a process group, of whatever size."""
+        """True if there is a process group, of any size."""
         return self.group is not None
 
     def gather(self, message: Tensor) -> Tensor:
@@ -79,7 +79,7 @@ class Collectives:
         return values
 
     def start_reduce_scatter(self, values: Tensor) -> Callable[[], Tensor]:
-        """Start to sum ``values [world_size·n, …]`` over ranks; the returned function waits for this rank's [n, …]."""
+        """Start summing ``values [world_size·n, …]`` over ranks; the returned function waits for this rank's [n, …]."""
         if self.group is None:
             return lambda: values
         share = torch.empty_like(values[: len(values) // self.world_size])

@@ -54,7 +54,7 @@ class GlobalBatch:
 class BatchGather:
     """Gathers the global batch, and raises the errors of any rank on every rank.
 
-    On a CPU errors are raised at once. Elsewhere reading them would mean waiting for the device: a bad batch is then
+    On a CPU errors are raised at once. Elsewhere, reading them would mean waiting for the device: a bad batch is
     ignored as a whole, and :attr:`GlobalBatch.check` raises its errors later.
 
     Args:
@@ -68,12 +68,12 @@ class BatchGather:
         self.format: BatchFormat | None = None  # agreed at the first call; None for a single process
 
     def agree_on_format(self, embeddings: Tensor, head: str, device: torch.device) -> None:
-        """Check that the ranks' heads, as described by ``head``, are the same; agree on batch size and dtype.
+        """Check that the ranks' heads, as described by ``head``, are equal; agree on batch size and dtype.
 
-        A collective of its own at the first call, and after :attr:`format` was set to None.
+        A separate collective, at the first call and after :attr:`format` was set to None.
 
         Raises:
-            BatchMismatch: heads or dtypes differ, or the dtype is no float.
+            BatchMismatch: heads or dtypes differ, or the dtype is not a float.
         """
         count = embeddings.shape[0] if embeddings.dim() else 0
         mine = torch.tensor([count, dtype_code(embeddings.dtype), zlib.crc32(head.encode())], device=device)
@@ -124,7 +124,7 @@ class BatchGather:
 
 
 def errors_are_deferred(device: torch.device) -> bool:
-    """Return true if reading a value on ``device`` would make the host wait."""
+    """Return True if reading a value on ``device`` would make the host wait."""
     return device.type != "cpu"
 
 

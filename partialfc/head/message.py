@@ -43,7 +43,7 @@ FLAG_TRAINING, FLAG_BACKWARD = 1, 2
 class BatchFormat:
     """Shape and dtype of the message, agreed by all ranks at the first call."""
 
-    capacity: int  # samples of a rank, at most
+    capacity: int  # most samples of a rank
     dim: int
     dtype: torch.dtype  # of the embeddings
 

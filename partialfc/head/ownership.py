@@ -1,4 +1,4 @@
-"""Ownership of the batch's labels: which samples have their class in this shard."""
+"""Ownership of the batch's labels: the samples whose class lies in this shard."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 class OwnedSamples:
     """The samples of the global batch whose class this shard owns.
 
-    Which ones they are stays on the device: to list them, the host would have to wait for their number.
+    The selection stays on the device: to list the samples, the host would have to wait for their number.
     """
 
     mask: Tensor  # [B] bool
@@ -25,7 +25,7 @@ class OwnedSamples:
         return per_row.index_select(0, self.rows)
 
     def only(self, values: Tensor) -> Tensor:
-        """Replace the ``values`` [B, …] of all other samples by −0, which added to a number leaves it as it is."""
+        """Replace the ``values`` [B, …] of all other samples by −0, which changes no number that it is added to."""
         return values.masked_fill(~self.mask.view(-1, *[1] * (values.dim() - 1)), -0.0)
 
 

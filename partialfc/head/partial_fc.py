@@ -61,8 +61,8 @@ class PartialFC(nn.Module):
         correct_sampling: give classes that take part only because they were sampled the weight 1/sample_rate in the
             denominator, so that its expectation equals the sum over all classes.
         on_nonfinite: ``"raise"`` checks embeddings for NaN and Inf and raises NonFiniteEmbeddings on every rank;
-            ``"propagate"`` lets them through, and makes loss and gradients NaN on every rank, so that loss scalers
-            decide alike everywhere.
+            ``"propagate"`` passes them on as NaN loss and gradients on every rank, so that all loss scalers decide
+            alike.
         weight_dtype: of the weight, float32, float64 or bfloat16 (which the ``Row*`` optimizers round stochastically).
         compute_dtype: of logits, gradients and centers, float32 or float64; default: ``weight_dtype``, for bfloat16
             float32.
@@ -268,9 +268,9 @@ class PartialFC(nn.Module):
 
     @torch.no_grad()
     def gradient_is_finite(self) -> Tensor:
-        """Return a bool [], true if the next update is free of NaN and Inf: gradients and centers of this shard.
+        """Return a bool []: True if the next update is free of NaN and Inf: gradients and centers of this shard.
 
-        No collective: the ranks have to agree before one of them skips the step.
+        Not a collective: the ranks must agree before one of them skips the step.
         """
         pending = [] if self.center_loss is None else self.center_loss.pending_offsets
         return all_finite(self.parameters(), pending, self.weight.device)
@@ -325,7 +325,7 @@ def _before_saving(head: PartialFC, prefix: str, keep_vars: bool) -> None:
 
 
 def _before_loading(head: PartialFC, *_: Any) -> None:
-    head.apply_deferred_decay()  # decay deferred for the replaced rows must not fall on the new ones
+    head.apply_deferred_decay()  # decay deferred for the replaced rows must not reach the new ones
 
 
 def _after_loading(head: PartialFC, incompatible_keys: Any) -> None:

@@ -22,7 +22,7 @@ _WORD = 1 << 64
 
 
 class RandomStream(IntEnum):
-    """Purposes of random numbers: a coordinate that keeps their streams independent. Runs depend on the values."""
+    """Purposes of random numbers, a coordinate that keeps their streams independent. Results depend on the values."""
 
     NEGATIVES = 1  # classes sampled in a step
     INITIAL_WEIGHT = 2

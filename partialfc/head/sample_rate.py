@@ -16,7 +16,7 @@ class StepRate:
 
     Args:
         rates: each in (0, 1].
-        starts: steps at which the rates take effect; the first is 0, and they rise.
+        starts: steps at which the rates take effect, ascending from 0.
 
     ``StepRate([0.1, 0.3, 1.0], [0, 10_000, 18_000])`` ends with all classes, like LVFace (ICCV 2025).
     """

@@ -44,7 +44,7 @@ class _MicroBatch:
 
 
 class StepState:
-    """The step of a head that is under way. Listens to the optimizer that holds the head's weight.
+    """The current step of a head. Listens to the optimizer that holds the head's weight.
 
     Args:
         head: the owner.
@@ -106,7 +106,7 @@ class StepState:
             self._end(applied=False)
 
     def before_optimizer_step(self) -> None:
-        """Raise errors found meanwhile by a device, before anything is updated."""
+        """Raise errors that the device found meanwhile, before anything is updated."""
         self.raise_deferred()
 
     def after_optimizer_step(self) -> None:
@@ -157,5 +157,5 @@ class StepState:
 
 
 def sparse_sums_concatenate(device: torch.device) -> bool:
-    """Return true where torch appends the rows of a second sparse gradient; on a CPU it merges sorted ones."""
+    """Return True where torch appends the rows of a second sparse gradient; on a CPU it merges sorted ones."""
     return device.type != "cpu"

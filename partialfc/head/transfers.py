@@ -1,4 +1,4 @@
-"""Small tensors on their way between host and device, for which neither waits."""
+"""Transfers of small tensors between host and device, for which neither waits."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor
 
 
 def send(values: Tensor, device: torch.device) -> Tensor:
-    """Return a copy of ``values``, which are on the host, on ``device``; on the host themselves for a CPU."""
+    """Copy ``values`` from the host to ``device`` without waiting; return them unchanged for a CPU."""
     if device.type != "cuda":
         return values.to(device)
     return values.pin_memory().to(device, non_blocking=True)  # from pageable memory the copy would wait
 
 
 class DeferredRead:
-    """A copy of a tensor that is on its way to the host."""
+    """Copy of a tensor on its way to the host."""
 
     def __init__(self, values: Tensor) -> None:
         self._event: Any = None

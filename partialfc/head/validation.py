@@ -55,7 +55,7 @@ def check_loss(loss: Loss) -> None:
     if not loss.needs <= NEEDS:
         raise ConfigError(f"{name}.needs may hold {sorted(NEEDS)}, got {sorted(loss.needs)}")
     if loss.raw_logits and (loss.sub_centers is not None or not loss.negatives_are_linear):
-        raise ConfigError(f"{name} works on raw logits: it cannot have sub-centers or negative_logits of its own")
+        raise ConfigError(f"{name} works on raw logits: it cannot have sub-centers or override negative_logits")
     tensors = [*loss.parameters(), *loss.buffers()]
     if any(tensor.is_meta for tensor in tensors):
         return

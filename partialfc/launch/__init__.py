@@ -1,5 +1,5 @@
 """Starting runs: under torchrun on one host or many, and as Slurm jobs.
 
-The shell scripts lie in this package, so that an installed copy has them; ``launch/`` of the repository links to them.
-May import ``config``, ``tracking`` and what lies below; only ``cli`` imports it. Needs no torch.
+The shell scripts live in this package, so that an installed copy has them; the repository's ``launch/`` links to them.
+Imports ``files`` and ``errors``, so that it needs no torch. Only ``cli`` may import it.
 """

@@ -1,4 +1,4 @@
-"""Job scripts for Slurm: ``train.sbatch`` with a request and a run filled in, to be read and kept."""
+"""Slurm job scripts: ``train.sbatch`` with the request and the run filled in, to be read and kept."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<parts>\d+(?::\d+){0,2})|UNLIMITED|IN
 
 
 class SubmissionFailed(PartialFCError):
-    """Slurm has refused a job."""
+    """Slurm refused a job."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """Resources that a job asks Slurm for; None leaves the choice to Slurm."""
+    """Resources that a job requests; None leaves the choice to Slurm."""
 
     nodes: int
     time: str  # as sbatch takes it, e.g. 24:00:00 or 2-00:00:00
@@ -40,10 +40,10 @@ class Request:
     more: tuple[str, ...] = ()  # further options of sbatch, e.g. --qos=high
 
     def options(self, name: str, output: str, folder: str) -> list[str]:
-        """Return the options for sbatch; the job works in ``folder``.
+        """Return the options for sbatch; the job runs in ``folder``.
 
         Raises:
-            ConfigError: sbatch would not take a value, or would misread it.
+            ConfigError: sbatch would reject or misread a value.
         """
         limit = seconds_of(self.time)
         if limit is not None and self.warning_seconds >= limit:
@@ -70,10 +70,10 @@ class Request:
 
 
 def seconds_of(time: str) -> float | None:
-    """Return sbatch's notation of a time limit in seconds; None for no limit.
+    """Convert sbatch's notation of a time limit to seconds; None for no limit.
 
     Raises:
-        ConfigError: sbatch would not take it.
+        ConfigError: sbatch would reject it.
     """
     found = _TIME.fullmatch(time)
     if found is None:
@@ -103,7 +103,7 @@ def job_script(
 ) -> str:
     """Return a script for sbatch that trains ``config`` in the run folder ``run``.
 
-    The job works in the working folder of this process, wherever the script is submitted from.
+    The job runs in the working directory of this process, wherever the script is submitted from.
 
     Args:
         words: overrides, and ``--force``.

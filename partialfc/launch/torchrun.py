@@ -4,18 +4,18 @@
 
   0 finished · 1 failed · 2 wrong usage or config · 75 stopped on request with a checkpoint written: start it again
 
-TERM, USR1 and INT ask the run to stop. (Send them here and not to torchrun, which USR1 kills without its workers, and
-which kills its workers 30 seconds after TERM, with or without a checkpoint.)
+TERM, USR1 and INT ask the run to stop. (Send them here, not to torchrun: USR1 kills it without its workers, and 30
+seconds after TERM it kills its workers, with or without a checkpoint.)
 
 One host:    NPROC=8 launch/torchrun.sh configs/….yaml
 Many hosts:  the same command on each, with NNODES=4 RDZV_ENDPOINT=first-host:29400
 Elastic:     NNODES=3:4 starts with three or four hosts, and continues when one is lost or joins
 
 Settings are environment variables:
-  PYTHON         Python that partialfc is installed in (of launch/torchrun.sh; default python3)
+  PYTHON         Python with partialfc installed (for launch/torchrun.sh only; default python3)
   NPROC          ranks per host: a number, or auto (default): one per GPU, without GPUs one per core
   NNODES         number of hosts, or MIN:MAX (default 1)
-  RDZV_ENDPOINT  host:port of one of the hosts, which all can reach
+  RDZV_ENDPOINT  host:port of one host that all can reach
   RDZV_ID        name of the rendezvous: the same on all hosts, different for each run (default partialfc)
   RDZV_CONF      key=value,… for the rendezvous, e.g. last_call_timeout=10
   LOCAL_ADDR     address at which the others reach this host (default: its name)
@@ -49,7 +49,7 @@ _POLL = 0.2  # seconds
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of a launch: the environment variables of the same names in capitals; an empty one is unset."""
+    """Settings of a launch: the environment variables of the same names in capitals; empty counts as unset."""
 
     nproc: str = "auto"
     nnodes: str = "1"
@@ -86,7 +86,7 @@ class Settings:
         return [*where, *ranks, "--log-dir", str(logs), "--tee", "3"]
 
     def environment(self, own: Mapping[str, str]) -> dict[str, str]:
-        """Return the environment of the ranks: ``own``, and defaults for what is unset or empty there."""
+        """Return the environment of the ranks: ``own``, with defaults for variables unset or empty there."""
         defaults = {"NCCL_DEBUG": "WARN", "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1"}
         if not own.get("OMP_NUM_THREADS"):
             defaults["OMP_NUM_THREADS"] = str(max(1, _cores() // self._ranks_here()))
@@ -103,7 +103,7 @@ class Settings:
 
 
 class StopSignals:
-    """Records signals that ask the run to stop, from its creation on."""
+    """Records signals that ask the run to stop, from creation on."""
 
     def __init__(self) -> None:
         self.name = ""  # of the last signal, without SIG
@@ -120,7 +120,7 @@ class Start:
     Args:
         run: run folder.
         own_state: file in which rank 0 reports the state of this start, while ``state.json`` may belong to another
-            start that uses the run folder; None: there is no such file.
+            start that uses the run folder; None if there is no such file.
         code_file: file in which a failed rank leaves its exit code and message, which torchrun does not pass on.
     """
 
@@ -142,7 +142,7 @@ class Start:
         return code
 
     def exit_code(self, torchrun_code: int, stopped: int) -> int:
-        """Return the exit code of the launch: torchrun's own does not tell failures from requests to stop."""
+        """Return the exit code of the launch: torchrun's own does not distinguish failures from requests to stop."""
         ended = None
         if self._has_begun():
             ended = self._state().get("state")
@@ -151,7 +151,7 @@ class Start:
         if ended in ("finished", "preempted"):
             return 0 if ended == "finished" else stopped
         code, _, reason = _read_text(self._code_file).partition("\n")
-        if reason.strip():  # said before, but torchrun has printed a report since
+        if reason.strip():  # printed before, but a report of torchrun's has followed
             print(f"error: {reason.splitlines()[0]}", file=sys.stderr, flush=True)
         return 2 if code == "2" else 1
 
@@ -162,13 +162,13 @@ class Start:
             stop.unlink(missing_ok=True)
 
     def _takes_requests(self) -> bool:
-        """Return False while this start may still wait for another one, which would take the request for its own."""
+        """Return False while this start may still wait for another one, which would take the request as its own."""
         return self._own_state is None or self._has_begun()
 
     def _leave_request(self, signal_name: str) -> None:
         job = f", job {os.environ['SLURM_JOB_ID']}" if os.environ.get("SLURM_JOB_ID") else ""
         request = f"{signal_name} to {_SELF} on {socket.gethostname()}{job}\n"
-        with suppress(OSError):  # the next look tries again
+        with suppress(OSError):  # the next poll tries again
             write_atomically(self._run / "stop", request)
             self._request = request
 

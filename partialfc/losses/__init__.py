@@ -1,6 +1,6 @@
 """Objectives for classifiers: small pieces that read like their papers.
 
-Imported by the head and config; imports torch and partialfc.errors only.
+Imports torch and ``errors`` only. ``head`` and the rooms above may import it.
 """
 
 from partialfc.losses.adaface import AdaFace

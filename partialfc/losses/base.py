@@ -1,8 +1,8 @@
 """The interface between a loss and the sharded head.
 
 For a sample with target class y the head forms ``log Σ_{j≠y} exp(z_j)`` over all shards and hands the loss
-``d = log Σ_{j≠y} exp(z_j) − z_y``; softmax cross-entropy is then ``softplus(d)``. A loss says how the target's cosine
-and the negatives' cosines become logits; its derivatives are taken by autograd, in float64 for the targets.
+``d = log Σ_{j≠y} exp(z_j) − z_y``; softmax cross-entropy is then ``softplus(d)``. A loss defines how the target's
+cosine and the negatives' cosines become logits; autograd takes its derivatives, in float64 for the targets.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ NEEDS = frozenset({"norms", "target_cosine_first", "raw_logits", "noise", "mean_
 
 @dataclass(frozen=True)
 class Samples:
-    """The samples of the global batch, as a loss sees them besides their cosines.
+    """Data on the samples of the global batch, besides their cosines.
 
     All of it is detached, except ``norms`` if the loss ``needs`` them.
     """
@@ -70,7 +70,7 @@ class Loss(nn.Module):
     #: Gives each class a bias beside its weight (with "raw_logits").
     class_bias: bool = False
 
-    #: If true, the negatives enter as ``log Σ exp(z_j)``; else each is a loss of its own, ``Σ softplus(z_j)``.
+    #: If true, the negatives enter as ``log Σ exp(z_j)``; else each is a separate loss, ``Σ softplus(z_j)``.
     shared_denominator: bool = True
 
     state: Tensor | None
@@ -89,7 +89,7 @@ class Loss(nn.Module):
     def negative_logits(self, cosine: Tensor, samples: Samples) -> Tensor:
         """Return the other classes' logits z_j, [B, classes of a chunk], from their cosines; differentiable in them.
 
-        The head knows that the default is linear and saves passes over each chunk; an override costs them.
+        The head uses the linearity of the default to save passes over each chunk; an override costs them.
         """
         return self.scale * cosine
 

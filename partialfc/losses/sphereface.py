@@ -45,7 +45,7 @@ class ASoftmax(MarginLoss):
         margin: m, a whole number in [1, 8].
         annealing_start: λ at step 0; ≥ annealing_end.
         annealing_end: the smallest λ; ≥ 0.
-        annealing_rate: how fast λ falls, a step; ≥ 0.
+        annealing_rate: decay of λ per step; ≥ 0.
         margin_gradient: see :class:`~partialfc.losses.MarginLoss`.
     """
 
@@ -67,7 +67,7 @@ class ASoftmax(MarginLoss):
         self.annealing_rate = check_range("annealing_rate", annealing_rate, 0.0, 1e9)
 
     def annealing(self, step: int) -> float:
-        """λ at ``step``."""
+        """Return λ at ``step``."""
         return max(self.annealing_end, self.annealing_start / (1.0 + self.annealing_rate * step))
 
     def with_margin(self, cosine: Tensor, samples: Samples) -> Tensor:

@@ -1,4 +1,4 @@
-"""Sub-centers: several weights a class, so that a class's noise can settle at one of its own."""
+"""Sub-centers: several weights per class, so that a class's noise can settle at one of its own."""
 
 from __future__ import annotations
 

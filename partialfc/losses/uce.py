@@ -14,8 +14,8 @@ class UCE(Loss):
     """``log(1 + exp(−s(cos θ_y − m) + b)) + λ·Σ_j log(1 + exp(s·cos θ_j − b))``
     (Zhou et al., "UniFace: unified cross-entropy loss for deep face recognition", ICCV 2023).
 
-    Each class is a two-class problem of its own, with one threshold b for all of them, which is learned. There is no
-    denominator that the classes share; with a sample rate r the paper's L_uce-mb-r.
+    Each class is a separate two-class problem; all share one learned threshold b, but no denominator. With a sample
+    rate r this is the paper's L_uce-mb-r.
 
     Args:
         scale: s, the inverse temperature; > 0.

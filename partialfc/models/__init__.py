@@ -1,7 +1,6 @@
 """Backbones: modules that turn images [B, channels, size, size] into embeddings [B, embedding_dim].
 
-Imports ``errors`` and ``options`` besides torch. Everything from ``config`` upwards may import it; the head and the
-losses do not.
+Imports torch, ``options`` and ``errors``. ``config`` and the rooms above may import it; ``head`` and ``losses`` do not.
 """
 
 from __future__ import annotations

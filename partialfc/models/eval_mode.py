@@ -10,7 +10,7 @@ from torch import nn
 
 @contextmanager
 def eval_mode(module: nn.Module) -> Iterator[nn.Module]:
-    """Put ``module`` into evaluation mode inside the context, and back into its own mode after it."""
+    """Put ``module`` into evaluation mode inside the context, then restore its own mode."""
     was_training = module.training
     module.eval()
     try:

@@ -20,7 +20,7 @@ from partialfc.options import describe_unknown
 def build_by_path(
     path: str, sizes: dict[str, int], options: dict[str, Any], activation_checkpointing: bool
 ) -> nn.Module:
-    """Call ``my.module:factory`` with all ``options``, and with the ``sizes`` that are among its parameters.
+    """Call ``my.module:factory`` with all ``options``, and with those ``sizes`` that it takes.
 
     ``activation_checkpointing`` is passed as a keyword if it is a parameter, else by calling the module's
     ``set_grad_checkpointing(True)``.
@@ -74,7 +74,7 @@ def build_timm(name: str, sizes: dict[str, int], options: dict[str, Any], activa
         import timm
     except ImportError as error:
         raise MissingDependency(f"model.name=timm:{name} needs timm: pip install 'partialfc[timm]'") from error
-    if ":" not in name and not timm.is_model(name):  # a name with a colon is of a hub
+    if ":" not in name and not timm.is_model(name):  # a name with a colon refers to a hub
         raise ConfigError(f"model.name: timm: {_nearest(name, timm.list_models())}")
     arguments = {"num_classes": sizes["embedding_dim"], "in_chans": sizes["channels"], **options}
     try:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 class StandardConv2d(nn.Conv2d):
     """Convolution with filters of mean 0 and unit gain (weight standardisation, Qiao et al., 2019).
 
-    After a ReLU, activations have a mean that is common to all images; filters of mean 0 do not pass it on. So images
-    start apart, as with batch normalisation, but nothing depends on the batch.
+    After a ReLU, all images share a mean activation, which filters of mean 0 do not pass on: images start apart, as
+    with batch normalisation, but nothing depends on the batch.
     """
 
     def forward(self, x: Tensor) -> Tensor:

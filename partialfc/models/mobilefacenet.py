@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from partialfc.models.recompute import run_block
 
-#: Width over the paper's, and blocks of each stage.
+#: Width relative to the paper's, and blocks per stage.
 VARIANTS = {"mobilefacenet": (2, (1, 4, 6, 2)), "mobilefacenet_large": (4, (2, 8, 12, 4))}
 
 
@@ -79,7 +79,7 @@ class MobileFaceNet(nn.Module):
     """MobileFaceNet with the tensor names and shapes of InsightFace's published weights, which it loads.
 
     Args:
-        scale: width over the paper's.
+        scale: width relative to the paper's.
         blocks: number in each of the four stages.
         embedding_dim: D of the output [B, D], not normalised.
         channels: of the input [B, channels, image_size, image_size].

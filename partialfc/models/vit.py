@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from partialfc.errors import ConfigError
 from partialfc.models.recompute import run_block
 
-#: Parameters of the sizes.
+#: Parameters of each size.
 VARIANTS: dict[str, dict[str, Any]] = {
     "vit_t": {"width": 256, "depth": 12, "drop_path": 0.1},
     "vit_s": {"width": 512, "depth": 12, "drop_path": 0.1},

@@ -43,7 +43,7 @@ def read_weights(path: Path, *keys: str) -> dict[str, Any]:
     """Read a dictionary of tensors and plain values, without executing anything in the file.
 
     Args:
-        keys: names under which the dictionary may lie, one inside the other.
+        keys: keys under which the dictionary may be nested, outermost first.
 
     Raises:
         DataError: the file cannot be read, or holds anything else.

@@ -1,4 +1,5 @@
-"""Memory of a run, known before it starts.
+"""Memory of a run, predicted before it starts.
 
-Imported by train and cli; imports build, engines, data, tracking.console, config, models and the head.
+Imports ``build``, ``engines``, ``data``, ``tracking.console``, ``config``, ``models`` and ``head``. ``train`` and the
+rooms above may import it.
 """

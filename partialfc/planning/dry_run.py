@@ -37,8 +37,8 @@ def dry_run(config: Config, ranks: int) -> list[str]:
     """Build backbone, head and optimizers without memory, as rank 0 of ``ranks``, and return a table of their memory.
 
     Raises:
-        ConfigError: a run would not start with this config, as far as that is known without ranks and devices; or
-            neither a data set nor ``data.num_classes`` tells the number of classes.
+        ConfigError: a run would not start with this config, as far as is known without ranks and devices, or the number
+            of classes is unknown.
     """
     num_classes = count_classes(config)
     parts = [*_backbone_parts(config, ranks), *_head_parts(config, num_classes, ranks)]

@@ -1,4 +1,4 @@
-"""Memory of head and backbone, by arithmetic."""
+"""Memory of head and backbone, calculated."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}
 
 @dataclass(frozen=True)
 class HeadMemory:
-    """Bytes a class, by part: for as long as the run lasts, and (``active``) while it takes part in a step."""
+    """Bytes per class, by part: permanent, and (``active``) while the class takes part in a step."""
 
     weight: int
     optimizer: int
@@ -51,12 +51,12 @@ def head_memory(
     center_loss: bool = False,
     sampled: bool = True,
 ) -> HeadMemory:
-    """Return the bytes of a class of a head.
+    """Return the bytes per class of a head.
 
     Args:
         embedding_dim: D.
         state_dtype: dtype of momentum or moments; default: ``weight_dtype``.
-        sub_centers: weight rows of a class, K.
+        sub_centers: weight rows per class, K.
         sampled: the sample rate is below 1, and a step gathers the active rows.
     """
     numbers = embedding_dim * sub_centers
@@ -75,7 +75,7 @@ def head_memory(
 
 
 def configured_head_memory(config: Config, head: PartialFC) -> HeadMemory:
-    """Return the bytes of a class in a run of this config."""
+    """Return the bytes per class in a run of this config."""
     return head_memory(
         head.embedding_dim,
         config.optim.head_optimizer,
@@ -99,7 +99,7 @@ def backbone_memory(
     zero_stage: int | None = None,
     world_size: int = 1,
 ) -> dict[str, int]:
-    """Return the bytes a rank of a backbone's weights, gradients and optimizer state.
+    """Return the bytes per rank of a backbone's weights, gradients and optimizer state.
 
     Args:
         parameters: number of scalars.

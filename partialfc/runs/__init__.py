@@ -1,4 +1,4 @@
 """Run folders: their files, their lock, and the list of runs.
 
-Imported by checkpoint, train and cli; imports config, files, tracking and nothing above them.
+Imports ``tracking``, ``config`` and ``files``. ``checkpoint``, ``train`` and the rooms above may import it.
 """

@@ -59,12 +59,12 @@ class RunFolder:
         self.wandb = start_wandb(self.path, config.tracking.wandb, anew=config.checkpoint.resume == "never")
 
     def progress(self, step: int, seconds_left: float | None = None) -> None:
-        """Note the steps done so far and the time left; written with the next heartbeat."""
+        """Record the steps done so far and the time left; written with the next heartbeat."""
         self._step, self._last_progress = step, time.monotonic()
         self._seconds_left = seconds_left if seconds_left is not None else self._seconds_left
 
     def touch(self) -> None:
-        """Note that work continues although no step is done, as in an evaluation."""
+        """Record that work continues without completing a step, as in an evaluation."""
         self._last_progress = time.monotonic()
 
     def set_state(self, state: str, step: int, reason: str = "") -> None:
@@ -72,7 +72,7 @@ class RunFolder:
 
         Raises:
             OSError: it cannot be written and ``state`` is ``finished``. In any other state that is only a warning: a
-                full disk neither ends a run nor hides its own reason to end.
+                full disk neither ends a run nor hides the reason that it ended.
         """
         with self._lock:
             if state != "running":
@@ -149,10 +149,10 @@ class RunFolder:
 def lock_folder(config: Config) -> FileLock:
     """Create the run folder and lock it for as long as this process lives.
 
-    A run that a launcher starts again may find its predecessor about to end, so it waits up to ``run.timeout`` seconds.
+    A restarted run may find its predecessor about to end, so it waits up to ``run.timeout`` seconds.
 
     Raises:
-        ConfigError: the folder cannot be written, or another process keeps it.
+        ConfigError: the folder cannot be written, or another process holds it.
     """
     folder, timeout = config.run.dir, config.run.timeout
     try:
@@ -176,7 +176,7 @@ def _not_writable(folder: Path, error: OSError) -> ConfigError:
 
 
 def forget_after(metrics: Path, step: int) -> None:
-    """Drop training and evaluation lines beyond ``step``, which is resumed from; events stay."""
+    """Drop training and evaluation lines beyond ``step``, from which the run resumes; keep events."""
     try:
         # A kill or a lost disk block may have cut a line in the middle of a character.
         text = metrics.read_text(encoding="utf-8", errors="replace")

@@ -74,7 +74,7 @@ def _number_of(state: dict[str, Any], name: str) -> float | None:
 
 
 def describe_runs(folder: Path) -> str:
-    """Return the runs below ``folder`` as a table, and below it what went wrong."""
+    """Return the runs below ``folder`` as a table, followed by the reasons of failed and stalled ones."""
     runs = find_runs(folder)
     if not runs:
         return f"no runs below {folder}"

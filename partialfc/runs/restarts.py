@@ -1,4 +1,4 @@
-"""Automatic restarts that make no progress, and when to give up."""
+"""Limit on automatic restarts without progress."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from partialfc.runs.state import read_state
 
 
 class GivenUp(PartialFCError):
-    """The run was restarted again and again without progress."""
+    """The run was restarted repeatedly without progress."""
 
 
 def count_restarts(config: Config, step: int, automatic: int) -> int:
@@ -29,7 +29,7 @@ def count_restarts(config: Config, step: int, automatic: int) -> int:
     restarts = _integer(previous, "restarts", 0) + 1
     if restarts <= config.run.restarts_without_progress:
         return restarts
-    if previous.get("given_up"):  # and the launcher has restarted it all the same
+    if previous.get("given_up"):  # but the launcher restarted it
         raise GivenUp(reason)
     raise GivenUp(
         f"{restarts} restart{'s' if restarts != 1 else ''} in a row made no progress beyond step {step:,} "

@@ -1,4 +1,4 @@
-"""``state.json``: how a run is doing, written atomically by one process at a time."""
+"""``state.json``: the state of a run, written atomically by one process at a time."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def write_state(folder: Path, state: dict[str, Any]) -> None:
 def record_failure(
     folder: Path, reason: str, states: tuple[str, ...] = ("running",), *, given_up: bool = False
 ) -> None:
-    """Mark a run as failed without its :class:`RunFolder`: the launcher may end the first rank before it can.
+    """Mark a run as failed without its :class:`RunFolder`: the launcher may end rank 0 before it can.
 
     Args:
         states: states that a failure replaces; a run in any other state is left alone.
@@ -52,9 +52,9 @@ def record_failure(
 
 
 def tell_launcher(state: dict[str, Any]) -> None:
-    """Write ``state`` into the file that a launcher has named, too.
+    """Also write ``state`` to the file that a launcher named, if any.
 
-    It describes the start that the launcher made, while ``state.json`` may already describe a later one.
+    It describes the start that this launcher made, while ``state.json`` may already describe a later one.
     """
     file = os.environ.get("PARTIALFC_STATE_FILE")
     if file:

@@ -10,7 +10,7 @@ from partialfc.tracking.metrics import read_metrics
 
 
 def summarize(run: Path) -> str:
-    """Return a short table: loss, accuracy, TAR at FAR, speed, and the paths of what was written."""
+    """Return a short table: loss, accuracy, TAR at FAR, speed, and the paths of the results."""
     lines = read_metrics(run / "metrics.jsonl")
     train: dict[str, Any] = next((line for line in reversed(lines) if line["kind"] == "train"), {})
     end: dict[str, Any] = next((line for line in reversed(lines) if line.get("event") == "finished"), {})

@@ -1,8 +1,8 @@
-"""``partialfc runs sync``: send W&B the rows of a run that it lacks.
+"""``partialfc runs sync``: send W&B the rows of a run that are missing there.
 
-The rows are lines of ``metrics.jsonl``, and W&B's server says how many it has
-(:mod:`partialfc.tracking.wandb.client`). W&B's own ``wandb sync`` would send each attempt's file in whole, including
-rows that the server has, in whatever order.
+The rows are lines of ``metrics.jsonl``, and W&B's server reports how many it has
+(:mod:`partialfc.tracking.wandb.client`). W&B's own ``wandb sync`` would send each attempt's file whole, including rows
+that the server has, in any order.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from partialfc.tracking.wandb.run import LOG, UNSENT, client_options, require_cl
 
 
 class SyncFailed(PartialFCError):
-    """W&B has not taken a run."""
+    """W&B did not accept a run."""
 
 
 def sync(folder: Path) -> bool:
     """Send W&B the missing rows of the run in ``folder``, without a time limit; return False if none was missing.
 
     Raises:
-        DataError: ``folder`` is no run folder, or its run was not written for W&B.
+        DataError: ``folder`` is not a run folder, or its run was not written for W&B.
         MissingDependency: W&B's client is not installed.
-        SyncFailed: the run is training, or W&B has not taken it; what it has not taken can be sent again.
+        SyncFailed: the run is training, or W&B did not accept all rows, which can be sent again.
     """
     require_client()
     if not (folder / "config.yaml").exists() or not (folder / "metrics.jsonl").exists():
@@ -48,7 +48,7 @@ def sync(folder: Path) -> bool:
 
 
 def _refuse_live_run(folder: Path) -> None:
-    """Refuse a run that is training, which W&B would take for ended; its own client may have been killed."""
+    """Refuse a run that is still training, which W&B would mark as ended; its own client may have been killed."""
     lock = FileLock(folder / LOCK)
     try:
         if not lock.acquire():

@@ -1,4 +1,4 @@
-"""Work that one rank or all ranks do, with an outcome that all ranks agree on."""
+"""Work of one rank or of all ranks, with an outcome that all ranks share."""
 
 from __future__ import annotations
 

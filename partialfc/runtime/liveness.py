@@ -1,4 +1,4 @@
-"""Signs of life of all ranks: they name the rank that keeps the others waiting, and why.
+"""Signs of life of all ranks, which identify a rank that keeps the others waiting, and the reason.
 
 A thread of every process writes a sign of life to the store each second, with the step and phase of the main thread.
 When a collective fails, the other ranks read these: a rank without new signs is dead, stopped or cut off; a rank that
@@ -35,7 +35,7 @@ class Liveness:
     """Signs of life of all ranks of the default process group. A collective.
 
     Args:
-        timeout: seconds of silence after which a rank is lost.
+        timeout: seconds of silence after which a rank counts as lost.
         stop: the request of this process; a request on one rank reaches all of them.
         on_lost: called by a thread with the reason when a rank is lost; it should end the process.
     """
@@ -69,12 +69,12 @@ class Liveness:
         self._position = (step, _PHASES.index(phase))
 
     def report_failure(self, reason: str) -> None:
-        """Publish the reason why this rank ends; the first reason of all ranks counts."""
+        """Publish the reason for which this rank ends; the first reason of all ranks counts."""
         self._ending = True
         _within(_EXPLAIN_WITHIN / 4, lambda: self._publish(f"rank {self.rank}: {reason}"))
 
     def explain(self) -> str | None:
-        """Return why another rank keeps this one waiting, None if unknown; watches the signs for some seconds."""
+        """Return the reason another rank keeps this one waiting, or None; watches the signs for some seconds."""
         self._ending = True
         answered, reason = _within(_EXPLAIN_WITHIN, self._find_reason)
         return reason if answered else _UNREACHABLE

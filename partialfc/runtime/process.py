@@ -47,7 +47,7 @@ class ProcessContext:
         return self.rank == 0
 
     def set_timeout(self, seconds: float) -> None:
-        """Let collectives fail from now on when they take longer than ``seconds``."""
+        """Make collectives fail from now on if they take longer than ``seconds``."""
         self.timeout = timedelta(seconds=seconds)
         self._set_group_timeouts(self.timeout)
 
@@ -72,12 +72,12 @@ class ProcessContext:
                 dist.distributed_c10d._set_pg_timeout(timeout, group)
 
     def enter(self, step: int, phase: str) -> None:
-        """Publish the position of this rank, by which the others find the rank that keeps them waiting."""
+        """Publish the position of this rank, from which the others identify a rank that keeps them waiting."""
         if self.liveness:
             self.liveness.enter(step, phase)
 
     def report_progress(self) -> None:
-        """Report that this rank is at work, where no training step shows it."""
+        """Report that this rank is working outside training steps."""
         for listener in self.on_progress:
             listener()
 
@@ -169,6 +169,6 @@ def under_torchrun() -> bool:
 
 
 def automatic_restarts() -> int:
-    """Return how often torchrun and Slurm have restarted this run by themselves, as far as they say."""
+    """Return the number of automatic restarts of this run that torchrun and Slurm report."""
     counts = (os.environ.get(name, "0") for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
     return sum(int(count) for count in counts if count.isdigit())

@@ -3,8 +3,8 @@
 A launcher that restarts failed workers may hand them the store of the previous start (torchrun does, since it shares
 its own store with the workers: pytorch issue 135712). That store holds addresses of dead processes, to which nobody can
 connect. Nothing in the environment distinguishes one start from the next on all nodes; the restart count is kept by
-each node for itself. So the ranks find each other by name: each writes a random name, and rank 0 answers it. An answer
-to the name of a dead process is read by nobody.
+each node for itself. So the ranks find each other by name: each writes a random name, and rank 0 answers it. Nobody
+reads an answer to the name of a dead process.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def _invite(store: dist.Store, world_size: int, deadline: float) -> str:
 
 
 def _accept(store: dist.Store, rank: int, deadline: float) -> str:
-    """On other ranks: ask for the name of this start, confirm it, and wait until all ranks have."""
+    """Ask for the name of this start, confirm it, and wait until all ranks have (ranks other than 0)."""
     me = uuid.uuid4().hex
     store.set(f"asks-{rank}", me)
     name = ""

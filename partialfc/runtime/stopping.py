@@ -35,7 +35,7 @@ class StopRequest:
 
     @property
     def requested(self) -> bool:
-        """True once somebody has asked; looks for the file at most every half second."""
+        """True once a stop is requested; looks for the file at most every half second."""
         if self.reason is None and self._file is not None and time.monotonic() - self._looked >= _LOOK_EVERY:
             with suppress(OSError):  # a network file system that does not answer now may answer the next time
                 if self._file.exists():
@@ -48,7 +48,7 @@ class StopRequest:
         self.reason = self.reason or reason
 
     def remove_file(self) -> None:
-        """Remove the file ``stop`` of a run that has ended; log a warning where that is impossible."""
+        """Remove the file ``stop`` of a run that has ended; log a warning if that fails."""
         if self._file is None:
             return
         try:
@@ -62,9 +62,9 @@ class StopRequest:
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Turn signals into requests inside the context. A second Ctrl-C ends the process as usual; other signals may
-        repeat, also while a process that has stopped on request comes to its end.
+        repeat, even while a process that has stopped on request is ending.
         """
-        if threading.current_thread() is not threading.main_thread():  # Python allows handlers in no other
+        if threading.current_thread() is not threading.main_thread():  # only this one may have handlers in Python
             yield
             return
         previous = {number: signal.signal(number, self._receive) for number in _SIGNALS}
@@ -81,7 +81,7 @@ class StopRequest:
 
 
 def _reason_in(file: Path) -> str:
-    """Return the first line of the file, in which a launcher or a person may say why, and its path."""
+    """Return the first line of the file, where a launcher or a person may give a reason, and its path."""
     words = ""
     with suppress(OSError), file.open(encoding="utf-8", errors="replace") as text:
         words = text.readline(200).strip()

@@ -1,4 +1,5 @@
 """Reports of a run: console lines and progress, ``metrics.jsonl``, ``/healthz`` and ``/metrics`` over HTTP, and W&B.
 
-May import ``config`` and what lies below it; imported by ``runs``, ``train`` and above. Needs no torch.
+Imports ``config`` and ``files``, so that it needs no torch. ``runtime``, ``data`` and the rooms above may import its
+``console``; ``runs``, ``train`` and the rooms above all of it.
 """

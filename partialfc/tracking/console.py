@@ -1,4 +1,4 @@
-"""Log lines and progress on the console: a live line on a terminal, a line every few seconds where output is a file."""
+"""Log lines and progress on the console: a live line on a terminal, a line every few seconds in a file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def log(message: str) -> None:
 
 
 def duration(seconds: float) -> str:
-    """Return a duration as people read it: ``42s``, ``3m05s``, ``7h12m``, ``2d03h``."""
+    """Format a duration: ``42s``, ``3m05s``, ``7h12m``, ``2d03h``."""
     whole = max(0, round(seconds))
     if whole < 60:
         return f"{whole}s"
@@ -27,7 +27,7 @@ def duration(seconds: float) -> str:
 
 
 def format_bytes(num_bytes: float) -> str:
-    """A number of bytes for people: ``512.0 bytes``, ``1.5 MiB``, ``12,345.6 GiB``."""
+    """Format a number of bytes: ``512.0 bytes``, ``1.5 MiB``, ``12,345.6 GiB``."""
     for unit in ("bytes", "KiB", "MiB"):
         if num_bytes < 1024:
             return f"{num_bytes:,.1f} {unit}"
@@ -36,7 +36,7 @@ def format_bytes(num_bytes: float) -> str:
 
 
 class Advance(Protocol):
-    """Function that counts items done: ``advance(3)`` after three more; the last ``note`` is shown behind the ETA."""
+    """Function that counts items done: ``advance(3)`` after three more; the last ``note`` is shown after the ETA."""
 
     def __call__(self, items: int = 1, note: str = "") -> None: ...
 

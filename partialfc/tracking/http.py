@@ -14,7 +14,7 @@ from prometheus_client.registry import Collector
 
 
 class Endpoint(Collector):
-    """HTTP server for the state of a run and its newest train line. The run never waits for its threads, all daemons.
+    """HTTP server for the state of a run and its newest train line. All its threads are daemons; no run waits for them.
 
     ``/healthz`` answers 200 with the state, or 503 if the run is not running or ``stalled_after`` seconds have passed
     without progress.

@@ -15,7 +15,7 @@ from partialfc.tracking.console import log
 
 
 class MetricsFile:
-    """Appends lines ``{"kind": …, "time": …, …}``, written through at once so that a killed run loses none.
+    """Appends lines ``{"kind": …, "time": …, …}``, written immediately so that a killed run loses none.
 
     Kinds: ``train`` (means over the steps since the last such line), ``evaluation``, ``event``. A full disk does not
     end a run: lines are kept in memory until they can be written.
@@ -60,7 +60,7 @@ def add_event(run: Path, event: str, **values: Any) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a metrics.jsonl, without those that are torn."""
+    """Return the lines of a metrics.jsonl, without torn ones."""
     lines = []
     for text in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:

@@ -1,5 +1,5 @@
 """The trainer: the loop, the training step, and the decision of all ranks to apply or skip it.
 
-Stands on every room below: ``build`` makes its parts, ``checkpoint``, ``evaluate``, ``runs`` and ``tracking`` keep what
-it does. Only ``cli`` and ``exchange`` import it.
+Imports every room below: ``build`` makes its parts; ``checkpoint``, ``evaluate``, ``runs`` and ``tracking`` keep its
+results. Only ``cli`` and ``exchange`` may import it.
 """

@@ -1,4 +1,4 @@
-"""A start in the folder of a run that has finished."""
+"""Starts in the folder of a finished run."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from partialfc.runs.state import read_state
 
 
 def finished_before(config: Config, force: bool = False) -> bool:
-    """Return True if the run folder holds this very run, finished.
+    """Return True if the run folder holds this run, finished.
 
-    With ``force``, or when classes are added, a finished run of another config is trained further.
+    With ``force``, or when classes are added, a finished run of another config may be trained further.
 
     Raises:
         ConfigError: it holds a finished run of another config, which would be overwritten.

@@ -6,7 +6,7 @@ from typing import Any
 
 
 class SpikeRule:
-    """Rule by which a loss is a spike: it exceeds ``factor`` times its running mean over about ``window`` steps.
+    """Rule for loss spikes: a loss above ``factor`` times its running mean over about ``window`` steps.
 
     The first ``window`` losses are never spikes. Spikes do not enter the mean.
     """
@@ -30,5 +30,5 @@ class SpikeRule:
         return {"mean": self.mean, "seen": self.seen}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Take over the values that :meth:`state` returned."""
+        """Restore the result of :meth:`state`."""
         self.mean, self.seen = float(state["mean"]), int(state["seen"])

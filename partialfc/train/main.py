@@ -19,7 +19,7 @@ def train(config: Config, force: bool = False) -> Outcome:
     Ctrl-C included, and is expected to end.
 
     Args:
-        force: allow changes of the config that change results.
+        force: allow config changes that change results.
 
     Returns:
         ``"finished"``; or ``"preempted"`` if the run was asked to stop, has written a checkpoint, and can be resumed.
@@ -29,7 +29,7 @@ def train(config: Config, force: bool = False) -> Outcome:
     """
     require_wandb(config.tracking.wandb)
     with joined(config.run.dir, config.run.timeout, group_of_one=config.engine.name == "deepspeed") as process:
-        # One answer for all ranks: another process may finish the run between their looks.
+        # One answer for all ranks: another process may finish the run meanwhile.
         if broadcast_from_rank0(lambda: finished_before(config, force)):
             if process.is_first:
                 _print_finished(config, "this run has finished before; nothing to do")

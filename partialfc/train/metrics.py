@@ -17,7 +17,7 @@ _MEANS = ("loss", "softmax_loss", "center_loss", "target_cosine", "grad_norm")
 
 
 class TrainMetrics:
-    """Collects what steps report, on the device, and makes a train line of it.
+    """Collects the results of steps, on the device, and forms train lines from them.
 
     Attributes:
         samples: seen by the run, up to the last line.
@@ -33,7 +33,7 @@ class TrainMetrics:
         self._sums: dict[str, Tensor] = {}
 
     def add(self, out: HeadOutput, grad_norm: Tensor, skipped: bool) -> None:
-        """Add one step. Only the samples of a skipped step count: its other numbers mean nothing."""
+        """Add one step. Only the samples of a skipped step count: its other numbers are meaningless."""
         self._steps += 1
         self._add("num_samples", out.num_samples)
         if skipped:

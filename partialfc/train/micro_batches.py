@@ -1,4 +1,4 @@
-"""A global batch in parts that a step takes one after the other."""
+"""The micro-batches of a step, and their merged output."""
 
 from __future__ import annotations
 

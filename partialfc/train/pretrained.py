@@ -16,7 +16,7 @@ def start_pretrained(config: Config, backbone: nn.Module) -> None:
     """Load ``model.pretrained``, if given, into the backbone of a new run. A collective; rank 0 reads the file.
 
     Raises:
-        ConfigError: the weights are not of this backbone.
+        ConfigError: the weights do not fit this backbone.
         DataError: the file cannot be read, or holds NaN.
     """
     path = config.model.pretrained

@@ -47,17 +47,17 @@ class RunLog:
         self._write("train", **line)
 
     def progress(self, step: int, seconds_left: float) -> None:
-        """Note the step that is done, for ``state.json``."""
+        """Record the completed step, for ``state.json``."""
         if self.folder:
             self.folder.progress(step, seconds_left)
 
     def skipped(self, step: int, faults: list[Fault]) -> None:
-        """Record a skipped step and what was wrong with it."""
+        """Record a skipped step and its faults."""
         self._print(f"WARNING: step {step:,} is skipped on all ranks: {'; '.join(map(str, faults))}")
         self._event("skipped_step", step, faults=[asdict(fault) for fault in faults])
 
     def spike(self, step: int, loss: float, checkpoint: str | None) -> None:
-        """Record a spike of the loss, and the checkpoint to which the run went back."""
+        """Record a spike of the loss, and the checkpoint to which the run was rolled back."""
         where = f"back to {checkpoint}" if checkpoint else "skipped; there is no checkpoint to go back to"
         self._print(f"WARNING: the loss has jumped to {loss:.4g} at step {step:,}: {where}")
         self._event("spike", step, loss=loss, rolled_back_to=checkpoint)
@@ -70,7 +70,7 @@ class RunLog:
 
     def preempted(self, step: int, reason: str) -> None:
         """Record the end of a run that was asked to stop."""
-        self._print(f"stopped after step {step:,} as asked by {reason}, with a checkpoint; start again to resume")
+        self._print(f"stopped after step {step:,} on request ({reason}), checkpoint written; start again to resume")
         self._event("preempted", step, reason=reason)
         self._set_state("preempted", step, f"asked to stop by {reason}")
 
@@ -88,7 +88,7 @@ class RunLog:
             record_failure(self._config.run.dir, f"rank {self._process.rank}: {reason}")
 
     def close(self) -> None:
-        """Write nothing more."""
+        """Close the run folder."""
         if self.folder:
             self.folder.close()
 

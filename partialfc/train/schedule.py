@@ -26,7 +26,7 @@ def lr_factor(step: int, total_steps: int, warmup_steps: int, schedule: str, pow
 
 
 class Schedule:
-    """Length of a run in steps, and what follows from a step's number (0-based)."""
+    """Length of a run in steps, and learning rate and samples of each step (0-based)."""
 
     def __init__(self, config: Config, num_samples: int) -> None:
         self._optim, self._num_samples = config.optim, num_samples

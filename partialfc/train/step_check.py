@@ -109,12 +109,12 @@ class StepCheck:
 
 @dataclass(frozen=True)
 class Fault:
-    """Origin of NaN or Inf in a step, as far as it is known."""
+    """Origin of NaN or Inf in a step, if known."""
 
     rank: int
     what: str
-    keys: list[str]  # of samples at fault; of a gradient, some samples of the rank's batch
-    samples: int  # how many there are
+    keys: list[str]  # of samples at fault; for a gradient, some samples of the rank's batch
+    samples: int  # their number
 
     def __str__(self) -> str:
         more = ", …" if self.samples > len(self.keys) else ""
@@ -129,7 +129,7 @@ def find_faults(
     head: PartialFC,
     process: ProcessContext,
 ) -> list[Fault]:
-    """Return the root causes of a skipped step: NaN on one rank soon is on all of them. A collective.
+    """Return the root causes of a skipped step: NaN on one rank soon reaches all of them. A collective.
 
     Args:
         indices: of this rank's samples [b], micro-batch by micro-batch; -1 where padded.

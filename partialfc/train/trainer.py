@@ -145,7 +145,7 @@ class Trainer:
         return RunFolder(self.config, self.schedule.total_steps, self.step, restarts, lock)
 
     def _record_failure(self, error: BaseException) -> BaseException:
-        """Record why the run failed; return the error to raise, which names the rank at fault where that is known."""
+        """Record the failure; return the error to raise, which names the rank at fault if that is known."""
         explained = error
         if isinstance(error, Exception):
             explained = self.process.explain(error)
@@ -177,7 +177,7 @@ class Trainer:
         return "finished"
 
     def _train_steps(self) -> bool:
-        """Train to the last step; return True if asked to stop before or in it."""
+        """Train to the last step; return True if asked to stop by then."""
         first_step, total_steps = self.step, self.schedule.total_steps
         settings = LoaderSettings.from_config(self.config, self.process.rank, self.process.world_size)
         began = time.monotonic()
@@ -260,14 +260,14 @@ class Trainer:
         return not applied, scale_fell
 
     def _host_flags(self, out: HeadOutput) -> StepFlags:
-        """Return the flags of this rank that the host decides on."""
+        """Return the flags of this rank that the host determines."""
         flags = StepFlags.STOP if self.process.stop.requested else StepFlags(0)
         if self.spike_rule and self.process.is_first and self.spike_rule.is_spike(float(out.loss.detach())):
             flags |= StepFlags.SPIKE
         return flags
 
     def _after_step(self, result: StepResult, batch: Batch) -> None:
-        """Report a skipped step, go back after a spike, and give up after too many skipped steps in a row.
+        """Report a skipped step, roll back after a spike, and give up after too many skipped steps in a row.
 
         Raises:
             Diverged: on all ranks, when the run gives up.
@@ -298,7 +298,7 @@ class Trainer:
             )
 
     def _roll_back(self) -> str | None:
-        """Load the newest checkpoint, and train on from there with the next samples; return its path. A collective."""
+        """Load the newest checkpoint, and continue from there with the next samples; return its path. A collective."""
         with self.process.relaxed_timeout():
             return self.checkpoints.roll_back(self.step, _MOST_ROLL_BACKS)
 
@@ -309,7 +309,7 @@ class Trainer:
         return bool(every) and self.step % every == 0 and self.step < self.schedule.total_steps
 
     def _save(self) -> None:
-        """Begin to write a checkpoint. A collective."""
+        """Start writing a checkpoint. A collective."""
         self.process.enter(self.step, "save")
         counts: dict[str, Any] = {"skipped_steps": self.skipped_steps, "engine": self.engine.counts()}
         if self.spike_rule:

@@ -107,7 +107,7 @@ def test_a_complete_data_set_is_reused_and_a_different_one_is_refused(
     assert again.reused
     assert again.digests == first.digests
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*.tar")} == before
-    with pytest.raises(DataError, match=r"another data set \(num_classes=50\)"):
+    with pytest.raises(DataError, match=r"a different data set \(num_classes=50\)"):
         make_glyphs(out, 51, 32, "all", workers=1)
     anew = make_glyphs(out, 51, 32, "all", workers=1, overwrite=True)
     assert (anew.reused, anew.num_classes, len(TarDataset(out).classes)) == (False, 51, 51)

@@ -1,4 +1,4 @@
-"""Debian packages, fetched and unpacked without installing them (``apt-get download``, ``dpkg-deb -x``) or root."""
+"""Debian packages, fetched and unpacked without root or installation (``apt-get download``, ``dpkg-deb -x``)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Apt:
         self._update_problem = ""
 
     def unpack(self, package: str) -> Path:
-        """Return the folder with a package's files; fetch them unless they are there.
+        """Return the folder with a package's files, fetched if absent.
 
         Raises:
             PackageError: apt is missing, the package unknown, the network down, or the disk full.
@@ -48,7 +48,7 @@ class Apt:
             try:
                 unpacked.rename(target)
             except OSError:
-                if not target.is_dir():  # if it is there, another process was faster
+                if not target.is_dir():  # otherwise another process was faster
                     raise
         return target
 
@@ -73,12 +73,12 @@ class Apt:
             # Without Error-Mode=any apt reports success although it reached no server.
             self._run(["apt-get", *self._options(), "-o", "APT::Update::Error-Mode=any", "update"], self.cache)
         except PackageError as error:
-            self._update_problem = str(error)  # one of several sources may be down, and another have the package
+            self._update_problem = str(error)  # one of several sources may be down while another has the package
 
     def _options(self) -> list[str]:
         options = ["-q", *_TIMEOUTS]
         if os.geteuid() == 0:
-            # apt would switch to its own user, who may not enter this cache. Downloads are signed anyway.
+            # apt would drop to its own user, who may not enter this cache. Packages are signed anyway.
             options += ["-o", "APT::Sandbox::User=root"]
         if self._private_lists:
             own = (self.cache / ".apt").absolute()

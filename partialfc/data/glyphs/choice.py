@@ -1,4 +1,4 @@
-"""Choice of the characters that become classes, of those held out, and of pairs too much alike to be told apart.
+"""Choice of training and held-out characters, and of pairs too alike to be told apart.
 
 Pure functions of the fonts' content: the result depends neither on the image size nor on the machine.
 """
@@ -19,7 +19,7 @@ from partialfc.errors import ConfigError
 Codepoints = npt.NDArray[np.int64]
 
 MIN_DESIGNS = 3  # fewest training designs of a class
-PLACEHOLDER_REPEATS = 4  # a bitmap that so many code points of one font share stands for "missing"
+PLACEHOLDER_REPEATS = 4  # a bitmap shared by this many code points of a font means "missing"
 LOOK_ALIKE_CORRELATION = 0.98
 
 
@@ -57,7 +57,7 @@ def count_designs(designs: Sequence[Codepoints]) -> tuple[Codepoints, npt.NDArra
 
 
 def choose(training: Sequence[Codepoints], held_out: Sequence[Codepoints], num_classes: int) -> Choice:
-    """Hold out characters, then take the ``num_classes`` that the most training designs have; a hash breaks ties.
+    """Hold out characters, then take the ``num_classes`` most widely drawn ones; a hash breaks ties.
 
     Args:
         training: the code points of each training design.
@@ -77,9 +77,9 @@ def choose(training: Sequence[Codepoints], held_out: Sequence[Codepoints], num_c
     if len(remaining) < num_classes:
         possible = most_classes(len(ranked), int(in_all.sum()))
         raise ConfigError(
-            f"{num_classes} classes are asked for, but these fonts allow at most {possible}: {len(ranked)} characters "
+            f"{num_classes} classes are requested, but these fonts allow at most {possible}: {len(ranked)} characters "
             f"are drawn by at least {designs_required(len(training))} training designs, and some are held out. "
-            f"Ask for at most {possible} classes, or for more fonts (small < core < all)"
+            f"Request at most {possible} classes, or use more fonts (small < core < all)"
         )
     return Choice(np.sort(remaining[:num_classes]), np.sort(ranked[for_verification]))
 
@@ -95,7 +95,7 @@ def most_classes(num_characters: int, num_verifiable: int) -> int:
 
 
 def shuffle_keys(codepoints: Codepoints, design: str) -> npt.NDArray[np.uint64]:
-    """Return sort keys that give the samples of all designs one fixed order, with the classes mixed."""
+    """Return sort keys that put the samples of all designs into one fixed order, with the classes mixed."""
     return _hash(codepoints, f"order {design}")
 
 

@@ -1,6 +1,6 @@
 """The typeface designs of the glyph data set, and the sources of their files.
 
-A design is a way to draw characters, whatever its name: many fonts in circulation are copies of one another. Each
+A design is a way of drawing characters: many fonts in circulation are copies of one another under other names. Each
 design below was compared with every other one (median correlation of 300 characters' bitmaps, scaled to one size): no
 two reach 0.85. Left out, since they are too close to a design below:
 
@@ -208,7 +208,7 @@ def _explain(missing: list[Design], problems: dict[str, str], cache: Path) -> st
         lines.append(f"  unpacked in {cache}, but without the expected files: {' '.join(damaged)}; remove them there")
     names = " ".join(name for design in missing for name, _ in design.files)
     lines += [
-        "What to do, one of:",
+        "Do one of the following:",
         f"  - install them:  apt-get update && apt-get install {' '.join(packages)}",
         f"  - put the font files into a folder, and pass it with --font-dir DIR:  {names}",
     ]

@@ -1,6 +1,6 @@
 """The glyph data set: classes are Han characters, samples are their drawings in different typeface designs.
 
-A real task with the shape of face recognition: many classes, few samples each, large differences within a class, tiny
+A real task shaped like face recognition: many classes, few samples each, large differences within a class, tiny
 ones between classes, and an open-set protocol with characters and designs that training never sees.
 
 The folder holds the training set itself, ``verification/`` (held-out characters in all designs, with
@@ -38,7 +38,7 @@ from partialfc.tracking.console import Progress, no_progress
 
 SIZES = (32, 64, 112)
 VERIFICATION, CLOSED_SET, PROTOCOL = "verification", "closed_set", "protocol.json"
-_FORMAT = 1  # raise it when the same arguments give other bytes
+_FORMAT = 1  # increment when the same arguments give different bytes
 _CODEPOINTS_PER_TASK = 1024
 _SPOOL = ".glyphs.spool"
 
@@ -82,13 +82,13 @@ def make_glyphs(
 ) -> GlyphReport:
     """Fetch the fonts, choose and draw the characters, and write the data set folders below ``out``.
 
-    The same arguments and font files give the same bytes, whatever ``workers`` is. A folder that already holds this
-    data set is left as it is; one that holds another is refused unless ``overwrite``.
+    The same arguments and font files give the same bytes, for any ``workers``. A folder that already holds this data
+    set is left unchanged; one that holds another is refused unless ``overwrite``.
 
     Args:
         size: width and height of the images: 32, 64 or 112.
         fonts: ``small``, ``core`` or ``all``.
-        workers: processes that draw; None: one for each core.
+        workers: drawing processes; None: one per core.
     Raises:
         ConfigError: an argument is out of range, or the fonts have too few characters.
         DataError: fonts cannot be fetched, or ``out`` holds something else.
@@ -114,7 +114,7 @@ def make_glyphs(
             _write_verification(out / VERIFICATION, drawn, choice, spool, source, progress)
             _write_closed_set(out / CLOSED_SET, drawn, choice, spool, source, progress)
             training = [design for design in drawn if not design.held_out]
-            _write(writer, training, choice.training, spool, source, progress)  # last: it makes the whole complete
+            _write(writer, training, choice.training, spool, source, progress)  # last: it completes the data set
     return _report(out, designs, started, reused=False)
 
 
@@ -181,7 +181,7 @@ def _scan(
     progress: Progress,
 ) -> None:
     tasks = [(face, part) for face in mapped for part in _pieces(mapped[face][_inside(mapped[face], block)])]
-    with progress("looking through the fonts", sum(len(part) for _, part in tasks)) as advance:
+    with progress("scanning fonts", sum(len(part) for _, part in tasks)) as advance:
         for (face, part), result in zip(tasks, pool.map(render.scan, tasks), strict=True):
             scans[face].append(result)
             advance(len(part))
@@ -220,7 +220,7 @@ def _wanted(drawn: Sequence[_Drawn], choice: Choice) -> list[_Drawn]:
 
 
 class _Spool:
-    """The encoded images in a temporary file: a large set exceeds memory, and is written in another order."""
+    """Temporary file of encoded images: a large set exceeds memory, and is written in a different order."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -345,22 +345,22 @@ def _digests(files: dict[str, tuple[FontFile, ...]]) -> dict[str, list[dict[str,
 
 
 def _require_same_data_set(out: Path, arguments: dict[str, Any], fonts: dict[str, tuple[FontFile, ...] | None]) -> None:
-    """Raise a DataError unless ``out`` holds, complete, the data set of these arguments and this machine's fonts."""
+    """Raise a DataError unless ``out`` holds the complete data set of these arguments and this machine's fonts."""
     source = read_index(out).get("source")
     source = source if isinstance(source, dict) else {}
     found = {name: source.get(name) for name in arguments}
     if found != arguments:
         differing = ", ".join(f"{name}={found[name]}" for name in arguments if found[name] != arguments[name])
-        raise DataError(f"{out} holds another data set ({differing}); choose another folder or ask to overwrite")
+        raise DataError(f"{out} holds a different data set ({differing}); choose another folder, or pass --overwrite")
     here = _digests({name: files for name, files in fonts.items() if files is not None})
     recorded = source.get("files", {})
     if any(recorded.get(name) != files for name, files in here.items()):
-        raise DataError(f"{out} was made from other versions of the fonts; choose another folder or ask to overwrite")
+        raise DataError(f"{out} was made from other versions of the fonts; choose another folder, or pass --overwrite")
     for folder in (out, out / VERIFICATION, out / CLOSED_SET):
         for shard in read_index(folder)["shardlist"]:
             path = folder / shard["url"]
             if not path.is_file() or path.stat().st_size != shard["nbytes"]:
-                raise DataError(f"{path} is missing or damaged; ask to overwrite to make the data set again")
+                raise DataError(f"{path} is missing or damaged; pass --overwrite to make the data set again")
 
 
 def _report(out: Path, designs: Sequence[Design], started: float, reused: bool) -> GlyphReport:

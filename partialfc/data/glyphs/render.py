@@ -1,4 +1,4 @@
-"""Drawing of characters: the ones that a font really has, and their images on a square canvas.
+"""Scanning of fonts for the characters that they really draw, and rendering on a square canvas.
 
 The functions take lists of code points and run in worker processes, one font file at a time, so that caches stay hot.
 """

@@ -1,4 +1,4 @@
-"""Optimizers that update only the rows that have a gradient, and hooks around any optimizer's step.
+"""Optimizers that update only the rows with a gradient, and hooks around any optimizer's step.
 
-Imported by the rest of the head and by build; imports the head's ``random`` and ``transfers``, and errors.
+Imports ``errors``, and ``random`` and ``transfers`` of the head. The rest of the head and ``build`` import it.
 """

@@ -15,8 +15,8 @@ from partialfc.head.optim.base import RowOptimizer
 class RowAdamW(RowOptimizer):
     """AdamW (Loshchilov and Hutter, ICLR 2019, arXiv:1711.05101, algorithm 2) on rows.
 
-    Rows without a gradient are left as they are. A row's bias correction counts its own steps. Where every row has a
-    gradient in every step this is ``torch.optim.AdamW``.
+    Rows without a gradient are unchanged. Bias correction counts each row's own steps. If every row has a gradient in
+    every step, this is ``torch.optim.AdamW``.
 
     Args:
         params: as for any torch optimizer.
@@ -66,10 +66,10 @@ class RowAdamW(RowOptimizer):
 
 
 class RowAdagrad(RowOptimizer):
-    """Row-wise Adagrad: one number a row, ``G ← G + mean(g²); w ← w − lr·g/(√G + ε)`` with ``g ← g + λ·w``.
+    """Row-wise Adagrad: one number per row, ``G ← G + mean(g²); w ← w − lr·g/(√G + ε)`` with ``g ← g + λ·w``.
 
     The optimizer with the least state, like FBGEMM's ``EXACT_ROWWISE_ADAGRAD`` (Duchi et al., JMLR 2011). Rows without
-    a gradient are left as they are.
+    a gradient are unchanged.
 
     Args:
         params: as for any torch optimizer.

@@ -1,4 +1,4 @@
-"""The base of optimizers that update only the rows that have a gradient."""
+"""Base of the optimizers that update only the rows with a gradient."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from partialfc.head.random import RandomStream, stream_key
 
 
 class RowOptimizer(Optimizer):
-    """Base of optimizers whose step works on the rows that have a gradient, a piece of them at a time.
+    """Base of the optimizers that update the rows with a gradient, a piece at a time.
 
-    Subclasses name in :meth:`state_names` the state of a parameter and define in :meth:`update` a step on some of its
-    rows. Parameters and state may be float32, float64 or bfloat16; the arithmetic is in float32 (float64), and
-    bfloat16 is rounded stochastically when it is stored. Sparse gradients are coalesced, dense ones are accepted.
+    Subclasses name a parameter's state in :meth:`state_names` and define a step on some of its rows in :meth:`update`.
+    Parameters and state may be float32, float64 or bfloat16; the arithmetic is in float32 (float64), and
+    bfloat16 is rounded stochastically when it is stored. Sparse gradients are coalesced; dense ones are accepted.
     """
 
     def __init__(self, params: Iterable[Any], **defaults: Any) -> None:
@@ -47,7 +47,7 @@ class RowOptimizer(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update the rows that have a gradient; return the closure's loss, if there is one."""
+        """Update the rows with a gradient; return the closure's loss, if there is one."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -64,7 +64,7 @@ class RowOptimizer(Optimizer):
         self.update_rows(parameter, group)
 
     def update_rows(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        """Update the rows of ``parameter`` that have a gradient, piece by piece."""
+        """Update the rows of ``parameter`` with a gradient, piece by piece."""
         assert parameter.grad is not None
         state = self.state_of(parameter, group)
         state["step"] += 1

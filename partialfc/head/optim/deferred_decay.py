@@ -1,10 +1,10 @@
 """Decay and momentum of rows without a gradient, applied when the rows are read.
 
-With zero gradient a step of SGD is linear in a row's weight and velocity, and the same for all rows: a 2×2 matrix. So a
-row only has to remember the last step applied to it; the product of the matrices since then does the rest.
+With zero gradient, a step of SGD is linear in a row's weight and velocity, and the same for all rows: a 2×2 matrix. So
+each row only remembers its last applied step, and the product of the matrices since then brings it up to date.
 
-The record belongs to the parameter, not to its optimizer: whoever is about to use rows calls
-:func:`apply_deferred_decay`, also after the optimizer has been replaced.
+The record belongs to the parameter, not to its optimizer: code that is about to use rows calls
+:func:`apply_deferred_decay`, even after the optimizer has been replaced.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from partialfc.head.transfers import send
 
 
 class DeferredDecay:
-    """Steps that have not yet been applied to the rows of a parameter that had no gradient in them.
+    """Steps not yet applied to the rows of a parameter that had no gradient in them.
 
-    For each past step it keeps the product of the matrices of all steps after it, and multiplies every new matrix in:
-    such suffix products need no inverse. (Prefix products would: their determinant, μ^steps, soon is 0.) It keeps them
+    For each past step it keeps the product of the matrices of all later steps, and multiplies every new matrix in. Such
+    suffix products need no inverse; prefix products would, and their determinant, μ^steps, soon is 0. Products reach
     back to the row that has waited longest.
 
     Args:
@@ -32,7 +32,7 @@ class DeferredDecay:
 
     def __init__(self, rows: int, device: torch.device) -> None:
         self._last = torch.zeros(rows, dtype=torch.int32, device=device)  # [rows] the last step applied to each
-        self._first = 0  # the step that the oldest product starts after
+        self._first = 0  # the step after which the oldest product starts
         # [steps kept + 1, 2, 2] float64, on the host: the products of all steps after step `_first + i`
         self._products = _identity()
         self._prune_at = 64
@@ -69,7 +69,7 @@ class DeferredDecay:
         if not self.steps_kept:
             return
         outdated = torch.arange(len(parameter), device=parameter.device) if rows is None else rows
-        if parameter.device.type == "cpu":  # elsewhere looking would mean waiting for the device
+        if parameter.device.type == "cpu":  # elsewhere, looking would mean waiting for the device
             outdated = outdated[self._last[outdated] < self._now]
         # `.data`: a backward that is still to come may hold the parameter, but not these rows of it.
         stored = {"weight": parameter.data}
@@ -97,7 +97,7 @@ class DeferredDecay:
         self._first, self._products, self.velocity = 0, self._products[-1:].clone(), None
 
     def _prune(self) -> None:
-        """Drop the products that no row needs any more. Walks all rows, so it runs when the products have doubled."""
+        """Drop products that no row needs any more. Walks all rows, so it runs only when the products have doubled."""
         oldest = int(self._last.min()) if len(self._last) else self._now
         self._products = self._products[oldest - self._first :].clone()
         # Count from 0 again: 32 bits then hold any run's steps.

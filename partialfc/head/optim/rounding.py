@@ -1,4 +1,4 @@
-"""Stochastic rounding: float32 numbers are stored in bfloat16 without losing small updates."""
+"""Stochastic rounding, which stores float32 numbers in bfloat16 without losing small updates."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from partialfc.head.random import mix
 
 
 def round_stochastically(values: Tensor, key: int, rows: Tensor) -> Tensor:
-    """Round float32 ``values [n, …]`` to bfloat16, up or down with the probability that makes the mean right.
+    """Round float32 ``values [n, …]`` to bfloat16, up or down with the probability that preserves the mean.
 
-    Rounding to nearest loses an update much smaller than the spacing of bfloat16 (1/256 of the number) every time;
-    stochastic rounding keeps it in the mean. Numbers that bfloat16 holds exactly, Inf and NaN stay as they are. The
-    random bits are functions of ``key``, of ``rows [n]`` int64 and of the position in the row.
+    Rounding to nearest always loses an update much smaller than the spacing of bfloat16 (1/256 of the number);
+    stochastic rounding keeps it on average. Numbers that bfloat16 holds exactly, Inf and NaN are unchanged. The random
+    bits are functions of ``key``, of ``rows [n]`` int64 and of the position in the row.
     """
     flat = values.reshape(len(values), -1)
     width = flat.shape[1]
@@ -22,7 +22,7 @@ def round_stochastically(values: Tensor, key: int, rows: Tensor) -> Tensor:
     hashes = mix(mix(rows + key)[:, None] + columns)
     noise = hashes.view(torch.int16).view(len(flat), 4 * words)[:, :width].to(torch.int32) & 0xFFFF
     bits = flat.contiguous().view(torch.int32)
-    # bfloat16 drops the low 16 bits: adding noise carries into the rest as often as they are large.
+    # bfloat16 drops the low 16 bits: the larger they are, the more often adding noise carries into the rest.
     rounded = ((bits + noise) & -0x10000).view(torch.float32)
     rounded = torch.where(torch.isfinite(flat), rounded, flat)
     return rounded.to(torch.bfloat16).view(values.shape)

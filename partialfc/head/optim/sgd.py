@@ -1,4 +1,4 @@
-"""SGD on rows, with frozen or decaying rows where there is no gradient."""
+"""SGD on rows; rows without a gradient are frozen or decay."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ UnsampledRows = Literal["frozen", "decayed"]
 class RowSGD(RowOptimizer):
     """SGD with momentum and weight decay on rows: ``v ← μ·v + g + λ·w; w ← w − lr·v``.
 
-    Where every row has a gradient in every step this is ``torch.optim.SGD``. Rows without a gradient are
+    If every row has a gradient in every step, this is ``torch.optim.SGD``. Rows without a gradient are
 
-    - ``"frozen"``: left as they are, their momentum too; or
+    - ``"frozen"``: unchanged, momentum included; or
     - ``"decayed"``: they decay, and coast on their momentum, exactly as under ``torch.optim.SGD`` with dense gradients.
-      The work is deferred until a row is read (4 bytes a row). The head applies it to the rows that it is about to
+      The work is deferred until a row is read (4 bytes per row). The head applies it to the rows that it is about to
       use, and ``state_dict()`` of head and optimizer to all rows. Call ``head.apply_deferred_decay()`` before reading
       the parameter in other ways.
 

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-# Storages of row indices that are known to be sorted and unique, by address. Each keeps its address from being given
-# to another, not its memory.
+# Storages of row indices known to be sorted and unique, by address. A weak reference keeps the address from being
+# reused, but not the memory alive.
 _sorted: dict[int, StorageWeakRef] = {}
 
 
 def mark_sorted(rows: Tensor) -> None:
-    """Remember that ``rows`` [A] int64, of a sparse gradient to be, are sorted and unique."""
+    """Remember that ``rows`` [A] int64, of a future sparse gradient, are sorted and unique."""
     for address in [address for address, storage in _sorted.items() if storage.expired()]:
         del _sorted[address]
     storage = StorageWeakRef(rows.untyped_storage())
@@ -23,7 +23,7 @@ def mark_sorted(rows: Tensor) -> None:
 
 
 def is_known_sorted(gradient: Tensor) -> bool:
-    """Return true if the rows of a sparse gradient are marked as sorted and unique.
+    """Return True if the rows of a sparse gradient are marked as sorted and unique.
 
     Autograd drops torch's own mark, ``is_coalesced()``, from the gradient; :func:`mark_sorted` outlives it.
     """
@@ -34,7 +34,7 @@ def is_known_sorted(gradient: Tensor) -> bool:
 def coalesced(gradient: Tensor) -> tuple[Tensor, Tensor]:
     """Return the sorted unique rows [A] of a sparse gradient and their values [A, …]."""
     rows = gradient._indices()[0]
-    # Where it is not known that rows are sorted, looking costs far less than sorting values, but waits for the device.
+    # If rows are not known to be sorted, looking costs far less than sorting values, but waits for the device.
     if is_known_sorted(gradient) or bool((rows[1:] > rows[:-1]).all()):
         return rows, gradient._values()
     gradient = gradient.coalesce()
@@ -51,7 +51,7 @@ def squared_norm(parameters: Iterable[Tensor | None], device: torch.device) -> T
 
 
 def all_finite(parameters: Iterable[Tensor | None], others: Iterable[Tensor], device: torch.device) -> Tensor:
-    """Return a bool [], true if all gradients and the ``others`` are free of NaN and Inf.
+    """Return a bool []: True if all gradients and the ``others`` are free of NaN and Inf.
 
     Takes one pass and no copy, and does not wait for a device.
     """

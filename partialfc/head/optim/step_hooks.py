@@ -1,7 +1,7 @@
 """Callbacks around the optimizer step, for modules that follow the optimizer of their weight.
 
 The head's counter, its centers and its deferred errors follow the optimizer's step, whatever the optimizer's class. Two
-hooks on all optimizers of the process make that possible; a head listens to the optimizer that holds its weight.
+hooks on all optimizers of the process make that possible; a head follows the optimizer that holds its weight.
 """
 
 from __future__ import annotations

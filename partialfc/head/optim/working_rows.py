@@ -75,6 +75,6 @@ def row_pieces(parameter: Tensor, gradient: Tensor) -> Iterator[tuple[Rows, Tens
 
 
 def rows_per_piece(parameter: Tensor) -> int:
-    """Return how many rows of ``parameter`` to work on at once."""
+    """Return the number of rows of ``parameter`` per piece."""
     elements = math.prod(parameter.shape[1:])
     return max(1, (_CPU_PIECE if parameter.device.type == "cpu" else _GPU_PIECE) // max(1, elements))

@@ -1,4 +1,4 @@
 """The sharded softmax: sampled classes, logits by chunk, targets, reduction of the negatives.
 
-Imported by the rest of the head only; imports other modules of the head and partialfc.losses.
+Imports ``losses`` and other modules of the head. Only the rest of the head imports it.
 """

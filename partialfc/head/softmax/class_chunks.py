@@ -1,6 +1,6 @@
 """One shard's active rows, a chunk at a time, and the logits of the batch against them.
 
-The logits of a step would be [batch, active rows]; here at most a few chunks of them exist at once.
+The logits of a step would be [batch, active rows]; only a few chunks of them exist at once.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from partialfc.head.softmax.sampling import ActiveRows
 from partialfc.losses import Loss, Samples
 
 NORM_EPS = 1e-12  # as torch.nn.functional.normalize
-# Logits of a chunk on a CPU: 1 MiB in float32, the size of a second-level cache. Elsewhere so many that what the host
-# launches for a chunk, a few hundred microseconds, is done before the device is.
+# Logits of a chunk on a CPU: 1 MiB in float32, the size of a second-level cache. Elsewhere enough to keep the device
+# busy for longer than the host takes to launch a chunk's kernels, a few hundred microseconds.
 _CPU_CHUNK_ELEMENTS, _GPU_CHUNK_ELEMENTS = 1 << 18, 1 << 25
 
 
@@ -34,7 +34,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Logits:
-    """Logits of the batch against a chunk. Negatives that are left out, and each sample's own class, have −∞."""
+    """Logits of the batch against a chunk. Negatives that are left out, and each sample's own class, are −∞."""
 
     values: Tensor  # [B, n]
     cosine_grads: Tensor | None = None  # [B, n] dz/dcos; None where it is `ClassChunks.cosine_grad` for all
@@ -47,7 +47,7 @@ class LogitGrads:
 
     by_cosine: Split  # [B, n] ∂loss/∂cos, up to `ClassChunks.cosine_grad` where all share it
     nearest: Tensor | None = None  # as in `Logits`
-    by_logit: Tensor | None = None  # [B, n] ∂loss/∂z; None if only the other is known
+    by_logit: Tensor | None = None  # [B, n] ∂loss/∂z; None if only `by_cosine` is known
 
 
 class ClassChunks:
@@ -83,7 +83,7 @@ class ClassChunks:
         self.loss, self.samples, self.weight, self.bias = loss, samples, weight, bias
         self.active, self.products, self.filter_threshold = active, products, filter_threshold
         self.raw, self.linear = loss.raw_logits, loss.negatives_are_linear
-        #: dz/dcos of linear negatives. It is applied to the embeddings once: that saves a pass over the logits.
+        #: dz/dcos of linear negatives, applied once to the embeddings, which saves a pass over the logits.
         self.cosine_grad = loss.scale if self.linear else 1.0
         self.unit_embeddings = unit_embeddings
         #: Lengths of raw embeddings, [B, 1], where products take unit vectors only.
@@ -102,7 +102,7 @@ class ClassChunks:
         self._target_columns = (target_rows % self.rows_per_chunk)[:, None]
 
     def _plan_chunks(self, memory_budget: int) -> None:
-        """Choose the size of a chunk, and how many chunks to keep, so that all buffers fit the budget, in bytes."""
+        """Choose the chunk size and the number of chunks to keep, so that all buffers fit the budget, in bytes."""
         batch, dim = self.unit_embeddings.shape
         element_size = self.unit_embeddings.element_size()
         on_cpu = self.weight.device.type == "cpu"
@@ -119,7 +119,7 @@ class ClassChunks:
         self.rows_per_chunk = max(1, min(rows, self.active.count))
         spare = memory_budget - self.rows_per_chunk * bytes_per_row
         kept_size = self.rows_per_chunk * batch * (self.products.bytes_per_logit or element_size)
-        #: How many chunks' derivatives the rest of the budget holds, so that backward need not form them again.
+        #: Number of chunks whose derivatives fit the rest of the budget; backward need not form these again.
         self.chunks_to_keep = max(0, spare // max(1, kept_size))
         if self.products.half and self.active.count <= self.rows_per_chunk * (self.chunks_to_keep + 1):
             self.chunks_to_keep += 1  # in the last one's working memory
@@ -131,7 +131,7 @@ class ClassChunks:
         embeddings, shape = self.unit_embeddings, self.weight.shape[1:]
         self._logits = embeddings.new_empty(len(embeddings) * self._row_length(self.rows_per_chunk))
         gathered = embeddings.new_empty(self.rows_per_chunk, *shape)
-        # One weight a class: normalised where it was gathered. Sub-centers are laid out by k.
+        # One weight per class is normalised in place. Sub-centers are laid out by k.
         normalised = gathered if self.weight.dim() == 2 else torch.empty_like(gathered)
         for index, start in enumerate(range(0, self.active.count, self.rows_per_chunk)):
             stop = min(start + self.rows_per_chunk, self.active.count)
@@ -170,13 +170,13 @@ class ClassChunks:
         return self._logits[: batch * length].view(batch, length)[:, :classes]
 
     def _row_length(self, classes: int) -> int:
-        """Return the distance of two rows in a buffer of logits."""
+        """Return the distance between rows in a buffer of logits."""
         return padded(classes) if self.products.half else classes
 
     def logits(self, chunk: Chunk, keep: bool = False) -> Logits:
         """Return the logits against ``chunk``, in a buffer that the next call overwrites unless ``keep`` is set.
 
-        ``keep`` is for those who keep what :meth:`logit_grads` makes of them in the same place.
+        Set ``keep`` to keep the derivatives that :meth:`logit_grads` forms in the same place.
         """
         out = self.logits_buffer(chunk)
         if keep and not self.products.half:
@@ -204,7 +204,7 @@ class ClassChunks:
         return Logits(logits, cosine_grads, nearest)
 
     def _raw_lengths(self, chunk: Chunk) -> Tensor | float:
-        """Return the factor ‖x‖·‖w‖ between cosines and raw logits, [B, n]; 1 if the logits are of cosines."""
+        """Return the factor ‖x‖·‖w‖ between cosines and raw logits, [B, n]; 1 for logits of cosines."""
         if not self.raw:
             return 1.0
         weight_norms = torch.linalg.vector_norm(chunk.unit_weights[0], dim=1)
@@ -239,7 +239,7 @@ class ClassChunks:
         return self.unit_embeddings if self.cosine_grad == 1.0 else self.unit_embeddings * self.cosine_grad
 
     def logit_grads(self, logits: Logits, by_logit: Tensor) -> LogitGrads:
-        """Turn ∂loss/∂z of a chunk, [B, n], into all that the gradients need of it."""
+        """Turn ∂loss/∂z of a chunk, [B, n], into the operands of the gradients."""
         by_cosine = by_logit if logits.cosine_grads is None else by_logit * logits.cosine_grads
         return LogitGrads(self.products.split(by_cosine), logits.nearest, by_logit)
 
@@ -250,7 +250,7 @@ class ClassChunks:
         return LogitGrads(self.products.split_exp(logits.values), logits.nearest)
 
     def kept_grads(self, by_cosine: Tensor) -> LogitGrads:
-        """Return the derivatives of a chunk of which ``LogitGrads.by_cosine.values`` were kept."""
+        """Return the derivatives of a chunk whose ``LogitGrads.by_cosine.values`` were kept."""
         split = Split(by_cosine, self.products.parts)
         return LogitGrads(split, by_logit=None if self.products.half else by_cosine)
 
@@ -259,7 +259,7 @@ class ClassChunks:
 
         Args:
             chunk: the classes j.
-            grads: up to factors that ``out`` is still to be multiplied by.
+            grads: up to factors still to be applied to ``out``.
             out: [B, D].
         """
         for k in range(self.sub_centers):
@@ -271,7 +271,7 @@ class ClassChunks:
 
         Args:
             chunk: the n classes.
-            grads: up to factors that ``embeddings`` hold.
+            grads: up to the factors in ``embeddings``.
             embeddings: [B, D] unit embeddings times these factors.
             out: the rows' gradient.
         """

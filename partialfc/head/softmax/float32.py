@@ -1,4 +1,4 @@
-"""Products of float32 matrices in float32, whether or not the process allows TF32 or bfloat16 for them."""
+"""Products of float32 matrices in full float32, even if the process allows TF32 or bfloat16 for them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _saved: list[tuple[Any, str, Any]] = []  # settings to restore when the last one
 def full_float32() -> Iterator[None]:
     """Compute products of float32 matrices, and sums of float16 products, in float32 within this block.
 
-    The settings belong to the process: products of other threads are in float32 meanwhile, too. They are restored when
+    The settings belong to the process, so products of other threads are in float32 meanwhile. They are restored when
     the last thread leaves such a block.
     """
     global _users
@@ -37,7 +37,7 @@ def full_float32() -> Iterator[None]:
 
 
 def _save_settings() -> None:
-    """Save and change what is set to less than float32; usually nothing."""
+    """Save and change settings below float32; usually there are none."""
     cuda: Any = torch.backends.cuda.matmul
     cpu: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # its stub lacks it
     for backend, name, wanted in (

@@ -33,7 +33,7 @@ def log_sum_exp(
     walk = _Walk(chunks, with_mean_logit, wants_grad)
     bound = chunks.logit_bound()
     if bound <= _SAFE_EXPONENT[chunks.unit_embeddings.dtype]:
-        # With the logits' mean, backward needs to know which negatives were left out: an exponential cannot tell.
+        # For the mean logit, backward must know which negatives were left out, and an exponential does not show it.
         walk.sum_directly(keep and wants_grad and not with_mean_logit)
     else:
         walk.sum_below_running_maximum()
@@ -84,7 +84,7 @@ class CombinedLogSumExp(CombinedNegatives):
     def backward(self, value_grad: Tensor, logit_sum_grad: Tensor | None) -> NegativesBackward:
         dtype = self.chunks.unit_embeddings.dtype
         if self.direct and self.chunks.products.half and logit_sum_grad is None:
-            # exp(z) for all samples alike: 16 bits of it are as good, and saves passes over the logits.
+            # exp(z) without factors per sample: as good in 16 bits, and it saves passes over the logits.
             return LogSumExpBackward(self.chunks, (value_grad * self.ratio).to(dtype))
         lse = self.value.masked_fill(torch.isneginf(self.value), 0.0).to(dtype)[:, None]
         factors, ratio = value_grad.to(dtype), self.ratio.to(dtype)[:, None]
@@ -98,7 +98,7 @@ class CombinedLogSumExp(CombinedNegatives):
 class LogSumExpBackward(NegativesBackward):
     """Without the mean logit, ``logit_grads`` are the probabilities of each negative among the negatives.
 
-    They are left as exponentials if there is no ``lse``: the factors of the samples hold the rest.
+    Without ``lse`` they are exponentials, and the sample factors hold the rest.
     """
 
     lse: Tensor | None = None  # [B, 1]; 0 where there are no negatives
@@ -125,7 +125,7 @@ class LogSumExpBackward(NegativesBackward):
 
 
 class _Walk:
-    """Sums over the chunks of a shard, as far as it has walked."""
+    """Running sums over the chunks of a shard."""
 
     def __init__(self, chunks: ClassChunks, with_mean_logit: bool, wants_grad: bool) -> None:
         self.chunks, self.wants_grad = chunks, wants_grad

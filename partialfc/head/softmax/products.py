@@ -4,7 +4,7 @@ There are three: logits ``x·wᵀ``, the embeddings' gradient ``p·w`` and the r
 derivatives by the logits. 16-bit operands are summed, and their products stored, in float32. Logits take float16: it
 has the finer grid, and unit vectors never leave its range. Gradients take bfloat16, which has the range of exp(z).
 
-On a CPU the operands are rounded alike and multiplied in float32: results of a GPU to look into, not a faster way.
+On a CPU the operands are rounded alike and multiplied in float32: to inspect a GPU's results, not to be faster.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from torch import Tensor
 Precision = Literal["highest", "exact", "fast"]
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
-# Numbers of unit vectors times this stay below float16's largest, and what rounding leaves of them above its smallest
-# normal number.
+# Components of unit vectors times this stay below float16's largest number, and their rounding errors above its
+# smallest normal number.
 _UNIT_SCALE = 4096.0
 
 
-#: Elements: 16-bit units want rows of a matrix to begin at multiples of 16 bytes.
+#: In elements: 16-bit units prefer rows of a matrix that begin at multiples of 16 bytes.
 ALIGNMENT = 8
-# Terms of a sum within one product of `exact`: a GPU's 16-bit units lose the more the longer they sum. (Measured on an
-# H100, relative to the largest number: 3e-5 after 65,536 terms.)
+# Terms of a sum within one product of `exact`: the error of a GPU's 16-bit units grows with the length of a sum.
+# (Measured on an H100, relative to the largest number: 3e-5 after 65,536 terms.)
 _LONGEST_SUM = 1 << 14
 
 
@@ -50,14 +50,14 @@ class LogitEmbeddings:
 
 @dataclass(frozen=True)
 class Split:
-    """A matrix [m, k] as the sum of matrices of fewer bits, which lie one above the other: the highest last."""
+    """A matrix [m, k] as the sum of matrices of fewer bits, stacked with the highest last."""
 
     values: Tensor  # [parts·m, k]
     parts: int
 
     @property
     def high(self) -> Tensor:
-        """The highest part, [m, k]: all of it, if it is one part."""
+        """The highest part, [m, k]; the whole matrix if there is one part."""
         return self.values if self.parts == 1 else self.values[len(self.values) // 2 :]
 
     @property
@@ -74,7 +74,7 @@ class Split:
 
 @dataclass(frozen=True)
 class WeightedEmbeddings:
-    """Embeddings [B, D] as an operand of the rows' gradient: each part as often as the other operand has parts."""
+    """Embeddings [B, D] as an operand of the rows' gradient, each part repeated for each part of the other operand."""
 
     high: Tensor  # [parts·B, D]
     low: Tensor | None = None  # [parts·B, D]; None for a single part
@@ -86,37 +86,37 @@ class Products:
     ======== ================================ ==================================== =========================
     ..       logits                           gradients                            error (see the docs)
     ======== ================================ ==================================== =========================
-    highest  float32                          float32                              that of float32
-    exact    each number two of float16       each number two of bfloat16          1e-5
+    highest  float32                          float32                              float32's
+    exact    two float16 per number           two bfloat16 per number              1e-5
     fast     float16                          bfloat16                             loss 5e-4, gradients 3e-3
     ======== ================================ ==================================== =========================
 
     Args:
-        precision: the line of this table.
-        dtype: of results, and of all else for ``highest``. float64 takes ``highest``, whatever was asked for.
+        precision: row of this table.
+        dtype: of results and, for ``highest``, of operands. float64 always takes ``highest``.
     """
 
     def __init__(self, precision: Precision, dtype: torch.dtype) -> None:
         self.precision: Precision = "highest" if dtype is torch.float64 else precision
         self.dtype = dtype
-        #: Operands have 16 bits, and those of the logits have to be unit vectors.
+        #: Operands have 16 bits, and those of the logits must be unit vectors.
         self.half = self.precision != "highest"
         self.parts = 2 if self.precision == "exact" else 1
 
     @property
     def bytes_per_logit(self) -> int:
-        """Memory of a derivative by a logit as an operand, beside its own; 0 if it is none."""
+        """Bytes of a logit's derivative as an operand, beside the derivative itself; 0 if it is its own operand."""
         return 2 * self.parts * self.half
 
     @property
     def bytes_per_weight(self) -> int:
-        """Memory of a weight as an operand, beside its own, at most."""
+        """Most bytes of a weight as an operand, beside the weight itself."""
         return 2 * (3 if self.parts == 2 else 1) * self.half
 
     # --- logits -------------------------------------------------------------------------------------------------------
 
     def logit_embeddings(self, embeddings: Tensor, scale: float) -> LogitEmbeddings:
-        """Prepare embeddings [B, D], unit vectors if :attr:`half`, for logits ``scale·x·wᵀ``; once a step."""
+        """Prepare embeddings [B, D], unit vectors if :attr:`half`, for logits ``scale·x·wᵀ``; once per step."""
         if not self.half:
             return LogitEmbeddings(embeddings if scale == 1.0 else embeddings * scale, 1.0)
         factor = scale / _UNIT_SCALE**2
@@ -124,7 +124,7 @@ class Products:
             return LogitEmbeddings(_scaled_half(embeddings), factor)
         high = _scaled_half(embeddings)
         low = torch.sub(embeddings * _UNIT_SCALE, high, out=torch.empty_like(high))
-        # Small terms come first, as sums lose more the larger they are. `logit_weights` negates what meets −high.
+        # Small terms first, since larger sums lose more. `logit_weights` negates the factor of −high.
         return LogitEmbeddings(torch.cat((low, -high, high), dim=1), factor)
 
     def logit_weights(self, weights: Tensor) -> Tensor:
@@ -173,11 +173,11 @@ class Products:
             _product(grad.high[:, rows], weights.high[rows], out, add=True)
 
     def weighted_embeddings(self, embeddings: Tensor) -> WeightedEmbeddings:
-        """Prepare embeddings [B, D] for :meth:`weight_grad`; once a step."""
+        """Prepare embeddings [B, D] for :meth:`weight_grad`; once per step."""
         split = self.split(embeddings)
         if self.parts == 1:
             return WeightedEmbeddings(split.values)
-        # Low times low is in, too: where one sample makes the gradient of a class, nothing averages its error.
+        # Low times low is included: if one sample makes the gradient of a class, nothing averages out its error.
         return WeightedEmbeddings(torch.cat((split.high, split.high)), torch.cat((split.low, split.low)))
 
     def weight_grad(self, grad: Split, embeddings: WeightedEmbeddings, out: Tensor | None = None) -> Tensor:
@@ -191,7 +191,7 @@ class Products:
 
 
 def padded(columns: int) -> int:
-    """Return the length of the rows of a matrix in memory for which 16-bit units are fast."""
+    """Return the row length of a matrix in memory for which 16-bit units are fast."""
     return -(-columns // ALIGNMENT) * ALIGNMENT
 
 

@@ -1,9 +1,9 @@
 """The reduction of a sample's negatives: over the chunks of a shard, then over the shards.
 
-Softmax losses need ``log Σ_j exp(z_j)`` (:mod:`log_sum_exp`). Others take each negative as a loss of its own,
+Softmax losses need ``log Σ_j exp(z_j)`` (:mod:`log_sum_exp`). Others treat each negative as a separate loss,
 ``Σ_j softplus(z_j)`` (:mod:`softplus_sum`). Either way the forward pass also sums the classes' unit weights, each times
-the derivative by its cosine: up to factors that are known once the shards are combined, that is the embeddings'
-gradient. So backward can send it off at once and compute the rows' gradient while it travels.
+the derivative by its cosine: up to factors known once the shards are combined, that is the embeddings' gradient.
+Backward can therefore send it off at once and compute the rows' gradient meanwhile.
 
 Each stage hands a frozen result to the next: :class:`NegativesForward` of one shard, :class:`CombinedNegatives` of all,
 :class:`NegativesBackward` once the gradient of the loss is known.
@@ -61,7 +61,7 @@ class CombinedNegatives(ABC):
 
     chunks: ClassChunks
     value: Tensor  # [B] float64: log Σ exp(z_j), or Σ softplus(z_j)
-    offset_grad: Tensor  # [B] float64: its derivative by a number that is added to all logits
+    offset_grad: Tensor  # [B] float64: its derivative by a number added to all logits
     ratio: Tensor  # [B] float64: factor that turns the shard's sums into derivatives of the value
     logit_sum: Tensor | None = None  # [B] float64 Σ z_j, for a loss that needs the mean logit
     count: Tensor | None = None  # [B] float64, number of its terms

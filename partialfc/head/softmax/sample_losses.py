@@ -1,7 +1,6 @@
-"""From the statistics of the samples to the loss and its derivatives.
+"""The loss and its derivatives, from the combined statistics of the samples.
 
-These are B numbers, in float64, once the shards' statistics are combined: every rank computes all of them, and autograd
-differentiates them.
+These are B numbers in float64: every rank computes all of them, and autograd differentiates them.
 """
 
 from __future__ import annotations
@@ -65,7 +64,7 @@ def batch_loss(
     if center_distance is not None:
         center_loss = 0.5 * center_weight * (center_distance * mean).sum()
     total = softmax_loss + center_loss
-    # A loss that is not finite makes every gradient of every rank so: all of them then skip the step, or none.
+    # A non-finite loss makes every gradient on every rank non-finite: all ranks then skip the step, or none.
     zero_or_nan = total - total
     grads = dataclasses.replace(
         grads, negatives=grads.negatives + zero_or_nan, similarity=grads.similarity + zero_or_nan
@@ -86,7 +85,7 @@ def _differentiate(
         samples = dataclasses.replace(samples, norms=norms if "norms" in loss.needs else norms.detach())
         target_logit = loss.target_logit(target, samples)
         offset, negatives = loss.logit_offset(), value
-        if offset is not None:  # a number of value 0 that carries the offset's gradient
+        if offset is not None:  # adds 0, and carries the offset's gradient
             negatives = value + combined.offset_grad * (offset - offset.detach())
         logit_sum = mean_logit = None
         if combined.logit_sum is not None and combined.count is not None:

@@ -28,7 +28,7 @@ class ActiveRows:
     largest_log_weight: float = 0.0
 
     def index(self, rows: Tensor) -> Tensor:
-        """Return the positions among the active rows of some ``rows`` of the shard that are active."""
+        """Return the positions of some active ``rows`` of the shard among all its active rows."""
         return rows if self.rows is None else torch.searchsorted(self.rows, rows)
 
 
@@ -71,7 +71,7 @@ def sampled_negatives(
     """Sample negatives among the classes [start, stop): sorted rows [n] int64, counted from ``start``.
 
     Class c is sampled iff hash(seed, step, c) falls into the lowest ``rate`` of all hashes: each with probability
-    ``rate``, independently of all others and of the rank that asks. Walks the classes in pieces of ``piece`` integers.
+    ``rate``, independently of all others and of the calling rank. Walks the classes in pieces of ``piece`` integers.
     """
     return _draw(start, stop, rate, seed, step, torch.device(device), piece=piece).nonzero()[:, 0]
 

@@ -75,7 +75,7 @@ def sharded_softmax(weight: Tensor, bias: Tensor | None, step: ShardStep) -> Sof
     Args:
         weight: [rows of the shard, D] or [rows, K, D].
         bias: [rows] or None.
-        step: the batch and everything else.
+        step: the batch and all settings.
     """
     with torch.no_grad(), torch.autocast(weight.device.type, enabled=False), full_float32():
         output, gradients = _forward(weight, bias, step)

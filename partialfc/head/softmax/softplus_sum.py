@@ -1,4 +1,4 @@
-"""``Σ_j w_j·softplus(z_j)`` over the negatives j of each sample: each is a loss of its own (UCE)."""
+"""``Σ_j w_j·softplus(z_j)`` over the negatives j of each sample: each is a separate loss (UCE)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The targets of the samples whose class this shard owns, in float64: one D-vector a sample buys exact margins."""
+"""The targets of the samples whose class this shard owns, in float64: one D-vector per sample buys exact margins."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from partialfc.head.softmax.class_chunks import NORM_EPS
 class Targets:
     """The samples and the weights of their own classes; of K sub-centers the nearest. All in float64.
 
-    Only the owned samples have a class here. The others take part in all of it with some row of the shard, and end as
-    −0: the batch is a bound on their number that the host knows.
+    Only owned samples have a class here. The others are computed with some row of the shard and end as −0: the host
+    knows the size of the batch, but not the number of owned samples.
     """
 
     owned: OwnedSamples

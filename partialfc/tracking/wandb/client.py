@@ -1,9 +1,8 @@
 """Process that talks to W&B: it follows ``metrics.jsonl`` and hands every line to W&B's client, in order.
 
 ``python -m partialfc.tracking.wandb.client RUN_FOLDER OPTIONS`` is started by :mod:`partialfc.tracking.wandb.run`. A
-line on stdin, its end, or the death of the trainer says that the run has ended. The process says on stdout: ``started
-URL``, then ``finished``, ``unfinished REASON`` (W&B does not have everything, another client would not help) or
-``failed REASON``.
+line on stdin, its end, or the death of the trainer ends the run. The process writes to stdout: ``started URL``, then
+``finished``, ``unfinished REASON`` (W&B does not have everything, another client would not help) or ``failed REASON``.
 
 Each start asks the server for its number of rows and sends the rest, however the earlier attempt ended.
 """
@@ -60,7 +59,7 @@ class WandbFeeder:
     def _send(self, line: dict[str, Any]) -> None:
         values = row(line)
         sent = self._lines.sent
-        # An event may tell of an earlier step: it is shown where the run stands.
+        # An event may concern an earlier step; it is shown at the run's newest one.
         values["step"] = max(0, sent.train, sent.evaluation) if line["kind"] == "event" else line["step"]
         if line["kind"] == "evaluation":
             self._best = best(values, self._best)
@@ -68,7 +67,7 @@ class WandbFeeder:
             values |= self._tables(line)
         if line["kind"] == "event" and line.get("event") in ("checkpoint", "export"):
             self._log_reference(line["event"], line)
-        self._log.add(line)  # last: what fails before has sent no row
+        self._log.add(line)  # last: a failure before this has sent no row
         self.run.log(values, step=sent.rows, commit=True)
 
     def _tables(self, line: dict[str, Any]) -> dict[str, Any]:
@@ -159,7 +158,7 @@ def _start_run(folder: Path, options: dict[str, Any]) -> Any:
 
 
 def _has_key(url: str) -> bool:
-    """Return True if W&B's client finds a key for the server without asking."""
+    """Return True if W&B's client finds a key for the server without prompting."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     try:
@@ -178,7 +177,7 @@ def _best_before(metrics: Path) -> dict[str, float]:
 
 
 class Trainer:
-    """The process that has started this one: it reads ``output`` and says on stdin that its run has ended."""
+    """The process that started this one: it reads ``output``, and announces the end of its run on stdin."""
 
     def __init__(self, pid: int, output: TextIO) -> None:
         self._pid, self._output = pid, output
@@ -186,11 +185,11 @@ class Trainer:
 
     def tell(self, word: str, text: str = "") -> None:
         """Write one line to the trainer, without the key and line breaks."""
-        with contextlib.suppress(OSError):  # the trainer has died: the run is ended in W&B all the same
+        with contextlib.suppress(OSError):  # the trainer has died: the run still has to end in W&B
             print(f"{word} {_without_key(text)}".replace("\n", " ").rstrip(), file=self._output, flush=True)
 
     def has_ended(self, seconds: float) -> bool:
-        """Wait at most ``seconds`` for the end of the run, and return True if it has come."""
+        """Wait at most ``seconds`` for the end of the run; return True once it has ended."""
         if not self._ended:
             told, _, _ = select.select([sys.stdin], [], [], seconds)
             # Loader processes may keep the pipe open after the trainer's death.
@@ -200,7 +199,7 @@ class Trainer:
 
 @contextlib.contextmanager
 def _time_limit(trainer: Trainer, seconds: float | None, word: str, reason: str) -> Iterator[None]:
-    """End this process, with ``word`` and ``reason``, where the block takes longer than ``seconds``; None: no limit.
+    """End this process, with ``word`` and ``reason``, if the block takes longer than ``seconds``; None: no limit.
 
     W&B's calls cannot be interrupted. Its service process ends by itself when this one has ended.
     """
@@ -226,7 +225,7 @@ def _without_key(text: str) -> str:
 
 @contextlib.contextmanager
 def _wait_for_lock(folder: Path, trainer: Trainer) -> Iterator[bool]:
-    """Wait until no client of an earlier attempt or of ``runs sync`` sends the run; yields False if the run ends."""
+    """Wait until no client of an earlier attempt or of ``runs sync`` sends the run; yield False if it ends before."""
     while True:
         with client_lock(folder) as free:
             if free:
@@ -238,7 +237,7 @@ def _wait_for_lock(folder: Path, trainer: Trainer) -> Iterator[bool]:
 
 
 def feed(folder: Path, options: dict[str, Any], trainer: Trainer) -> None:
-    """Send a run until it has ended, and wait for W&B to take it; the process ends if that takes too long."""
+    """Send a run until it has ended, and wait for W&B to accept it; the process ends if that takes too long."""
     timeout = options["timeout"]
     start_limit = finish_limit = None
     if options["limited"]:
@@ -272,7 +271,7 @@ def main(folder: Path, options: dict[str, Any], output: TextIO) -> NoReturn:
 
 if __name__ == "__main__":
     to_trainer = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # the words of W&B's client and service go to the log
+    os.dup2(2, 1)  # messages of W&B's client and service go to the log
     os.environ.pop("WANDB_SERVICE", None)  # of another process
     os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # no reports of crashes to third parties
     run_folder = Path(sys.argv[1])

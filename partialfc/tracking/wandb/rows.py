@@ -1,7 +1,7 @@
-"""Names of the values of a line of ``metrics.jsonl`` in W&B.
+"""W&B's names for the values in a line of ``metrics.jsonl``.
 
 Each line becomes one row of the run's history: ``train/loss``, ``evaluation/<set>/tar_at_far/1e-3``,
-``event/<event>/<field>``. Names hold no dots and no nested values, so that a sweep can ask for any of them.
+``event/<event>/<field>``. Names hold no dots and no nested values, so that a sweep can use any of them.
 """
 
 from __future__ import annotations

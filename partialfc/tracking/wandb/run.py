@@ -1,8 +1,8 @@
 """W&B beside a run, on the trainer's side: a client process that reads ``metrics.jsonl`` and talks to W&B.
 
-The trainer only starts the process, repeats what it says, and tells it the end of the run. A server that is slow, fails
-or never answers costs the training nothing. A client that dies is started again, because a scheduler that stops a job
-signals every process of it, and W&B's own service insists on dying of SIGTERM and SIGINT, its client with it.
+The trainer only starts the process, logs its messages, and announces the end of the run. A server that is slow, fails
+or never answers costs training nothing. A client that dies is started again: a scheduler that stops a job signals all
+its processes, and SIGTERM and SIGINT always end W&B's own service, and the client with it.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ if TYPE_CHECKING:
 
 # In the run folder's wandb/. UNSENT exists until W&B's server has every row.
 ID, SENT, UNSENT, LOG = "id.txt", "sent.txt", "unsent", "tracking.log"
-GRACE = 10.0  # seconds for what does not wait for W&B: starting processes, writing files
-_CLIENTS = 4  # processes, one after the other: who stops a job sends a few signals, not many
+GRACE = 10.0  # seconds for work that does not wait for W&B: starting processes, writing files
+_CLIENTS = 4  # processes, one after the other: stopping a job takes a few signals, not many
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def wants_wandb(settings: WandbConfig) -> bool:
-    """Return True if a run with these settings is to be written to W&B, online or offline."""
+    """Return True if a run with these settings goes to W&B, online or offline."""
     mode = os.environ.get("WANDB_MODE") if settings.mode == "auto" else settings.mode
     return mode != "disabled"
 
 
 def require_wandb(settings: WandbConfig) -> None:
-    """Refuse to start a run that asks for W&B where it is not installed.
+    """Refuse to start a run that needs W&B's client if that is not installed.
 
     Raises:
         MissingDependency: W&B's client is not installed.
@@ -67,7 +67,7 @@ def require_client() -> None:
 def run_id(folder: Path, anew: bool = False) -> str:
     """Return the W&B id of a run: made once and kept in the run folder, so that a restart continues the same W&B run.
 
-    In a sweep it is the id that the sweep's agent gives. ``anew`` begins another W&B run.
+    In a sweep, the sweep's agent assigns it. ``anew`` begins a new W&B run.
     """
     path = folder / "wandb" / ID
     path.parent.mkdir(exist_ok=True)
@@ -83,7 +83,7 @@ def run_id(folder: Path, anew: bool = False) -> str:
 
 
 def start_wandb(folder: Path, settings: WandbConfig, anew: bool = False) -> WandbRun | None:
-    """Start to send a run folder's ``metrics.jsonl`` to W&B, if the settings ask for it."""
+    """Start sending a run folder's ``metrics.jsonl`` to W&B, if the settings say so."""
     if not wants_wandb(settings):
         return None
     try:
@@ -94,7 +94,7 @@ def start_wandb(folder: Path, settings: WandbConfig, anew: bool = False) -> Wand
 
 
 def sync_pending(folder: Path, settings: WandbConfig) -> None:
-    """Send the lines that were added to the ``metrics.jsonl`` of a run after its end.
+    """Send the lines added to a run's ``metrics.jsonl`` after its end.
 
     A run that is still training sends them itself.
     """
@@ -113,7 +113,7 @@ def client_options(folder: Path, settings: WandbConfig, anew: bool = False) -> d
         "id": run_id(folder, anew),
         "name": settings.name or folder.resolve().name,
         "shown": str(folder),
-        "limited": True,  # the server has the time of tracking.wandb.timeout
+        "limited": True,  # tracking.wandb.timeout limits the time of the server
         "trainer": os.getpid(),
     }
 
@@ -123,11 +123,11 @@ def start_client(folder: Path, options: dict[str, Any], stdin: int, stderr: Text
 
     Args:
         stdin: ``subprocess.PIPE``, on which a line says that the run has ended, or ``DEVNULL`` for one that has.
-        stderr: where the words of W&B's client go.
+        stderr: receives the messages of W&B's client.
     """
     package_folder = str(Path(__file__).parents[3])  # this package may be found by way of the working directory
     paths = [package_folder, *filter(None, [os.environ.get("PYTHONPATH")])]
-    # -P: no file called wandb.py in the working directory is taken for the package.
+    # -P: a file wandb.py in the working directory must not shadow the package.
     command = [sys.executable, "-P", "-m", "partialfc.tracking.wandb.client", str(folder.resolve())]
     return subprocess.Popen(
         [*command, json.dumps(options)],
@@ -136,7 +136,7 @@ def start_client(folder: Path, options: dict[str, Any], stdin: int, stderr: Text
         stderr=stderr,
         text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-        start_new_session=True,  # what ends the trainer's group does not end it: it still has something to say
+        start_new_session=True,  # signals to the trainer's group must not end it: it still has rows to send
     )
 
 
@@ -145,7 +145,7 @@ def _signals_held() -> Iterator[None]:
     """Block stop signals while a client starts, so that it outlives the run.
 
     A scheduler sends these signals to every process of a job, so a session of their own is not enough. A blocked signal
-    stays blocked in a new process from its first moment; an ignored one would be so only once the process has said so.
+    is blocked in a new process from its first moment; ignoring one would start only when the process asks for it.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
     try:
@@ -157,8 +157,8 @@ def _signals_held() -> Iterator[None]:
 class WandbRun:
     """Client process that sends one run folder.
 
-    A client that dies is followed by another one. After one that does not reach its server, or dies again and again,
-    the run is written offline. The log says once that W&B lacks something.
+    A client that dies is replaced. If one does not reach its server, or clients keep dying, the run is written offline.
+    The log warns once that W&B lacks rows.
     """
 
     def __init__(self, folder: Path, settings: WandbConfig, anew: bool = False) -> None:

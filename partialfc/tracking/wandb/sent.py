@@ -55,7 +55,7 @@ class SentLog:
         self._file = path.open("a", encoding="utf-8")
 
     def add(self, line: dict[str, Any]) -> None:
-        """Note that ``line`` is the next row."""
+        """Record ``line`` as the next row."""
         kind = "events" if line["kind"] == "event" else line["kind"]
         value = self.sent.events + 1 if kind == "events" else line["step"]
         self._file.write(f"{self.sent.rows} {kind} {value}\n")
@@ -72,7 +72,7 @@ class UnsentLines:
         self.sent = sent
 
     def read(self) -> Iterator[dict[str, Any]]:
-        """Yield the lines that have appeared since the last call. Each counts as sent when the next is asked for."""
+        """Yield the lines that have appeared since the last call. A line counts as sent when the next is requested."""
         while piece := self._file.readline():
             self._partial += piece
             if not piece.endswith(b"\n"):
