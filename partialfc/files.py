@@ -1,15 +1,75 @@
-"""The package's only file lock and atomic write."""
+"""The package's file lock, atomic write and careful read."""
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import json
 import os
+import stat
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any, BinaryIO
 
 _POLL_SECONDS = 0.2
+
+
+def open_regular(path: Path | str) -> BinaryIO:
+    """Open a file for reading, if it is a regular one: a FIFO would wait for a writer, a device may never end.
+
+    Raises:
+        OSError: it cannot be opened or is not a regular file; ``strerror`` says which, in words for a message.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, "a folder, not a file")
+        if not stat.S_ISREG(mode):
+            raise OSError(errno.EINVAL, "not a regular file")
+        return open(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_bounded(path: Path | str, limit: int) -> bytes:
+    """Return the content of a regular file of at most ``limit`` bytes.
+
+    Raises:
+        OSError: it cannot be read, is not a regular file, or is larger; ``strerror`` says which, in words for a message.
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        # A sparse file is large at once, a growing one only later.
+        content = b"" if size > limit else file.read(limit + 1)
+    if max(size, len(content)) > limit:
+        raise OSError(errno.EFBIG, f"larger than {limit:,} bytes")
+    return content
+
+
+def read_json(path: Path | str, limit: int) -> Any:
+    """Return the value of a regular JSON file of at most ``limit`` bytes.
+
+    Raises:
+        OSError: as :func:`read_bounded`.
+        ValueError: it is not JSON, or is nested too deeply.
+    """
+    return parse_json(read_bounded(path, limit))
+
+
+def parse_json(text: bytes | str) -> Any:
+    """Return the value of a JSON text.
+
+    Raises:
+        ValueError: it is not JSON, or is nested too deeply.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
