@@ -16,23 +16,21 @@ from partialfc.exchange.export import export
 from partialfc.exchange.import_weights import import_weights
 from tests.harness.engine_runs import (
     LINEAR,
+    NEEDS_FP16,
     SPLIT,
     TWELVE,
     curve,
     folder_of,
-    no_fp16_for,
     of_ranks,
-    skip_if,
     train_all,
     zero,
 )
-from tests.harness.machine import no_fp16_under_deepspeed
+from tests.harness.machine import no_fp16
 from tests.harness.running import events, lines
 
 pytest.importorskip("deepspeed", reason="not installed: DeepSpeed; pip install -c constraints.txt '.[deepspeed]'")
 
 pytestmark = pytest.mark.timeout(900)  # a fixture is many runs
-
 
 TWENTY_FOUR = ["optim.epochs=2", "checkpoint.every=10", "checkpoint.keep_last=9"]
 
@@ -65,7 +63,7 @@ def cut(task: Path, name: str, of: str, after: int) -> None:
 
 @pytest.fixture(scope="module")
 def continued(task: Path) -> Path:
-    half = {name: more for name, more in WHOLE_HALF.items() if not no_fp16_for(name)}
+    half = {} if no_fp16() else WHOLE_HALF
     train_all(task, 2, {name: [*TWENTY_FOUR, *more] for name, more in (WHOLE | half).items()})
     for ranks in (1, 3):
         for stage in SPLIT:
@@ -74,7 +72,7 @@ def continued(task: Path) -> Path:
     again = {f"again-{name}": [*TWENTY_FOUR, *more] for name, more in (WHOLE | half).items() if name != "whole-ddp"}
     for name in again:
         cut(task, name, name.removeprefix("again-"), 10)
-    if "whole-fp16-zero1" in half:
+    if half:
         cut(task, "switched-fp16", "whole-fp16-ddp", 10)
         again["switched-fp16"] = [*TWENTY_FOUR, *WHOLE_HALF["whole-fp16-zero1"]]
     train_all(task, 2, again)
@@ -108,16 +106,16 @@ def test_a_run_goes_on_as_if_nothing_had_happened(continued: Path, name: str) ->
     assert of_ranks(continued, f"again-{name}")[0]["whole"] == of_ranks(continued, name)[0]["whole"], "bit by bit"
 
 
+@NEEDS_FP16
 @pytest.mark.parametrize("name", WHOLE_HALF)
 def test_the_loss_scale_survives_a_restart(continued: Path, name: str) -> None:
-    skip_if(no_fp16_for(name))
     again, whole = of_ranks(continued, f"again-{name}")[0], of_ranks(continued, name)[0]
     assert again == whole
     assert whole["loss_scale"]["value"] < 2.0**16, "it has fallen before the checkpoint"
 
 
+@NEEDS_FP16
 def test_the_loss_scale_survives_a_change_of_engine(continued: Path) -> None:
-    skip_if(no_fp16_under_deepspeed())
     folder = folder_of(continued, "switched-fp16")
     kept = read_manifest(folder / "checkpoints" / "step-00000010")["counts"]["engine"]["loss_scale"]
     assert kept["value"] < 2.0**16

@@ -7,24 +7,23 @@ from pathlib import Path
 import pytest
 
 from tests.harness.engine_runs import (
+    NEEDS_FP16,
     SPLIT,
     STAGES,
     TWELVE,
     applied,
     curve,
     folder_of,
-    no_fp16_for,
     of_ranks,
-    skip_if,
     train_all,
     zero,
 )
+from tests.harness.machine import no_fp16
 from tests.harness.running import events, lines
 
 pytest.importorskip("deepspeed", reason="not installed: DeepSpeed; pip install -c constraints.txt '.[deepspeed]'")
 
 pytestmark = pytest.mark.timeout(900)  # a fixture is many runs
-
 
 FAULTY = {
     "ddp": [],
@@ -68,7 +67,7 @@ def faulty(task: Path) -> Path:
     for fault in ("gradient", "row_gradient"):
         runs = {}
         for name, engine in FAULTY.items():
-            for precision in ("fp32",) if no_fp16_for(name) else ("fp32", "fp16"):
+            for precision in ("fp32",) if no_fp16() else ("fp32", "fp16"):
                 runs[f"{fault}-{precision}-{name}"] = [*TWELVE, *engine, f"engine.precision={precision}"]
         normalized = ["model.name=tests.harness.backbones:normalized", *TWELVE]
         runs[f"{fault}-bf16-zero2"] = [*TWELVE, *zero(2), "engine.precision=bf16"]
@@ -77,10 +76,9 @@ def faulty(task: Path) -> Path:
     return task
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("fp16", marks=NEEDS_FP16)])
 @pytest.mark.parametrize("name", FAULTY)
 def test_a_fault_of_one_rank_is_skipped_by_all_and_leaves_nothing(faulty: Path, name: str, precision: str) -> None:
-    skip_if(no_fp16_for(name) if precision == "fp16" else None)
     whole = set()
     for fault, words in (("gradient", "backbone's gradient"), ("row_gradient", "gradient of the head's shard")):
         run = f"{fault}-{precision}-{name}"

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.harness.machine import no_fp16, no_fp16_under_deepspeed
+from tests.harness.machine import no_fp16
 from tests.harness.running import finish, lines
 
 FAULTY_RUN = str(Path(__file__).with_name("faulty_run.py"))
@@ -17,6 +17,7 @@ LINEAR = "tests.harness.backbones:linear"
 STAGES = [0, 1, 2, 3]
 SPLIT = [1, 2, 3]
 TWELVE = ["optim.epochs=1"]  # 12 steps
+NEEDS_FP16 = pytest.mark.skipif(no_fp16() is not None, reason=str(no_fp16()))
 
 
 def zero(stage: int, *more: str) -> list[str]:
@@ -46,16 +47,6 @@ def curve(task: Path, name: str, key: str = "loss") -> list[float]:
 
 def of_ranks(task: Path, name: str, ranks: int = 2) -> list[dict[str, Any]]:
     return [json.loads((folder_of(task, name) / f"rank{rank}.json").read_text()) for rank in range(ranks)]
-
-
-def no_fp16_for(engine: str) -> str | None:
-    """Why an engine cannot train in fp16 here, or None."""
-    return no_fp16_under_deepspeed() if "zero" in engine else no_fp16()
-
-
-def skip_if(reason: str | None) -> None:
-    if reason:
-        pytest.skip(reason)
 
 
 def applied(losses: list[float]) -> list[float]:

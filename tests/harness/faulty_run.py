@@ -24,7 +24,7 @@ from partialfc.errors import PartialFCError
 from partialfc.runtime.process import ProcessContext, joined
 from partialfc.train.trainer import Trainer
 from tests.harness.hurried import hurry
-from tests.harness.machine import pretend
+from tests.harness.machine import pretend_fp16
 
 
 def steps_of(text: str) -> range | set[int]:
@@ -106,9 +106,10 @@ def write_down(trainer: Trainer, first: str, stepped_at_first: bool) -> None:
 
 def main() -> None:
     path, fault, at_fault, steps, *overrides = sys.argv[1:]
-    pretend()
     hurry()
     config = load_config(path, overrides)
+    if config.engine.name == "deepspeed" and config.engine.precision == "fp16":
+        pretend_fp16()
     try:
         with joined(config.run.dir, config.run.timeout, group_of_one=config.engine.name == "deepspeed") as process:
             trainer = Trainer(config, process)

@@ -1,21 +1,8 @@
-"""Capabilities of this machine, queried where a test needs them, and simulated ones.
-
-``PRETEND_FP16=1`` (or 0) makes DeepSpeed believe that the CPU computes in float16 by itself (or does not).
-"""
+"""Capabilities of this machine, queried where a test needs them, and simulated ones."""
 
 from __future__ import annotations
 
-import os
-
 import torch
-
-
-def pretend() -> None:
-    """Be, for DeepSpeed, the machine that the environment asks for."""
-    if "PRETEND_FP16" in os.environ:
-        from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
-
-        CPU_Accelerator.is_fp16_supported = lambda _: _has_fp16()
 
 
 def no_fp16() -> str | None:
@@ -28,11 +15,11 @@ def no_fp16() -> str | None:
     return None
 
 
-def no_fp16_under_deepspeed() -> str | None:
-    """Why DeepSpeed refuses fp16 here, or None; it asks more of a CPU than torch does."""
-    return no_fp16() if _has_fp16() else "DeepSpeed refuses fp16 on a CPU without AVX512-FP16"
+def pretend_fp16(supported: bool = True) -> None:
+    """Make DeepSpeed believe that this CPU computes in float16 by itself, or does not.
 
+    DeepSpeed refuses fp16 on a CPU without AVX512-FP16, where torch computes the same in float32 and rounds.
+    """
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
-def _has_fp16() -> bool:
-    asked = os.environ.get("PRETEND_FP16")
-    return asked == "1" if asked else bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    CPU_Accelerator.is_fp16_supported = lambda _: supported
