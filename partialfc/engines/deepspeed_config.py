@@ -14,55 +14,30 @@ from partialfc.options import describe_unknown
 
 _BUCKET = 50_000_000  # most gradient elements averaged at once; for a small backbone, an eighth of its elements
 
-# Keys that a JSON may set, besides those of :func:`_fixed` with the values there and those of the loss scale. Any other
-# key would break the layout of the state or the agreement on skipped steps, or have no effect.
-_PASSED_ON = {
-    "communication_data_type",
-    "prescale_gradients",
-    "gradient_predivide_factor",
-    "steps_per_print",
-    "wall_clock_breakdown",
-    "memory_breakdown",
-    "dump_state",
-    "flops_profiler",
-    "comms_logger",
-    "aio",
-    "zero_optimization.allgather_partitions",
-    "zero_optimization.allgather_bucket_size",
-    "zero_optimization.reduce_scatter",
-    "zero_optimization.reduce_bucket_size",
-    "zero_optimization.overlap_comm",
-    "zero_optimization.contiguous_gradients",
-    "zero_optimization.sub_group_size",
-    "zero_optimization.ignore_unused_parameters",
-    "zero_optimization.stage3_prefetch_bucket_size",
-    "zero_optimization.stage3_param_persistence_threshold",
-    "zero_optimization.stage3_model_persistence_threshold",
-    "zero_optimization.stage3_max_live_parameters",
-    "zero_optimization.stage3_max_reuse_distance",
-    "zero_optimization.prefetch_bucket_size",
-    "zero_optimization.param_persistence_threshold",
-    "zero_optimization.model_persistence_threshold",
-    "zero_optimization.max_live_parameters",
-    "zero_optimization.max_reuse_distance",
+_OFFLOADED_OPTIMIZER, _OFFLOADED_WEIGHTS = "zero_optimization.offload_optimizer", "zero_optimization.offload_param"
+
+# What a JSON may set, by section: these keys, and the ones that :func:`_fixed` lists, with the values there. Any other
+# key would break the layout of the state or the agreement on skipped steps. Those of fp16 and bf16 are not passed on:
+# the engine scales the loss itself, and the rest is common in files without an effect here.
+_ALLOWED = {
+    "": """communication_data_type prescale_gradients gradient_predivide_factor steps_per_print wall_clock_breakdown
+        memory_breakdown dump_state flops_profiler comms_logger aio""",
+    "zero_optimization": """allgather_partitions allgather_bucket_size reduce_scatter reduce_bucket_size overlap_comm
+        contiguous_gradients sub_group_size ignore_unused_parameters
+        stage3_prefetch_bucket_size prefetch_bucket_size
+        stage3_param_persistence_threshold param_persistence_threshold
+        stage3_model_persistence_threshold model_persistence_threshold
+        stage3_max_live_parameters max_live_parameters
+        stage3_max_reuse_distance max_reuse_distance
+        stage3_gather_16bit_weights_on_model_save gather_16bit_weights_on_model_save""",
+    _OFFLOADED_OPTIMIZER: """pin_memory buffer_count fast_init ratio super_offload cpuadam_cores_perc pipeline_read
+        pipeline_write nvme_path""",
+    _OFFLOADED_WEIGHTS: "device pin_memory buffer_count buffer_size max_in_cpu nvme_path",
+    "fp16": """initial_scale_power loss_scale_window min_loss_scale
+        loss_scale hysteresis consecutive_hysteresis""",
+    "bf16": "check_grad_overflow immediate_grad_update",
 }
-_OF_LOSS_SCALE = {"fp16.initial_scale_power", "fp16.loss_scale_window", "fp16.min_loss_scale"}
-_IGNORED = {  # common in files, without effect here
-    "fp16.loss_scale",
-    "fp16.hysteresis",
-    "fp16.consecutive_hysteresis",
-    "bf16.check_grad_overflow",
-    "bf16.immediate_grad_update",
-    "zero_optimization.stage3_gather_16bit_weights_on_model_save",
-    "zero_optimization.gather_16bit_weights_on_model_save",
-}
-# Sections with keys of any name: DeepSpeed checks those of the first two; the others may hold only "auto".
-_OPEN_SECTIONS = {
-    "zero_optimization.offload_optimizer": "",
-    "zero_optimization.offload_param": "",
-    "optimizer.params": "optim.lr, optim.weight_decay and optim.momentum set it",
-    "scheduler": "optim.schedule, optim.warmup and optim.epochs set it",
-}
+_ALLOWED_KEYS = {f"{section}.{name}".removeprefix(".") for section, names in _ALLOWED.items() for name in names.split()}
 
 
 def deepspeed_options(config: Config, world_size: int, parameters: int) -> dict[str, Any]:
@@ -94,14 +69,15 @@ def deepspeed_options(config: Config, world_size: int, parameters: int) -> dict[
         options["fp16"] = {"enabled": True, "loss_scale": 1.0}  # the engine scales the loss itself
     settings = _read(config)
     _check(config, settings, world_size)
+    sections = {"": options, "zero_optimization": zero, _OFFLOADED_WEIGHTS: {}}
+    if engine.offload == "cpu":
+        sections[_OFFLOADED_OPTIMIZER] = zero["offload_optimizer"]
     for key, value in settings.items():
         section, _, name = key.rpartition(".")
-        if key in _PASSED_ON:
-            (zero if section else options)[name] = value
-        elif section == "zero_optimization.offload_param":
-            zero.setdefault("offload_param", {})[name] = value
-        elif section == "zero_optimization.offload_optimizer" and engine.offload == "cpu":
-            zero["offload_optimizer"][name] = value
+        if key in _ALLOWED_KEYS and section in sections:
+            sections[section][name] = value
+    if sections[_OFFLOADED_WEIGHTS]:
+        zero["offload_param"] = sections[_OFFLOADED_WEIGHTS]
     return options
 
 
@@ -124,14 +100,12 @@ def _check(config: Config, settings: dict[str, Any], world_size: int) -> None:
     _number(config, settings, "steps_per_print", 1, 1)
     fixed = _fixed(config, world_size)
     for key, value in settings.items():
-        reason = next((why for section, why in _OPEN_SECTIONS.items() if f"{key}.".startswith(f"{section}.")), "")
+        expected, reason = fixed.get(key, (value, ""))
         if value == "nvme":
             reason = "offloading goes to host memory only"
-        elif key in fixed:
-            expected, why = fixed[key]
-            reason = "" if _equal(value, expected) else why
-        if reason:
-            raise _refusal(config, f'{key} is {json.dumps(value)}, but {reason}; write "auto" there or remove it')
+        elif _equal(value, expected):
+            continue
+        raise _refusal(config, f'{key} is {json.dumps(value)}, but {reason}; write "auto" there or remove it')
 
 
 def _fixed(config: Config, world_size: int = 1) -> dict[str, tuple[Any, str]]:
@@ -146,10 +120,14 @@ def _fixed(config: Config, world_size: int = 1) -> dict[str, tuple[Any, str]]:
         "gradient_accumulation_steps": (optim.accumulation, f"optim.accumulation is {optim.accumulation}"),
         "gradient_clipping": (optim.clip or 0.0, f"optim.clip is {optim.clip}"),
         "zero_optimization.stage": (engine.zero_stage, f"engine.zero_stage is {engine.zero_stage}"),
-        "zero_optimization.offload_optimizer.device": (engine.offload, f"engine.offload is {engine.offload}"),
+        f"{_OFFLOADED_OPTIMIZER}.device": (engine.offload, f"engine.offload is {engine.offload}"),
         "fp16.enabled": (engine.precision == "fp16", precision),
         "bf16.enabled": (engine.precision == "bf16", precision),
         "optimizer.type": (optim.name, f"optim.name is {optim.name}"),
+        "optimizer.params.lr": (optim.lr, f"optim.lr is {optim.lr}"),
+        "optimizer.params.weight_decay": (optim.weight_decay, f"optim.weight_decay is {optim.weight_decay}"),
+        "optimizer.params.momentum": (optim.momentum, f"optim.momentum is {optim.momentum}"),
+        "scheduler.type": (None, "optim.schedule, optim.warmup and optim.epochs set it"),
     }
     if engine.precision == "fp16":
         fixed["fp16.loss_scale"] = (0, "the scale is dynamic")
@@ -184,24 +162,28 @@ def _read(config: Config) -> dict[str, Any]:
         raise ConfigError(f"engine.deepspeed_config: {path} is not valid JSON: {error}") from error
     if not isinstance(tree, dict):
         raise _refusal(config, f"expected an object, got {type(tree).__name__}")
-    known = {*_fixed(config), *_PASSED_ON, *_OF_LOSS_SCALE, *_IGNORED, *_OPEN_SECTIONS}
-    return dict(_settings(config, tree, known))
+    return dict(_settings(config, _without_auto(tree), {*_fixed(config), *_ALLOWED_KEYS}))
+
+
+def _without_auto(section: dict[str, Any]) -> dict[str, Any]:
+    """Return a section without the values that are ``"auto"``, and without the sections that hold nothing else."""
+    found = {name: _without_auto(value) if isinstance(value, dict) else value for name, value in section.items()}
+    return {name: value for name, value in found.items() if value != "auto" and (value != {} or not section[name])}
 
 
 def _settings(config: Config, section: dict[str, Any], known: set[str], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the settings below a dotted ``prefix``; refuse unknown keys."""
     names = {key.removeprefix(prefix).partition(".")[0] for key in known if key.startswith(prefix)}
-    is_open = any(prefix.startswith(f"{section}.") for section in _OPEN_SECTIONS)
     for name, value in section.items():
         key = f"{prefix}{name}"
-        if name not in names and not is_open:
+        if name not in names:
             raise _refusal(config, f"{key}: {describe_unknown(name, sorted(names))}; partialfc uses no other")
-        if isinstance(value, dict) and (key not in known or key in _OPEN_SECTIONS):
-            yield from _settings(config, value, known, f"{key}.")
-        elif key not in known and not is_open and value != "auto":
-            raise _refusal(config, f"{key}: expected a section, got {value!r}")
-        elif value != "auto":
+        if key in known:
             yield key, value
+        elif isinstance(value, dict):
+            yield from _settings(config, value, known, f"{key}.")
+        else:
+            raise _refusal(config, f"{key}: expected a section, got {value!r}")
 
 
 def _number(

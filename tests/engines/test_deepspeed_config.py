@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ from partialfc.config import load_config
 from partialfc.engines.deepspeed_config import deepspeed_options, loss_scale
 from partialfc.errors import ConfigError
 from tests.harness.engine_runs import zero
+from tests.harness.running import finish
+
+pytest.importorskip("deepspeed", reason="not installed: DeepSpeed; pip install -c constraints.txt '.[deepspeed]'")
 
 CONTRADICTIONS = [
     ({"train_batch_size": 512}, "train_batch_size is 512, but data.global_batch_size is 20; write"),
@@ -25,6 +29,8 @@ CONTRADICTIONS = [
     ({"zero_optimization": {"offload_param": {"device": "nvme"}}}, "host memory only"),
     ({"optimizer": {"type": "Lamb"}}, 'optimizer.type is "Lamb", but optim.name is sgd'),
     ({"optimizer": {"type": "SGD", "params": {"lr": 0.1}}}, "optimizer.params.lr is 0.1, but optim.lr"),
+    ({"optimizer": {"params": {"betas": [0.9, 0.99]}}}, "optimizer.params.betas: unknown name 'betas'"),
+    ({"scheduler": {"params": {"warmup_num_steps": 5}}}, "scheduler.params: unknown name 'params'"),
     ({"scheduler": {"type": "WarmupLR"}}, 'scheduler.type is "WarmupLR", but optim.schedule'),
     ({"zero_optimization": {"reduce_buckets": 5}}, "did you mean 'reduce_bucket_size'"),
     ({"zero_optimization": {"round_robin_gradients": True}}, "unknown name 'round_robin_gradients'"),
@@ -59,6 +65,7 @@ def test_a_file_says_what_the_config_leaves_open(task: Path, tmp_path: Path) -> 
             "overlap_comm": "auto",
             "offload_optimizer": {"device": "cpu", "pin_memory": True},
         },
+        "optimizer": {"type": "SGD", "params": {"lr": 0.05, "momentum": 0.9, "betas": "auto"}},
         "scheduler": {"type": "auto", "params": {"warmup_num_steps": "auto"}},
         "comms_logger": {"enabled": False},
     }
@@ -113,3 +120,16 @@ def test_a_loss_scale_that_cannot_work_is_refused(task: Path, tmp_path: Path, sc
 def test_settings_that_do_not_go_together_are_refused(task: Path, settings: list[str], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         load_config(task, settings)
+
+
+def test_fp16_on_a_cpu_that_deepspeed_refuses_it_on_is_one_line(task: Path, tmp_path: Path) -> None:
+    program = (
+        "from tests.harness.machine import pretend_fp16; from partialfc.__main__ import main\n"
+        "pretend_fp16(False); main()\n"
+    )
+    words = [*zero(1), "engine.precision=fp16", f"run.dir={tmp_path / 'run'}"]
+    done = finish([sys.executable, "-c", program, "train", str(task), *words])
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.splitlines() == [
+        "error: DeepSpeed refuses its configuration: Type fp16 is not supported on your device."
+    ]
