@@ -128,7 +128,7 @@ def small_steps(count: int = 10**9, until: Saver | None = None) -> list[float]:
         for _ in range(5):
             x @ x
         times.append(time.perf_counter() - started)
-        if until is not None and not until.is_writing():
+        if until is not None and until.wait(0):
             break
     return times
 

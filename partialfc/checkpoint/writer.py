@@ -156,16 +156,14 @@ class Saver:
         self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint", daemon=True)
         self._thread.start()
 
-    def wait(self, seconds: float | None = None) -> None:
-        """Wait until no checkpoint is being written, or for ``seconds``."""
+    def wait(self, seconds: float | None = None) -> bool:
+        """Wait until no checkpoint is being written, or for ``seconds``; return False if one still is."""
         if self._thread is not None:
             self._thread.join(seconds)
-            if not self._thread.is_alive():
-                self._thread = None
-
-    def is_writing(self) -> bool:
-        """Return True while a checkpoint is being written."""
-        return self._thread is not None and self._thread.is_alive()
+            if self._thread.is_alive():
+                return False
+            self._thread = None
+        return True
 
     def ended(self) -> list[SaveResult]:
         """Return the outcomes of the saves that ended since the last call, in order."""

@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import nn
 
 from partialfc import CenterLoss, ClassPartition, PartialFC, RowSGD, losses
-from partialfc.head.softmax.sampling import sampled_negatives
+from partialfc.head.ownership import OwnedSamples
+from partialfc.head.softmax import sampling
 from tests.harness.dense_reference import Spec, base_of
 from tests.harness.loss_cases import LOSSES, make_loss
 from tests.harness.ranks import Ranks
@@ -183,9 +184,19 @@ def test_partition_is_that_of_torch_chunk() -> None:
                 assert partition.owner(torch.arange(start, stop)).tolist() == [rank] * len(expected)
 
 
-def test_negatives_depend_on_seed_step_and_class_alone() -> None:
+def sampled_negatives(start: int, stop: int, rate: float, seed: int, step: int) -> torch.Tensor:
+    """The active rows of a shard that owns no sample of the batch."""
+    nobody = OwnedSamples(torch.zeros(1, dtype=torch.bool), torch.zeros(1, dtype=torch.int64))
+    found = sampling.active_rows(nobody, start, stop, rate, seed, step, False, torch.float32)
+    assert found.rows is not None
+    return found.rows
+
+
+def test_negatives_depend_on_seed_step_and_class_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = sampled_negatives(0, 10_000, 0.2, seed=1, step=7)
-    parts = [sampled_negatives(a, b, 0.2, 1, 7, piece=333) + a for a, b in ((0, 1), (1, 4000), (4000, 10_000))]
+    with monkeypatch.context() as patch:
+        patch.setattr(sampling, "_CPU_PIECE", 333)
+        parts = [sampled_negatives(a, b, 0.2, 1, 7) + a for a, b in ((0, 1), (1, 4000), (4000, 10_000))]
     assert torch.equal(torch.cat(parts), whole)
     other_step, other_seed = sampled_negatives(0, 10_000, 0.2, 1, 8), sampled_negatives(0, 10_000, 0.2, 2, 7)
     for other in (other_step, other_seed):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from partialfc.head.softmax.products import ALIGNMENT, Products, Split, WeightedEmbeddings, padded
+from partialfc.head.softmax.products import ALIGNMENT, Products, SplitMatrix, WeightedEmbeddings, padded
 from partialfc.head.softmax.sampling import ActiveRows
 from partialfc.losses import Loss, Samples
 
@@ -45,7 +45,7 @@ class Logits:
 class LogitGrads:
     """Derivatives of a loss by the logits of a chunk."""
 
-    by_cosine: Split  # [B, n] ∂loss/∂cos, up to `ClassChunks.cosine_grad` where all share it
+    by_cosine: SplitMatrix  # [B, n] ∂loss/∂cos, up to `ClassChunks.cosine_grad` where all share it
     nearest: Tensor | None = None  # as in `Logits`
     by_logit: Tensor | None = None  # [B, n] ∂loss/∂z; None if only `by_cosine` is known
 
@@ -251,7 +251,7 @@ class ClassChunks:
 
     def kept_grads(self, by_cosine: Tensor) -> LogitGrads:
         """Return the derivatives of a chunk whose ``LogitGrads.by_cosine.values`` were kept."""
-        split = Split(by_cosine, self.products.parts)
+        split = SplitMatrix(by_cosine, self.products.parts)
         return LogitGrads(split, by_logit=None if self.products.half else by_cosine)
 
     def add_embedding_grad(self, chunk: Chunk, grads: LogitGrads, out: Tensor) -> None:
@@ -299,6 +299,6 @@ class ClassChunks:
         logits.scatter_(1, columns, logits.gather(1, columns).masked_fill_(inside, -torch.inf))
 
 
-def _of_sub_center(grads: LogitGrads, k: int) -> Split:
+def _of_sub_center(grads: LogitGrads, k: int) -> SplitMatrix:
     """Return the derivatives by the cosines of sub-center k: 0 where it is not the nearest."""
     return grads.by_cosine if grads.nearest is None else grads.by_cosine.masked(grads.nearest == k)

@@ -49,7 +49,7 @@ class LogitEmbeddings:
 
 
 @dataclass(frozen=True)
-class Split:
+class SplitMatrix:
     """A matrix [m, k] as the sum of matrices of fewer bits, stacked with the highest last."""
 
     values: Tensor  # [parts·m, k]
@@ -66,10 +66,10 @@ class Split:
         assert self.parts == 2, "there is one part"
         return self.values[: len(self.values) // 2]
 
-    def masked(self, mask: Tensor) -> Split:
+    def masked(self, mask: Tensor) -> SplitMatrix:
         """Return the matrix times ``mask`` [m, k] bool."""
         stacked = self.values.view(self.parts, *mask.shape) * mask
-        return Split(stacked.view_as(self.values), self.parts)
+        return SplitMatrix(stacked.view_as(self.values), self.parts)
 
 
 @dataclass(frozen=True)
@@ -144,24 +144,24 @@ class Products:
 
     # --- gradients ----------------------------------------------------------------------------------------------------
 
-    def split(self, matrix: Tensor) -> Split:
+    def split(self, matrix: Tensor) -> SplitMatrix:
         """Prepare a matrix [m, k] for a gradient."""
         if not self.half:
-            return Split(matrix, 1)
+            return SplitMatrix(matrix, 1)
         values = _space(matrix, self.parts)
-        split = Split(values, self.parts)
+        split = SplitMatrix(values, self.parts)
         split.high.copy_(matrix)
         if self.parts == 2:
             torch.sub(matrix, split.high, out=split.low)
         return split
 
-    def split_exp(self, logits: Tensor) -> Split:
+    def split_exp(self, logits: Tensor) -> SplitMatrix:
         """Prepare exp(``logits``), which may be overwritten, for a gradient."""
         if self.half and self.parts == 1:  # rounded where it is computed, which saves a pass
-            return Split(torch.exp(logits, out=_space(logits, 1)), 1)
+            return SplitMatrix(torch.exp(logits, out=_space(logits, 1)), 1)
         return self.split(logits.exp_())
 
-    def add_embedding_grad(self, grad: Split, weights: Split, out: Tensor) -> None:
+    def add_embedding_grad(self, grad: SplitMatrix, weights: SplitMatrix, out: Tensor) -> None:
         """Add ``grad·weights``, of [B, n] and [n, D], to ``out`` [B, D]."""
         if self.parts == 1:
             _product(grad.values, weights.values, out, add=True)
@@ -180,7 +180,7 @@ class Products:
         # Low times low is included: if one sample makes the gradient of a class, nothing averages out its error.
         return WeightedEmbeddings(torch.cat((split.high, split.high)), torch.cat((split.low, split.low)))
 
-    def weight_grad(self, grad: Split, embeddings: WeightedEmbeddings, out: Tensor | None = None) -> Tensor:
+    def weight_grad(self, grad: SplitMatrix, embeddings: WeightedEmbeddings, out: Tensor | None = None) -> Tensor:
         """Return ``gradᵀ·embeddings``, of [B, n] and [B, D]: [n, D], in ``out`` if there is one."""
         if out is None:
             out = embeddings.high.new_empty(grad.values.shape[1], embeddings.high.shape[1], dtype=self.dtype)

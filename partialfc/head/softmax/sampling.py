@@ -59,37 +59,15 @@ def active_rows(
     return ActiveRows(active, count, log_weight.index_fill_(0, positives, 0.0)[:-1], -math.log(rate))
 
 
-def sampled_negatives(
-    start: int,
-    stop: int,
-    rate: float,
-    seed: int,
-    step: int,
-    device: torch.device | str = "cpu",
-    piece: int | None = None,
-) -> Tensor:
-    """Sample negatives among the classes [start, stop): sorted rows [n] int64, counted from ``start``.
+def _draw(start: int, stop: int, rate: float, seed: int, step: int, device: torch.device, spare: int) -> Tensor:
+    """Return a bool for each class of [start, stop), true if it is sampled, and ``spare`` undefined ones after them.
 
     Class c is sampled iff hash(seed, step, c) falls into the lowest ``rate`` of all hashes: each with probability
-    ``rate``, independently of all others and of the calling rank. Walks the classes in pieces of ``piece`` integers.
+    ``rate``, independently of all others and of the calling rank.
     """
-    return _draw(start, stop, rate, seed, step, torch.device(device), piece=piece).nonzero()[:, 0]
-
-
-def _draw(
-    start: int,
-    stop: int,
-    rate: float,
-    seed: int,
-    step: int,
-    device: torch.device,
-    spare: int = 0,
-    piece: int | None = None,
-) -> Tensor:
-    """Return a bool for each class of [start, stop), true if it is sampled, and ``spare`` undefined ones after them."""
     key = stream_key(seed, RandomStream.NEGATIVES, step)
     threshold = min(int(rate * 2.0**64), (1 << 64) - 1) - (1 << 63)
-    piece = piece or (_CPU_PIECE if device.type == "cpu" else _GPU_PIECE)
+    piece = _CPU_PIECE if device.type == "cpu" else _GPU_PIECE
     sampled = torch.empty(stop - start + spare, dtype=torch.bool, device=device)
     for first in range(start, stop, piece):
         last = min(first + piece, stop)
