@@ -217,6 +217,8 @@ def _build_and_cache(dataset: TarDataset, progress: Progress) -> _Offsets:
 
 def _save_cache(dataset: TarDataset, offsets: _Offsets) -> None:
     path = dataset.folder / OFFSETS
+    # Streamed: `files.write_atomically` would need the whole archive in memory beside its arrays. Nor is it synced to
+    # the disk: an index that a crash tears is found to be damaged, and built again.
     temporary = dataset.folder / f"{OFFSETS}.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as file:

@@ -148,6 +148,7 @@ class DatasetWriter:
         self._file.close()
         self._file = None
         path = self._shard_path()
+        # Streamed sample by sample: `files.write_atomically` would need the whole shard in memory.
         os.replace(f"{path}.tmp", path)
         entry = {"url": path.name, "nsamples": self._in_shard, "nbytes": self._num_bytes}
         self._shards.append({**entry, "sha256": self._digest.hexdigest()})

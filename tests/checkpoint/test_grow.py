@@ -202,8 +202,8 @@ def _mean_start(group: Any, config_file: Path, sub_centers: int | None) -> list[
     torch.manual_seed(0)
     backbone = GlyphNet(32, 1, 16).eval()
     drawn = head.weight.detach().clone()
-    rank = ProcessContext(head.collectives.rank, head.collectives.world_size, torch.device("cpu"), None)
-    start_at_mean_embeddings(config, rank, dataset, backbone, head, 37)
+    process = ProcessContext(head.collectives.rank, head.collectives.world_size, torch.device("cpu"), None)
+    start_at_mean_embeddings(config, process, dataset, backbone, head, 37)
     return [(drawn, head.weight.detach(), head.center_loss.centers)]
 
 

@@ -169,7 +169,7 @@ def test_a_client_that_does_not_end_is_killed_after_its_time(run: Run, capsys: p
     run.train(1)
     run.wait_until_sent()
     os.kill(client_of(run.path), signal.SIGSTOP)
-    attempt.patience = 1.0
+    attempt.close_timeout = 1.0
     attempt.close()
     (warning,) = warnings_of(capsys.readouterr().out)
     assert "its client does not end" in warning

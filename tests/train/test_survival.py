@@ -103,7 +103,7 @@ def test_a_rank_that_stops_in_mid_run_is_lost_and_replaced(task: Path, tmp_path:
 
 
 @pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_a_rank_that_stops_while_the_others_wait_with_patience_is_noticed_by_its_silence(
+def test_a_rank_that_stops_under_the_relaxed_timeout_is_noticed_by_its_silence(
     task: Path, tmp_path: Path, victim: int
 ) -> None:
     """Before the first step collectives may take an hour; still nobody waits longer than the timeout."""

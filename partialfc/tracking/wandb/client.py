@@ -176,8 +176,8 @@ def _best_before(metrics: Path) -> dict[str, float]:
     return found
 
 
-class Trainer:
-    """The process that started this one: it reads ``output``, and announces the end of its run on stdin."""
+class TrainerPipe:
+    """Pipes to and from the trainer, which reads ``output`` and announces the end of its run on stdin."""
 
     def __init__(self, pid: int, output: TextIO) -> None:
         self._pid, self._output = pid, output
@@ -198,7 +198,7 @@ class Trainer:
 
 
 @contextlib.contextmanager
-def _time_limit(trainer: Trainer, seconds: float | None, word: str, reason: str) -> Iterator[None]:
+def _time_limit(trainer: TrainerPipe, seconds: float | None, word: str, reason: str) -> Iterator[None]:
     """End this process, with ``word`` and ``reason``, if the block takes longer than ``seconds``; None: no limit.
 
     W&B's calls cannot be interrupted. Its service process ends by itself when this one has ended.
@@ -224,7 +224,7 @@ def _without_key(text: str) -> str:
 
 
 @contextlib.contextmanager
-def _wait_for_lock(folder: Path, trainer: Trainer) -> Iterator[bool]:
+def _wait_for_lock(folder: Path, trainer: TrainerPipe) -> Iterator[bool]:
     """Wait until no client of an earlier attempt or of ``runs sync`` sends the run; yield False if it ends before."""
     while True:
         with client_lock(folder) as free:
@@ -236,7 +236,7 @@ def _wait_for_lock(folder: Path, trainer: Trainer) -> Iterator[bool]:
             return
 
 
-def feed(folder: Path, options: dict[str, Any], trainer: Trainer) -> None:
+def feed(folder: Path, options: dict[str, Any], trainer: TrainerPipe) -> None:
     """Send a run until it has ended, and wait for W&B to accept it; the process ends if that takes too long."""
     timeout = options["timeout"]
     start_limit = finish_limit = None
@@ -260,7 +260,7 @@ def feed(folder: Path, options: dict[str, Any], trainer: Trainer) -> None:
 
 def main(folder: Path, options: dict[str, Any], output: TextIO) -> NoReturn:
     """Feed a run to W&B, report a failure to the trainer, and end the process."""
-    trainer = Trainer(options["trainer"], output)
+    trainer = TrainerPipe(options["trainer"], output)
     try:
         feed(folder, options, trainer)
     except BaseException as error:

@@ -164,7 +164,7 @@ class WandbRun:
     def __init__(self, folder: Path, settings: WandbConfig, anew: bool = False) -> None:
         self._folder = folder
         self._options = client_options(folder, settings, anew)
-        self.patience = 2 * settings.timeout + 4 * GRACE  # seconds that close() waits
+        self.close_timeout = 2 * settings.timeout + 4 * GRACE  # seconds that close() waits
         self._lock = threading.Lock()  # between the thread, which starts clients, and close()
         self._ended = self._gave_up = False
         self._shown = self._warned = False  # in the trainer's log: where the run is, what W&B lacks
@@ -239,7 +239,7 @@ class WandbRun:
         with self._lock:
             self._ended = True
             self._tell_end()
-        self._thread.join(self.patience)
+        self._thread.join(self.close_timeout)
         if self._thread.is_alive():
             self._gave_up = True
             self._warn("its client does not end (see wandb/tracking.log in the run folder)", "the rest")
