@@ -85,7 +85,7 @@ def main() -> None:
         f"dim {arguments.dim}, sample rate {arguments.rate:g}, memory budget {arguments.budget:g} MiB; measured with "
         f"{arguments.classes:,} classes"
     )
-    print(f"{'':32}{'bytes a class':>22}{'MiB of a step':>22}{'million classes that fit':>28}")
+    print(f"{'':32}{'bytes per class':>22}{'MiB per step':>22}{'million classes that fit':>28}")
     here, there = f"{arguments.here:g} GiB", "8×141 GB"
     print(f"{'':32}{'planned':>12}{'measured':>10}{'at most':>12}{'measured':>10}{here:>16}{there:>12}")
     for name, choice in CHOICES.items():

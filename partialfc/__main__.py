@@ -15,7 +15,7 @@ def main() -> None:
         missing = (error.name or "").partition(".")[0]
         if not missing or missing == "partialfc":
             raise
-        print(f"error: {missing} is not installed; the command needs: pip install 'partialfc[train]'", file=sys.stderr)
+        print(f"error: {missing} is not installed: pip install 'partialfc[train]'", file=sys.stderr)
         sys.exit(1)
 
 

@@ -25,7 +25,7 @@ def convert_like(where: str, value: Any, default: Any) -> Any:
     Raises:
         ConfigError: the value has the wrong type.
     """
-    for kind, expected in ((bool, "true or false"), (str, "a text")):
+    for kind, expected in ((bool, "true or false"), (str, "a string")):
         if isinstance(default, kind):
             if not isinstance(value, kind):
                 raise ConfigError(f"{where}: expected {expected}, got {value!r}")

@@ -19,7 +19,7 @@ def build_engine(module: nn.Module, config: Config, process: ProcessContext) -> 
         ConfigError: all parameters of the backbone are frozen, or the engine refuses its settings.
     """
     if not any(parameter.requires_grad for parameter in module.parameters()):
-        raise ConfigError(f"model.name: {config.model.name} has no parameter to train: all are frozen")
+        raise ConfigError(f"model.name: {config.model.name} has no trainable parameter: all are frozen")
     optimizer = build_backbone_optimizer(config, module, process.device)
     if config.engine.name == "deepspeed":
         from partialfc.engines.deepspeed import DeepSpeedEngine  # takes ten seconds to import

@@ -46,7 +46,7 @@ def check_class_table(before: Path, now: Path, may_grow: bool) -> int:
             raise ConfigError(
                 f"class {number} was {old_name!r} when the checkpoint was written, and {found}"
                 f"{_elsewhere(now, old_name)}. Trained rows belong to ids: {now} must list the classes of {before} "
-                "first, in their order, and new ones after them"
+                "first and in the same order, then the new ones"
             )
     if new and not may_grow:
         raise ConfigError(
@@ -58,4 +58,4 @@ def check_class_table(before: Path, now: Path, may_grow: bool) -> int:
 
 def _elsewhere(table: Path, name: str) -> str:
     place = next((number for number, other in enumerate(class_names(table)) if other == name), None)
-    return "" if place is None else f" (it has id {place} there)"
+    return "" if place is None else f" (now id {place})"

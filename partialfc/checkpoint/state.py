@@ -94,7 +94,9 @@ class TrainingState:
             rows = _has_rows(name, len(entry.size))
             shape = torch.Size((parameter[0], *entry.size[1:])) if rows else entry.size
             if shape not in ((), parameter[:1], parameter) or (rows and entry.size[0] != num_classes):
-                raise ConfigError(f"{checkpoint} is of another optimizer: {name} has shape {list(entry.size)} there")
+                raise ConfigError(
+                    f"{checkpoint} does not fit this optimizer: {name} has shape {list(entry.size)} there"
+                )
             device = self.head.weight.device if prefix == _HEAD_OPTIMIZER and shape else torch.device("cpu")
             targets[name] = torch.zeros(shape, dtype=entry.properties.dtype, device=device)
         return targets
@@ -115,7 +117,7 @@ class TrainingState:
         unknown = [name for name in stored if name not in targets and not name.startswith(optimizers)]
         if missing or unknown:
             problem = f"lacks {missing[0]}" if missing else f"holds {unknown[0]}, which this run does not have"
-            raise ConfigError(f"{checkpoint} is of another model or head: it {problem}")
+            raise ConfigError(f"{checkpoint} does not fit this model or head: it {problem}")
         for name, value in targets.items():
             rows = _has_rows(name, value.dim())
             here = [self.head.num_classes, *value.shape[1:]] if rows else list(value.shape)
@@ -123,7 +125,8 @@ class TrainingState:
             fits = there[1:] == here[1:] and there[0] <= here[0] if rows and grow else there == here
             if not fits:
                 raise ConfigError(
-                    f"{checkpoint} is of another model or head: {name} has shape {there} there and {here} in this run"
+                    f"{checkpoint} does not fit this model or head: "
+                    f"{name} has shape {there} there and {here} in this run"
                 )
 
 

@@ -73,7 +73,7 @@ def _check_engine(engine: EngineConfig) -> None:
         raise ConfigError("engine.offload: cpu needs engine.name=deepspeed and engine.zero_stage of 1 to 3")
     if engine.compile and on_deepspeed and engine.zero_stage == 3:
         raise ConfigError(
-            "engine.compile does not go with engine.zero_stage=3, which gathers weights layer by layer in Python "
+            "engine.compile is incompatible with engine.zero_stage=3, which gathers weights layer by layer in Python "
             "hooks; choose a lower stage, or engine.compile=false"
         )
 

@@ -98,7 +98,7 @@ def load_head(head: PartialFC, path: Path) -> None:
                 target = head.weight[first - head.first_class : last - head.first_class]
                 if rows.shape != target.shape:
                     raise ConfigError(
-                        f"{shard}: weights have shape {list(rows.shape[1:])} a class, but {list(target.shape[1:])} "
+                        f"{shard}: weights have shape {list(rows.shape[1:])} per class, but {list(target.shape[1:])} "
                         "in this head (model.embedding_dim, sub-centers)"
                     )
                 check_finite(f"{shard}: weight", rows)

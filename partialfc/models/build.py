@@ -78,7 +78,7 @@ def check(name: str, options: Mapping[str, Any] | None = None, activation_checkp
     accepted = _parameters(BY_NAME[name])
     if activation_checkpointing and "activation_checkpointing" not in accepted:
         able = [other for other in BY_NAME if "activation_checkpointing" in _parameters(BY_NAME[other])]
-        raise ConfigError(f"model.activation_checkpointing: {name} cannot do it; {', '.join(able)} can")
+        raise ConfigError(f"model.activation_checkpointing: {name} does not support it; {', '.join(able)} do")
     _converted(BY_NAME[name], options or {})
 
 
@@ -95,7 +95,7 @@ def require_trust(name: str, trusted: str | None, where: str) -> None:
     """
     if is_external(name) and trusted != name:
         raise ConfigError(
-            f"{where} is of model.name={name}, code that is not of this package; to let it run, pass --model {name}"
+            f"{where} names model.name={name}, code from outside this package; to let it run, pass --model {name}"
         )
 
 

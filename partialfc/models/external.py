@@ -148,4 +148,4 @@ def _checkpoint_activations(module: nn.Module, what: str) -> None:
     try:
         set_checkpointing(True)
     except (AssertionError, NotImplementedError) as error:  # raised by timm's models that cannot
-        raise ConfigError(f"model.activation_checkpointing: {what} cannot do it: {error}") from error
+        raise ConfigError(f"model.activation_checkpointing: {what} does not support it: {error}") from error

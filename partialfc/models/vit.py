@@ -128,7 +128,7 @@ class VisionTransformer(nn.Module):
             if not 0 <= rate < 1:
                 raise ConfigError(f"{name} must lie in [0, 1), got {rate!r}")
         if width % heads:
-            raise ConfigError(f"heads must divide the width: {width} is no multiple of {heads}")
+            raise ConfigError(f"heads must divide the width: {width} is not a multiple of {heads}")
         if image_size < patch_size:
             raise ConfigError(f"an image of {image_size} pixels holds no patch of {patch_size}; lower patch_size")
         if int(mlp_ratio * width) < 1:

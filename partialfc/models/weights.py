@@ -28,7 +28,7 @@ def load_backbone(module: nn.Module, path: Path) -> None:
         problems = [f"lacks {missing[0]}{_more(missing)}"] if missing else []
         if unexpected:
             problems.append(f"holds {unexpected[0]}{_more(unexpected)}, which this backbone does not have")
-        raise ConfigError(f"{path} is not of this model.name: it {', and '.join(problems)}")
+        raise ConfigError(f"{path} does not fit model.name: it {', and '.join(problems)}")
     for name, value in found.items():
         if value.shape != expected[name].shape:
             raise ConfigError(

@@ -16,7 +16,7 @@ def describe_memory(config: Config, head: PartialFC) -> str:
     classes = len(head.weight)
     step = memory.total(classes, rate, head.memory_budget_mb) - classes * memory.per_class
     return (
-        f"head memory: {memory.per_class:,} bytes a class, {format_bytes(classes * memory.per_class)} on rank 0; "
+        f"head memory: {memory.per_class:,} bytes per class, {format_bytes(classes * memory.per_class)} on rank 0; "
         f"a step at sample rate {rate:g} takes up to {format_bytes(step)} more"
     )
 

@@ -68,7 +68,7 @@ def count_classes(config: Config) -> int:
         return found
     if config.data.num_classes is None:
         raise ConfigError(
-            f"data.train: {config.data.train} does not exist, and data.num_classes does not tell its number of classes"
+            f"data.train: {config.data.train} does not exist; set data.num_classes to the number of its classes"
         )
     return config.data.num_classes
 

@@ -160,7 +160,7 @@ def lock_folder(config: Config) -> FileLock:
         lock = FileLock(folder / LOCK)
     except OSError as error:
         raise _not_writable(folder, error) from error
-    if not lock.acquire(timeout, on_wait=lambda: log(f"waiting for another process that trains in {folder} to end")):
+    if not lock.acquire(timeout, on_wait=lambda: log(f"waiting for the process that trains in {folder} to end")):
         lock.release()
         raise ConfigError(
             f"run.dir: another process trains in {folder} and has not ended within {timeout:g} s "

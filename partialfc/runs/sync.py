@@ -67,4 +67,4 @@ def _send(folder: Path) -> None:
     word, _, reason = said.strip().rpartition("\n")[2].partition(" ")
     if word != "finished":
         known = reason if word in ("failed", "unfinished") else "its client has died"
-        raise SyncFailed(f"W&B has not taken {folder}: {known}; more may be in {folder / 'wandb' / LOG}")
+        raise SyncFailed(f"W&B did not accept {folder}: {known}; more may be in {folder / 'wandb' / LOG}")

@@ -29,7 +29,7 @@ def finished_before(config: Config, force: bool = False) -> bool:
         return True
     if not force and not config.checkpoint.grow:
         raise ConfigError(
-            f"run.dir: {config.run.dir} holds a finished run of another config; choose another run.dir, remove it, "
+            f"run.dir: {config.run.dir} holds a finished run of a different config; choose another run.dir, remove it, "
             "or pass --force to train it further"
         )
     return False

@@ -32,7 +32,7 @@ def train(config: Config, force: bool = False) -> Outcome:
         # One answer for all ranks: another process may finish the run meanwhile.
         if broadcast_from_rank0(lambda: finished_before(config, force)):
             if process.is_first:
-                _print_finished(config, "this run has finished before; nothing to do")
+                _print_finished(config, "this run is already finished; nothing to do")
             return "finished"
         outcome = Trainer(config, process, force).train()
         if process.is_first and outcome == "finished":

@@ -58,8 +58,8 @@ class RunLog:
 
     def spike(self, step: int, loss: float, checkpoint: str | None) -> None:
         """Record a spike of the loss, and the checkpoint to which the run was rolled back."""
-        where = f"back to {checkpoint}" if checkpoint else "skipped; there is no checkpoint to go back to"
-        self._print(f"WARNING: the loss has jumped to {loss:.4g} at step {step:,}: {where}")
+        where = f"rolled back to {checkpoint}" if checkpoint else "skipped; there is no checkpoint to roll back to"
+        self._print(f"WARNING: the loss jumped to {loss:.4g} at step {step:,}: {where}")
         self._event("spike", step, loss=loss, rolled_back_to=checkpoint)
 
     def evaluation(self, step: int, results: dict[str, Any]) -> None:

@@ -41,7 +41,7 @@ from partialfc.train.schedule import Schedule
 from partialfc.train.step_check import StepCheck, StepDecision, StepFlags, find_faults
 
 _MOST_ROLL_BACKS = 3  # to one checkpoint
-_INTERRUPTED = "a second Ctrl-C has ended the run at once; start again to resume from its newest checkpoint"
+_INTERRUPTED = "a second Ctrl-C ended the run; start again to resume from its newest checkpoint"
 
 Outcome = Literal["finished", "preempted"]
 
@@ -130,8 +130,8 @@ class Trainer:
             self.spike_rule.load(point.counts["spikes"])
         if self.step > self.schedule.total_steps:
             raise ConfigError(
-                f"the checkpoint is of step {self.step:,}, and optim.epochs={self.config.optim.epochs:g} ends the run "
-                f"at step {self.schedule.total_steps:,}; raise it to train on"
+                f"the checkpoint is at step {self.step:,}, but optim.epochs={self.config.optim.epochs:g} ends the run "
+                f"at step {self.schedule.total_steps:,}; raise optim.epochs to continue"
             )
 
     def _open_folder(self, lock: FileLock | None) -> RunFolder:

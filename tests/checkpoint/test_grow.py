@@ -122,7 +122,7 @@ def test_a_table_may_only_get_longer(tmp_path_factory: pytest.TempPathFactory, n
 
 def test_a_class_that_has_moved_is_named_with_its_new_id(tmp_path: Path) -> None:
     before = _table(tmp_path / "before", ["ann", "bob", "cleo"])
-    with pytest.raises(ConfigError, match=r"class 1 was 'bob' .* is 'abe' now \(it has id 2 there\)"):
+    with pytest.raises(ConfigError, match=r"class 1 was 'bob' .* is 'abe' now \(now id 2\)"):
         check_class_table(before, _table(tmp_path / "now", ["ann", "abe", "bob", "cleo"]), may_grow=True)
     with pytest.raises(ConfigError, match=r"class 2 was 'cleo' .* is missing now"):
         check_class_table(before, _table(tmp_path / "now", ["ann", "bob"]), may_grow=True)
@@ -162,8 +162,8 @@ def test_a_finished_run_goes_on_with_more_classes_on_fewer_ranks(trained: Path, 
     assert "checkpoint.grow=true" in refused.stderr
     short = run(trained, 0, *grow, "optim.epochs=2", "--force")
     assert short.returncode == 2
-    assert "the checkpoint is of step 36" in short.stderr
-    assert "raise it to train on" in short.stderr
+    assert "the checkpoint is at step 36" in short.stderr
+    assert "raise optim.epochs to continue" in short.stderr
     done = run(trained, 2, *grow, "optim.epochs=4", "--force")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "grown from 37 to 50 classes" in done.stdout

@@ -91,7 +91,7 @@ def test_a_missing_package_of_the_trainer_is_one_line() -> None:
     )
     done = python("-c", program)
     assert done.returncode == 1
-    assert done.stderr == "error: pydantic is not installed; the command needs: pip install 'partialfc[train]'\n"
+    assert done.stderr == "error: pydantic is not installed: pip install 'partialfc[train]'\n"
 
 
 def test_public_names_are_imported_at_their_first_use() -> None:

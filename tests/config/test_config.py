@@ -155,7 +155,7 @@ def test_parameters_of_losses_keep_their_types(tmp_path: Path) -> None:
         ({"name": "subcenter_arcface", "sub_centers": 0}, r"in \[1, 256\], got 0"),
         ({"name": "subcenter_arcface", "sub_centers": 1.5}, "whole number in .* got 1.5"),
         ({"name": "elastic_arcface", "plus": "yes please"}, "head.loss.plus: expected true or false"),
-        ({"name": "arcface", "margin_gradient": 1}, "head.loss.margin_gradient: expected a text, got 1"),
+        ({"name": "arcface", "margin_gradient": 1}, "head.loss.margin_gradient: expected a string, got 1"),
         ({"name": "arcface", "margin_gradient": "none"}, "margin_gradient must be one of"),
         ({"name": "arcface", "margin": None}, "head.loss.margin: expected a number, got None"),
     ],

@@ -42,4 +42,4 @@ def test_parameters_that_nothing_uses_or_trains_are_named(short_task: Path, tmp_
     assert run(short_task, 0, "model.name=tests.harness.backbones:unused_first", folder, "--force").returncode == 0
     frozen = run(short_task, 0, "model.name=tests.harness.backbones:frozen", f"run.dir={tmp_path / 'frozen'}")
     assert frozen.returncode == 2
-    assert "backbones:frozen has no parameter to train" in frozen.stderr
+    assert "backbones:frozen has no trainable parameter" in frozen.stderr

@@ -113,7 +113,7 @@ def test_a_loss_scale_that_cannot_work_is_refused(task: Path, tmp_path: Path, sc
         (["engine.deepspeed_config=x.json"], "needs engine.name=deepspeed"),
         (["engine.offload=cpu"], "needs engine.name=deepspeed"),
         (zero(0, "engine.offload=cpu"), "zero_stage of 1 to 3"),
-        (zero(3, "engine.compile=true"), "engine.compile does not go with engine.zero_stage=3"),
+        (zero(3, "engine.compile=true"), "engine.compile is incompatible with engine.zero_stage=3"),
         (zero(4), "engine.zero_stage"),
     ],
 )

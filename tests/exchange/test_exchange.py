@@ -235,7 +235,7 @@ def test_sets_that_are_not_whole_or_not_one_are_refused(tmp_path: Path) -> None:
     assert find_shards(tmp_path / "set" / "softmax_fc_gpu_3.pt") == find_shards(tmp_path / "set")
     with pytest.raises(ConfigError, match=r"has 23 classes, but data\.train has 40"):
         load_head(PartialFC(40, 8, losses.ArcFace()), tmp_path / "set")
-    with pytest.raises(ConfigError, match=r"weights have shape \[8\] a class, but \[6\] in this head"):
+    with pytest.raises(ConfigError, match=r"weights have shape \[8\] per class, but \[6\] in this head"):
         load_head(PartialFC(23, 6, losses.ArcFace()), tmp_path / "set")
     (tmp_path / "set" / "softmax_fc_gpu_4.pt").unlink()
     with pytest.raises(DataError, match="the file of rank 4 is missing, beside 10 others"):
@@ -269,7 +269,7 @@ def test_hostile_and_damaged_weights_are_refused(tmp_path: Path) -> None:
         torch.save(odd, tmp_path / "softmax_fc_gpu_0.pt")
         with pytest.raises(DataError, match="expected a "):
             load_head(head, tmp_path)
-        with pytest.raises((DataError, ConfigError), match=r"expected a dictionary of tensors|is not of this model"):
+        with pytest.raises((DataError, ConfigError), match=r"expected a dictionary of tensors|does not fit model.name"):
             load_backbone(torch.nn.Linear(2, 2), tmp_path / "softmax_fc_gpu_0.pt")
     assert not (tmp_path / "owned").exists()
 

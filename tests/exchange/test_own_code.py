@@ -41,7 +41,7 @@ def net(embedding_dim, channels, width=8):
     assert stored(short_task.parent / "run")["4.weight"].shape == (32, 45)
     refused = partialfc("export", short_task.parent / "run")
     assert refused.returncode == 2
-    assert "code that is not of this package; to let it run, pass --model my_nets:net" in refused.stderr
+    assert "code from outside this package; to let it run, pass --model my_nets:net" in refused.stderr
     exported = partialfc("export", short_task.parent / "run", "--model", "my_nets:net")
     assert exported.returncode == 0, exported.stderr
     session = onnxruntime.InferenceSession(short_task.parent / "run" / "export" / "backbone.onnx")
@@ -56,8 +56,8 @@ def test_a_checkpoint_cannot_make_an_export_run_code(short_task: Path) -> None:
 
     manifest = {"step": 1, "samples": 1, "num_classes": 3, "config": tree}
     save_checkpoint(short_task.parent / "evil", {"backbone.x": torch.zeros(1)}, manifest)
-    with pytest.raises(ConfigError, match="code that is not of this package"):
+    with pytest.raises(ConfigError, match="code from outside this package"):
         export_module.export(short_task.parent / "evil", onnx=False)
-    with pytest.raises(ConfigError, match="code that is not of this package"):
+    with pytest.raises(ConfigError, match="code from outside this package"):
         export_module.export(short_task.parent / "evil", onnx=False, model="os:getcwd")
     assert not marker.exists()

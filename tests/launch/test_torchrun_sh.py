@@ -118,7 +118,7 @@ def test_a_config_that_is_wrong_is_2_whoever_finds_it(task: Path, tmp_path: Path
     (tmp_path / "other" / "state.json").write_text('{"state": "finished", "attempt": 1}')
     found_by_ranks = launch(task, f"run.dir={tmp_path / 'other'}", *SHORT)
     assert found_by_ranks.returncode == 2, found_by_ranks.stdout + found_by_ranks.stderr
-    assert "holds a finished run of another config" in found_by_ranks.stdout + found_by_ranks.stderr
+    assert "holds a finished run of a different config" in found_by_ranks.stdout + found_by_ranks.stderr
 
 
 def test_no_config_and_no_endpoint_are_wrong_usage(task: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,7 +111,7 @@ def test_activation_checkpointing_reaches_a_parameter_or_a_method() -> None:
     ("name", "again", "options", "words"),
     [
         ("nets.mine:Flat", True, {}, "model.activation_checkpointing: nets.mine:Flat has neither a parameter"),
-        ("nets.mine:Unable", True, {}, "cannot do it: gradient checkpointing not supported"),
+        ("nets.mine:Unable", True, {}, "does not support it: gradient checkpointing not supported"),
         ("nets.mine:Flat", False, {"bais": False}, r"model.options.bais: unknown name 'bais'; did you mean 'bias'\?"),
         ("nets.mine:a_number", False, {"x": 1}, "model.options.x: it takes no options"),
         ("nets.mine:Flat", False, {"channels": 3}, "model.options.channels: set data.channels instead"),
@@ -154,7 +154,7 @@ def test_mistakes_in_what_is_imported_are_explained(
         ({"name": "vit_t", "options": {"drop_path": "much"}}, "model.options.drop_path: expected a number, got 'much'"),
         ({"name": "vit_t", "options": {"image_size": 3}}, "model.options.image_size: set data.image_size instead"),
         ({"options": {"depth": 3}}, "model.options.depth: this backbone has no options"),
-        ({"activation_checkpointing": True}, "glyph_net cannot do it; iresnet18, .*mobilefacenet, .*vit_t.* can"),
+        ({"activation_checkpointing": True}, "glyph_net does not support it; iresnet18, .*mobilefacenet, .*vit_t.* do"),
         ({"channels_last": "yes"}, "model.channels_last: .*True, False or 'auto', got 'yes'"),
         ({"name": "my.module"}, "your own are written my.module:factory"),
     ],

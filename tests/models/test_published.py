@@ -160,7 +160,7 @@ def test_masked_tokens_come_out_as_the_learnt_vector_in_their_places() -> None:
     ("name", "image_size", "options", "words"),
     [
         ("vit_t", 8, {}, r"model \(vit_t\): an image of 8 pixels holds no patch of 9; lower patch_size"),
-        ("vit_t", 32, {"heads": 7}, "256 is no multiple of 7"),
+        ("vit_t", 32, {"heads": 7}, "256 is not a multiple of 7"),
         ("vit_t", 32, {"depth": 1.5}, "depth: expected a whole number of 1 or more, got 1.5"),
         ("vit_t", 32, {"patch_size": 0}, "patch_size: expected a whole number of 1 or more, got 0"),
         ("vit_t", 32, {"mask_ratio": 1}, r"mask_ratio must lie in \[0, 1\), got 1"),

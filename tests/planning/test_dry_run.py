@@ -27,7 +27,7 @@ def test_the_command_prints_the_table_and_says_what_it_lacks(tmp_path: Path) -> 
     later = dry_run(load_config(config, ["model.pretrained=/nowhere.pth"]), 1)
     assert later[-1] == "not there yet: model.pretrained=/nowhere.pth"
     lost = load_config(config, ["data.train=/nowhere"])
-    with pytest.raises(ConfigError, match=r"data.train: /nowhere does not exist, and data.num_classes does not tell"):
+    with pytest.raises(ConfigError, match=r"data.train: /nowhere does not exist; set data.num_classes"):
         count_classes(lost)
     assert count_classes(load_config(config, ["data.train=/nowhere", "data.num_classes=5"])) == 5
 

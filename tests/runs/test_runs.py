@@ -168,7 +168,7 @@ def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
         wait_until(lambda: steps_done(tmp_path / "run") >= 2, of=first)
         second = finish([*words, "run.timeout=1"])
         assert second.returncode == 2, second.stdout
-        assert "waiting for another process that trains in" in second.stdout
+        assert "waiting for the process that trains in" in second.stdout
         assert "has not ended within 1 s" in second.stderr
         assert first.poll() is None
         before = steps_done(tmp_path / "run")

@@ -142,7 +142,7 @@ def test_sync_sends_all_attempts_in_order_and_once(restarted: Path) -> None:
     run = str(restarted / "run")
     done = partialfc(restarted, "runs", "sync", run)
     assert done.returncode == 1, "there is no key"
-    assert done.stderr.startswith("error: W&B has not taken")
+    assert done.stderr.startswith("error: W&B did not accept")
     server = Server()
     done = partialfc(restarted, "runs", "sync", run, WANDB_API_KEY=KEY, WANDB_BASE_URL=server.url)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -22,6 +22,6 @@ def test_a_finished_run_whose_config_lacks_a_key_is_still_this_run(tmp_path: Pat
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(written))
     assert finished_before(config)
     other = parse_config(tree | {"optim": {"lr": 0.3}})
-    with pytest.raises(ConfigError, match="holds a finished run of another config"):
+    with pytest.raises(ConfigError, match="holds a finished run of a different config"):
         finished_before(other)
     assert not finished_before(other, force=True)

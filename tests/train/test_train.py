@@ -101,7 +101,7 @@ def test_micro_batches_are_one_large_batch(task: Path) -> None:
         done = run(task, 2, *changes, "evaluation.every=0")
         assert done.returncode == 0, done.stdout + done.stderr
         found[parts] = lines(folder, "train")
-        assert f"head memory: {32 * 4 * 3} bytes a class" in done.stdout, "weight, momentum, center"
+        assert f"head memory: {32 * 4 * 3} bytes per class" in done.stdout, "weight, momentum, center"
     assert len(found[1]) == 12
     for one, three in zip(found[1], found[3], strict=True):
         for key in ("loss", "softmax_loss", "center_loss", "target_cosine"):
@@ -214,11 +214,11 @@ def test_a_finished_run_is_not_trained_again(task: Path, finished: dict[int, Pat
     before = (finished[0] / "metrics.jsonl").read_bytes()
     again = run(task, 0, f"run.dir={finished[0]}")
     assert again.returncode == 0
-    assert "finished before; nothing to do" in again.stdout
+    assert "already finished; nothing to do" in again.stdout
     assert "plain: TAR at FAR 0.001" in again.stdout
     other = run(task, 0, f"run.dir={finished[0]}", "optim.lr=0.04")
     assert other.returncode == 2
-    assert "holds a finished run of another config" in other.stderr
+    assert "holds a finished run of a different config" in other.stderr
     assert (finished[0] / "metrics.jsonl").read_bytes() == before
 
 
