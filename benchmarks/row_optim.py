@@ -1,9 +1,9 @@
-"""Seconds of an optimizer's step by the share of rows that have a gradient, beside torch's dense SGD and SparseAdam.
+"""Measure an optimizer's step by the share of rows with a gradient, beside torch's dense SGD and SparseAdam.
 
     python benchmarks/row_optim.py --rows 200000 --dim 256 --rates 0.01,0.1,0.5,1.0
 
-All take turns in one process, on one thread. Gradients are sparse and coalesced, as the head makes them; dense SGD gets
-the same gradient as a dense tensor, which is made outside the clock. `decayed` includes bringing the active rows up to
+All take turns in one process, on one thread. Gradients are sparse and coalesced, as the head forms them; dense SGD gets
+the same gradient as a dense tensor, formed outside the measured time. `decayed` includes bringing the active rows up to
 date.
 """
 
@@ -45,7 +45,7 @@ def main() -> None:
     torch.set_num_threads(1)
     rates = [float(rate) for rate in arguments.rates.split(",")]
     print(f"machine: {processor()}, torch {torch.__version__}, one thread")
-    print(f"{arguments.rows:,} rows of {arguments.dim}; milliseconds a step, median of {arguments.repeats}")
+    print(f"{arguments.rows:,} rows of {arguments.dim}; milliseconds per step, median of {arguments.repeats}")
     print(f"{'share of rows with a gradient':32}" + "".join(f"{rate:>12g}" for rate in rates))
     columns = [measure(arguments.rows, arguments.dim, rate, arguments.repeats) for rate in rates]
     for name in OPTIMIZERS:
@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def measure(rows: int, dim: int, rate: float, repeats: int) -> dict[str, float]:
-    """Median seconds of each optimizer's step, after two to warm up."""
+    """Return median seconds of each optimizer's step, after two to warm up."""
     generator = torch.Generator().manual_seed(0)
     parameters = {name: nn.Parameter(torch.zeros(rows, dim, dtype=dtype)) for name, (_, dtype) in OPTIMIZERS.items()}
     optimizers = {name: make(parameters[name]) for name, (make, _) in OPTIMIZERS.items()}
@@ -77,7 +77,7 @@ def measure(rows: int, dim: int, rate: float, repeats: int) -> dict[str, float]:
 
 
 def gradient(parameter: nn.Parameter, rows: Tensor, values: Tensor, dense: bool) -> Any:
-    """The same gradient, sparse or dense."""
+    """Return the same gradient, sparse or dense."""
     if dense:
         return torch.zeros_like(parameter).index_add_(0, rows, values)
     if parameter.dtype is torch.bfloat16:

@@ -57,7 +57,7 @@ STEP = [
 
 
 def layers() -> list[list[str]]:
-    """Rooms from the top floor down, as the import contract has them."""
+    """Return the rooms from the top floor down, as in the import contract."""
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"][
         "contracts"
     ]
@@ -71,14 +71,14 @@ def files_of(room: str) -> list[Path]:
 
 
 def purpose(room: str) -> str:
-    """The first sentence of a room's docstring."""
+    """Return the first sentence of a room's docstring."""
     first = files_of(room)[0] if not (PACKAGE / room).is_dir() else PACKAGE / room / "__init__.py"
     text = ast.get_docstring(ast.parse(first.read_text(encoding="utf-8"))) or ""
     return " ".join(text.split("\n\n")[0].split()).split(". ")[0].rstrip(".").replace("``", "")
 
 
 def imports(room: str) -> list[str]:
-    """Other packages that ``room`` imports, from the top floor down."""
+    """Return the other packages that ``room`` imports, from the top floor down."""
     found = set()
     for file in files_of(room):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):

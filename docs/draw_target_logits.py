@@ -1,4 +1,4 @@
-"""Draw docs/images/target-logits.png: what each loss asks of a sample, as a function of its angle to its own class.
+"""Draw docs/images/target-logits.png: each target logit and its slope, by the angle to the own class.
 
     python docs/draw_target_logits.py
 
@@ -20,7 +20,7 @@ from matplotlib import pyplot
 
 NORM, MEAN, STD = 30.0, 20.0, 10.0  # a sample of more than average length: AdaFace's ẑ is 0.33
 
-#: name: (loss, line style). What depends on an embedding's length is drawn for ‖x‖ = 30.
+#: name: (loss, line style). Losses that depend on an embedding's length are drawn for ‖x‖ = 30.
 CURVES: dict[str, tuple[losses.Loss, str]] = {
     "NormFace": (losses.NormFace(1.0), "k--"),
     "CosFace 0.4": (losses.CosFace(1.0, 0.4), "C0"),
