@@ -1,8 +1,8 @@
 # make quickstart   train a glyph recogniser on two ranks, from nothing
 # make test         lint, types, tests          make test-all   with the slow, full-size ones
-# make test-slurm   jobs on a real Slurm, which it installs where it may
-# Each makes its own virtual environment in .venv. TORCH="torch==2.13.0" chooses the torch to install, and PIP_ARGS
-# adds arguments for pip (an index of CPU builds, a folder of wheels). JOBS=4 runs that many test files at once.
+# make test-slurm   jobs on a real Slurm, installed if possible
+# Each creates the virtual environment .venv. TORCH="torch==2.13.0" chooses the torch to install, PIP_ARGS adds arguments
+# for pip (an index of CPU builds, a folder of wheels), and JOBS=4 runs four test files at a time.
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
@@ -19,7 +19,7 @@ FORCE:
 help:
 	@sed -n '1,5s/^# //p' Makefile
 
-# One stamp a set of packages: it is renewed when what it was made from changes, the choice of torch included.
+# One stamp per set of packages, renewed when its sources change, the choice of torch included.
 $(VENV)/.choice: FORCE
 	@mkdir -p $(VENV)
 	@echo "$(TORCH) $(PIP_ARGS)" | cmp -s - $@ || echo "$(TORCH) $(PIP_ARGS)" > $@

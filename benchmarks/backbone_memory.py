@@ -3,15 +3,14 @@
     python benchmarks/backbone_memory.py --batch 128
     python benchmarks/backbone_memory.py --time iresnet18 --batch 8
 
-Nothing is computed: tensors are torch's fake ones, on which every operation runs with its shapes and without its
-numbers, as on a CPU. "Peak" is the largest sum of the bytes of all tensors that are alive at once in forward and
-backward, fp32, besides parameters, their gradients, buffers and images: what is kept for backward, and what backward
-itself needs. Workspaces of convolution libraries and fragments of an allocator come on top. Before that, small cases
-are run both so and with real numbers: the peaks must be equal. GFLOP are those of one image's forward, in convolutions
-and matrix products: two a multiply-add.
+Nothing is computed: tensors are torch's fake ones, on which every operation runs with its shapes but without numbers,
+as on a CPU. "Peak" is the largest sum of the bytes of all tensors alive at once in forward and backward, fp32, besides
+parameters, their gradients, buffers and images. Workspaces of convolution libraries and fragmentation of an allocator
+come on top. First, small cases run both this way and with real numbers: their peaks must be equal. GFLOP are those of
+one image's forward pass, in convolutions and matrix products, two per multiply-add.
 
-With `--time NAME` that backbone does real steps on one CPU thread, with and without in turns; what counts is the
-processor's time, since others may use the machine.
+With `--time NAME` that backbone does real steps on one CPU thread, with and without checkpointing in turns; processor
+time is reported, since others may use the machine.
 """
 
 from __future__ import annotations
@@ -32,14 +31,14 @@ DIM, CHANNELS = 512, 3
 
 
 def peak_bytes(name: str, batch: int, image_size: int, again: bool, fake: bool = True) -> int:
-    """Of a training step's forward and backward."""
+    """Peak bytes of a training step's forward and backward."""
     with torch.device("meta"):
         backbone = models.build(name, DIM, CHANNELS, image_size, activation_checkpointing=again)
     return peak_activation_bytes(backbone, (batch, CHANNELS, image_size, image_size), fake=fake)
 
 
 def flops(name: str, image_size: int) -> tuple[int, int]:
-    """Parameters; operations of one image's forward."""
+    """Parameters, and operations of one image's forward pass."""
     with torch.device("meta"):
         backbone = models.build(name, DIM, CHANNELS, image_size).eval()
         images = torch.zeros(1, CHANNELS, image_size, image_size)
@@ -78,7 +77,7 @@ def main() -> None:
 
 
 def measure_time(name: str, batch: int, image_size: int, repeats: int) -> None:
-    """Seconds of forward and backward, medians."""
+    """Median seconds of forward and backward."""
     backbones = {again: models.build(name, DIM, CHANNELS, image_size, None, again) for again in (False, True)}
     times: dict[bool, list[float]] = {False: [], True: []}
     images = torch.randn(batch, CHANNELS, image_size, image_size)

@@ -1,11 +1,11 @@
-"""Measure how long saving a head blocks training, and takes in all, beside plain ``torch.save`` of each rank's part.
+"""Measure how long saving a head blocks training, and its total time, beside plain ``torch.save`` of each rank's part.
 
     python benchmarks/checkpoint.py --classes 1000000 --dim 512 --ranks 2      # 4 GB: weight and momentum
 
-All take turns, in the same processes, and count as done when the files are on the disk (fsync). ``torch.save`` writes
-one file a rank, which loads at the same number of ranks only, without index, digest or protection against a kill. While
-the asynchronous save writes, the ranks do small steps of matrix products, one thread each: what the writing does to
-them is told too.
+All take turns in the same processes, and count as done when the files are on disk (fsync). ``torch.save`` writes one
+file per rank, which loads at the same number of ranks only, without index, digest or protection against a kill. While
+the asynchronous save writes, the ranks do small steps of matrix products, one thread each; their slowdown is reported
+too.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def worker(rank: int, arguments: argparse.Namespace, folder: Path) -> None:
 
 
 def trained_state(arguments: argparse.Namespace) -> TrainingState:
-    """A head with a momentum, after one step."""
+    """Return a head with momentum, after one step."""
     head = PartialFC(arguments.classes, arguments.dim, losses.ArcFace(), sample_rate=0.01)
     backbone = nn.Linear(8, arguments.dim)
     optimizer = RowSGD(head.parameters(), lr=0.1)
@@ -120,7 +120,7 @@ def trained_state(arguments: argparse.Namespace) -> TrainingState:
 
 
 def small_steps(count: int = 10**9, until: Saver | None = None) -> list[float]:
-    """Seconds of steps of a few products each, as many as asked for or while the saver writes."""
+    """Return the seconds of steps of a few products each: a given number, or as many as run while the saver writes."""
     x = torch.randn(384, 384)
     times = []
     for _ in range(count):

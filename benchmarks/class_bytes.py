@@ -1,9 +1,9 @@
-"""Bytes that a class costs, measured: what a head and its optimizer keep, and what a step takes more.
+"""Measure the bytes per class: those that a head and its optimizer keep, and those that a step adds.
 
     python benchmarks/class_bytes.py --classes 400000 --dim 512 --rate 0.1
 
-Each choice trains a few steps in a process of its own; resident memory is read before, after, and at the peak of a
-step. The last columns turn the arithmetic of `partialfc.planning.memory` around: how many classes fit.
+Each choice trains a few steps in its own process; resident memory is read before, after, and at the peak of a step. The
+last columns invert the arithmetic of `partialfc.planning.memory`: the number of classes that fit.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def main() -> None:
 
 
 def measure(arguments: argparse.Namespace, choice: dict[str, Any]) -> dict[str, float]:
-    """Measure the memory of one choice in a process of its own."""
+    """Measure the memory of one choice in its own process."""
     given = json.dumps([arguments.classes, arguments.dim, arguments.rate, arguments.budget, choice])
     done = subprocess.run([sys.executable, "-c", CHILD, given], capture_output=True, text=True, check=False)
     if done.returncode:

@@ -4,8 +4,8 @@
 #   benchmarks/gpu.sh OUT_DIR [--seconds N] [--small] [SECTION…]
 #
 # OUT_DIR gets results.json, rewritten after each section, and results.txt, the same as a table. A section that runs out
-# of its share of the N seconds (450) leaves out what is least important and says so. Without a GPU all sizes are small
-# and what needs one says so. `--help` lists the sections. Exit status: 0 all right, 1 something is wrong.
+# of its share of the N seconds (450) leaves out its least important parts, and says so. Without a GPU all sizes are small,
+# and parts that need one say so. `--help` lists the sections. Exit status: 0 no problem, 1 problems found.
 #
 # PYTHON=… chooses the Python. PARTIALFC_DATA=… is a folder of training data for the section `trainer`.
 set -euo pipefail

@@ -1,10 +1,9 @@
-"""Time and memory of a head step, beside a plain PyTorch version of the same thing and beside its bare GEMMs.
+"""Time and memory of a head step, beside a plain PyTorch version and beside its bare GEMMs.
 
     python benchmarks/head_step.py --classes 1000000 --dim 512 --batch 256 --rate 0.1 --ranks 2
 
-Every rank is a process with one thread; all three run in the same processes and take turns, so that the ratios mean
-something on a shared machine. A step is forward, backward and the optimizer's update (SGD with momentum and weight
-decay).
+Every rank is a process with one thread; all three run in the same processes and take turns, so that the ratios hold on
+a shared machine. A step is forward, backward and the optimizer's update (SGD with momentum and weight decay).
 """
 
 from __future__ import annotations
@@ -85,7 +84,7 @@ Step = Callable[[], Any]
 
 
 def measure(steps: dict[str, Step], repeats: int) -> dict[str, float]:
-    """Median seconds of each step, after two runs to warm up. They take turns: a busy machine slows all of them."""
+    """Return median seconds of each step, after two runs to warm up, in turns: a busy machine slows all of them."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for repeat in range(repeats + 2):
         for name, step in steps.items():
@@ -99,7 +98,7 @@ def measure(steps: dict[str, Step], repeats: int) -> dict[str, float]:
 
 
 def peak_extra_mib(step: Callable[[], Any]) -> float | None:
-    """Return the peak increase of resident memory during ``step``; None where the system does not tell."""
+    """Return the peak increase of resident memory during ``step``; None if the system does not report it."""
     status = Path("/proc/self/status")
     if platform.libc_ver()[0] != "glibc":
         return None
@@ -111,7 +110,7 @@ def peak_extra_mib(step: Callable[[], Any]) -> float | None:
     def kib(field: str) -> int:
         return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(field))
 
-    ctypes.CDLL(None).malloc_trim(0)  # what earlier steps have freed must not hide what this one takes
+    ctypes.CDLL(None).malloc_trim(0)  # memory freed by earlier steps must not hide what this one takes
     before = kib("VmRSS")
     step()
     return (kib("VmHWM") - before) / 1024
@@ -138,7 +137,7 @@ def our_step(arguments: argparse.Namespace, embeddings: Tensor, labels: Tensor) 
 
 
 def bare_gemms(arguments: argparse.Namespace) -> Step:
-    """The three products that no exact step can avoid: logits, the embeddings' gradient, the rows' gradient."""
+    """The three products that every exact step needs: logits, the embeddings' gradient, the rows' gradient."""
     active = max(1, int(arguments.rate * arguments.classes / arguments.ranks))
     x, w = torch.randn(arguments.batch, arguments.dim), torch.randn(active, arguments.dim)
     logits, grad_x, grad_w = torch.empty(arguments.batch, active), torch.empty_like(x), torch.empty_like(w)
@@ -171,14 +170,14 @@ def worker(rank: int, arguments: argparse.Namespace, init_file: str) -> None:
 
 
 def report(arguments: argparse.Namespace, timings: dict[str, Timing]) -> None:
-    """Print the machine, the sizes, times and ratios, and all of it once more as one line of JSON."""
+    """Print the machine, the sizes, times and ratios, and then all of it as one line of JSON."""
     ours = timings["ours"][0]
     print(f"machine: {processor()}, torch {torch.__version__}, {arguments.ranks} ranks of one thread, gloo, fp32")
     print(
         f"{arguments.classes:,} classes, dim {arguments.dim}, global batch {arguments.batch}, rate {arguments.rate}, "
         f"memory budget {arguments.budget:g} MiB; median of {arguments.repeats} steps"
     )
-    print(f"{'':34}{'s/step':>8}{'ratio':>8}{'peak extra MiB a rank':>24}")
+    print(f"{'':34}{'s/step':>8}{'ratio':>8}{'peak extra MiB per rank':>24}")
     names = {"plain": "(a) plain PyTorch, dense SGD", "ours": "partialfc", "gemms": "(b) the three GEMMs alone"}
     for key, name in names.items():
         if key in timings:

@@ -2,7 +2,7 @@
 
     python benchmarks/loss_cost.py --classes 100000 --dim 256 --batch 128 --rate 1.0 --ranks 2
 
-All losses run in the same processes and take turns, so that the ratios mean something on a shared machine.
+All losses run in the same processes and take turns, so that the ratios hold on a shared machine.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Every loss on the glyph data at the same budget: what each makes of characters and typefaces it has never seen.
+"""Train every loss on the glyph data at the same budget, and measure it on unseen characters and typefaces.
 
     make quickstart                          # once: makes data/glyphs
     python benchmarks/losses_on_glyphs.py --out docs/benchmarks/losses-on-glyphs.json
     python benchmarks/losses_on_glyphs.py --only arcface,circle --epochs 5
 
-Each run is `torchrun … -m partialfc train` with one config but for `head.loss`; seeds, batches, negatives and budget
-are the same. Results are added to the file after every run, so that an interrupted comparison goes on where it stopped.
+Each run is `torchrun … -m partialfc train` with the same config except `head.loss`; seeds, batches, negatives and
+budget are the same. Results are added to the file after every run, so that an interrupted comparison resumes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import yaml
 
-#: What is compared. Scales and margins suit 2,000 classes and a network trained from scratch for a few epochs: the
+#: The losses compared. Scales and margins suit 2,000 classes and a network trained from scratch for a few epochs: the
 #: published ones (s = 64, m = 0.5) are for millions of images and many epochs.
 LOSSES: dict[str, dict[str, Any]] = {
     "softmax": {"name": "softmax"},
@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def run(arguments: argparse.Namespace, name: str) -> dict[str, Any]:
-    """Train with one loss; returns what the run measured."""
+    """Train with one loss; return the measurements of the run."""
     tree = yaml.safe_load(arguments.config.read_text())
     tree["run"]["seed"] = arguments.seed
     tree["data"]["train"] = str(arguments.data)
@@ -107,14 +107,14 @@ def run(arguments: argparse.Namespace, name: str) -> dict[str, Any]:
 
 
 def summary(result: dict[str, Any]) -> str:
-    """One line on a run."""
+    """Return one line on a run."""
     if "failed" in result:
         return f"failed: {result['failed']}"
     return "  ".join(f"{name}: {measured(result, name):.4f}" for name in result["evaluation"])
 
 
 def table(runs: dict[str, Any]) -> str:
-    """The results in Markdown, best on unseen characters first."""
+    """Return the results in Markdown, best on unseen characters first."""
     done = {name: result for name, result in runs.items() if "failed" not in result}
     sets = list(next(iter(done.values()))["evaluation"]) if done else []
     columns = [*sets, "same character", "different characters", "cos θ_y"]
@@ -131,7 +131,7 @@ def table(runs: dict[str, Any]) -> str:
 
 
 def measured(result: dict[str, Any], name: str) -> float:
-    """TAR at FAR 1e-3, or the accuracy."""
+    """Return TAR at FAR 1e-3, or the accuracy."""
     found = result["evaluation"][name]
     return found["tar_at_far"]["0.001"] if "tar_at_far" in found else found["accuracy"]
 

@@ -6,13 +6,13 @@
     python benchmarks/same_numbers.py ../before . --quickstart data/glyphs   # the quick start too
     python benchmarks/same_numbers.py ../before . --only ZeRO            # only runs with this in their name
 
-Small runs are made with the code of each checkout: the trainer by its command line, under both engines and with each
-optimizer, stopped and resumed; the head by itself on one and two ranks, with every loss and option. Compared are all
-numbers of metrics.jsonl but times and speeds, the tensors of the last checkpoint, and of the head losses, gradients,
-weights and optimizer states, tensors by a digest of their bytes. One line tells of each run. Where DeepSpeed is not
-installed, its runs are left out; where it has never run before, it first compiles for a minute.
+Small runs use the code of each checkout: the trainer by its command line, under both engines and with each optimizer,
+stopped and resumed; the head by itself on one and two ranks, with every loss and option. Compared are all numbers of
+metrics.jsonl except times and speeds, the tensors of the last checkpoint, and the head's losses, gradients, weights and
+optimizer states, tensors by a digest of their bytes. One line reports each run. Without DeepSpeed, its runs are left
+out; at its first use ever it compiles for a minute.
 
-The numbers are those of a machine: another processor or torch rounds otherwise, and numbers saved there are refused.
+Numbers belong to a machine: another processor or torch rounds differently, and numbers saved there are refused.
 
 Exit codes: 0 all are the same, 1 some differ or a run has failed, 2 wrong usage.
 """
@@ -54,15 +54,15 @@ _MOST_SHOWN = 3
 
 @dataclass(frozen=True)
 class Job:
-    """Source of the numbers of a run, or of the many of the head, whose names then begin with this one."""
+    """Source of the numbers of one run, or of the many runs of the head, whose names begin with its name."""
 
     name: str
     task: Path
     glyphs: Path | None
-    words: str  # what the runs' names have to hold
+    words: str  # that the runs' names must contain
 
     def run(self, checkout: Path, folder: Path) -> Result:
-        """The numbers that a checkout computes, or why there are none."""
+        """Return the numbers that a checkout computes, or the reason there are none."""
         folder.mkdir()
         try:
             if self.name == QUICK_START and self.glyphs:
@@ -152,7 +152,7 @@ def facts(data: str) -> dict[str, str]:
 
 
 def read_saved(path: Path, here: dict[str, str]) -> Numbers:
-    """The numbers in a file, if they are those of a machine like this one."""
+    """Return the numbers in a file, if they are those of a machine like this one."""
     content = json.loads(path.read_text())
     if not isinstance(content, dict) or content.keys() != {"machine", "numbers"}:
         raise ValueError(f"{path} is neither a checkout nor numbers that --save has kept")
@@ -165,14 +165,14 @@ def read_saved(path: Path, here: dict[str, str]) -> Numbers:
 
 
 def check_source(checkout: Path, work: Path) -> None:
-    """Make sure that it is the checkout's own code that runs, wherever else the package is installed."""
+    """Check that the checkout's own code runs, wherever else the package is installed."""
     found = python(checkout, "-c", "import partialfc; print(partialfc.__file__)", folder=work).strip()
     if not Path(found).is_relative_to(source_of(checkout)):
         raise ValueError(f"not the code of {checkout} would run, but {found}")
 
 
 def make_glyphs(checkout: Path, glyphs: Path, work: Path) -> None:
-    """Draw the quick start's characters, unless they are there."""
+    """Draw the quick start's characters, unless they exist."""
     if not (glyphs / "index.json").exists():
         print(f"drawing the characters into {glyphs}", file=sys.stderr, flush=True)
         words = ["data", "glyphs", "--out", str(glyphs.resolve()), "--classes", "2000", "--size", "32"]
@@ -183,7 +183,7 @@ def make_glyphs(checkout: Path, glyphs: Path, work: Path) -> None:
 
 
 def all_jobs(task: Path, glyphs: Path | None, words: str, saved: Numbers | None) -> list[Job]:
-    """All that is asked for, the longest first."""
+    """Return all requested jobs, the longest first."""
     with_deepspeed = find_spec("deepspeed") is not None
     trainers = [f"trainer: {name}" for name in RUNS if with_deepspeed or "ZeRO" not in name]
     names = [QUICK_START] if glyphs else []
@@ -200,7 +200,7 @@ def all_jobs(task: Path, glyphs: Path | None, words: str, saved: Numbers | None)
 
 
 def run_all(jobs: list[Job], checkouts: list[Path], work: Path, at_once: int) -> Iterator[tuple[Job, list[Result]]]:
-    """The results of each job with all checkouts, as they come."""
+    """Yield the results of each job with all checkouts, as they arrive."""
     found: dict[Job, dict[int, Result]] = {job: {} for job in jobs}
     with ThreadPoolExecutor(at_once) as pool:
         runs = {

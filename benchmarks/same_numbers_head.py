@@ -2,9 +2,9 @@
 
     torchrun --nproc-per-node 2 benchmarks/same_numbers_head.py OUT     # writes OUT/rank0.json, OUT/rank1.json
 
-Each case is a list of lines ``{"where": "step 2", "values": {…}}``. Numbers are written whole; of tensors a digest of
-their bytes. Ranks get uneven parts of the batch and of the classes, one sample of a batch does not count, and the
-learning rate changes from step to step.
+Each case is a list of lines ``{"where": "step 2", "values": {…}}``. Numbers are written whole, tensors as a digest of
+their bytes. Ranks get uneven parts of the batch and of the classes, one sample of a batch is ignored, and the learning
+rate changes from step to step.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ OPTIMIZERS: dict[str, Make] = {
 
 @dataclass(frozen=True)
 class Case:
-    """A head, its optimizer, and how it is fed."""
+    """A head, its optimizer, and its inputs."""
 
     loss: dict[str, Any] = field(default_factory=lambda: ARCFACE)
     sample_rate: Any = 0.3
@@ -58,7 +58,7 @@ class Case:
 
 
 def cases() -> dict[str, Case]:
-    """All cases by name."""
+    """Return all cases by name."""
     found = {}
     for name, kind in losses.BY_NAME.items():
         wraps = "loss" in inspect.signature(kind).parameters
@@ -95,7 +95,7 @@ def cases() -> dict[str, Case]:
 
 
 def main() -> None:
-    """Run the cases whose names hold the words given, all by default."""
+    """Run the cases whose names contain the given words, all by default."""
     out, words = Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else ""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -104,7 +104,7 @@ def main() -> None:
     (out / f"rank{dist.get_rank()}.json").write_text(json.dumps(found))
     dist.barrier()
     sys.stdout.flush()
-    os._exit(0)  # threads of the process group need not come to an end
+    os._exit(0)  # threads of the process group may never end
 
 
 def run(case: Case) -> list[Line]:
@@ -138,14 +138,14 @@ def run(case: Case) -> list[Line]:
 
 
 def numbers_of(out: Any) -> dict[str, float]:
-    """The numbers of the head's output."""
+    """Return the numbers of the head's output."""
     names = ("loss", "softmax_loss", "center_loss", "target_cosine", "num_samples", "active_rows")
     found = {name: getattr(out, name) for name in names}
     return {name: value.item() if isinstance(value, Tensor) else value for name, value in found.items()}
 
 
 def at_the_end(head: PartialFC, optimizer: torch.optim.Optimizer, dtype: torch.dtype) -> dict[str, Any]:
-    """Losses of evaluation, weights as they are asked for, and digests of all that is saved."""
+    """Return evaluation losses, rows read through the head, and digests of all that is saved."""
     head.eval()
     with torch.no_grad():
         out = head(*batch(1000, dtype))
@@ -158,7 +158,7 @@ def at_the_end(head: PartialFC, optimizer: torch.optim.Optimizer, dtype: torch.d
 
 
 def make_loss(tree: dict[str, Any]) -> losses.Loss:
-    """A loss from its name and options, as configs have them."""
+    """Build a loss from its name and options, as configs give them."""
     options: dict[str, Any] = {
         name: make_loss(value) if name == "loss" else value for name, value in tree.items() if name != "name"
     }
@@ -166,7 +166,7 @@ def make_loss(tree: dict[str, Any]) -> losses.Loss:
 
 
 def batch(number: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """This rank's part of a global batch: noisy copies of one vector a class."""
+    """Return this rank's part of a global batch: noisy copies of one vector per class."""
     of_classes = 8 * torch.randn(CLASSES, DIM, generator=torch.Generator().manual_seed(1))
     generator = torch.Generator().manual_seed(100 + number)
     labels = torch.randint(0, CLASSES, (BATCH,), generator=generator)
@@ -178,7 +178,7 @@ def batch(number: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def digest(value: Any) -> str:
-    """Of a tensor's type, shape and bytes; other things as text."""
+    """Return the digest of a tensor's type, shape and bytes; other values as text."""
     if not isinstance(value, Tensor):
         return repr(value)
     value = value.detach()

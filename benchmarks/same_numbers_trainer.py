@@ -1,4 +1,4 @@
-"""The trainer's part of same_numbers.py: a small data set, runs of the command line on it, and what they wrote."""
+"""The trainer's part of same_numbers.py: a small data set, runs of the command line on it, and their results."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ HEAD = Path(__file__).with_name("same_numbers_head.py")
 
 
 class RunFailed(Exception):
-    """A run that did not come to its end, in its own last words."""
+    """A run failed or did not end; the message is its last line."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Leg:
     ranks: int = 2
     settings: tuple[str, ...] = ()
     force: bool = False
-    stop: bool = False  # at once, by the file `stop`
+    stop: bool = False  # immediately, by the file `stop`
 
 
 CONFIG: dict[str, Any] = {
@@ -52,7 +52,7 @@ STATEFUL = "head.loss={name: subcenter, sub_centers: 2, loss: {name: curricularf
 CENTER = "head.center_loss={weight: 0.001, alpha: 0.5}"
 DECAYED = ("head.sample_rate=0.3", "optim.unsampled_rows=decayed")
 ADAMW = ("optim.name=adamw", "optim.lr=2e-3", "optim.head_lr_factor=1")
-CARRYING = (STATEFUL, CENTER, *DECAYED)  # much that a checkpoint has to carry
+CARRYING = (STATEFUL, CENTER, *DECAYED)  # much state for a checkpoint
 
 #: Runs by name; those with "ZeRO" need DeepSpeed.
 RUNS: dict[str, tuple[Leg, ...]] = {
@@ -85,7 +85,7 @@ RUNS: dict[str, tuple[Leg, ...]] = {
 
 
 def source_of(checkout: Path) -> Path:
-    """The folder that holds the package of a checkout."""
+    """Return the folder that holds the package of a checkout."""
     for folder in (checkout / "src", checkout):
         if (folder / "partialfc" / "__init__.py").is_file():
             return folder.resolve()
@@ -93,10 +93,10 @@ def source_of(checkout: Path) -> Path:
 
 
 def python(checkout: Path, *words: str, folder: Path, ranks: int = 0, seconds: float = 600) -> str:
-    """Return what Python, or torchrun on ``ranks`` ranks, prints with the package of a checkout.
+    """Return the output of Python, or of torchrun on ``ranks`` ranks, with the package of a checkout.
 
     Raises:
-        RunFailed: it has ended with another code than 0, or has not ended in time.
+        RunFailed: it ended with another code than 0, or did not end in time.
     """
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(NOT_PASSED_ON)}
@@ -114,9 +114,9 @@ def python(checkout: Path, *words: str, folder: Path, ranks: int = 0, seconds: f
     except subprocess.TimeoutExpired:
         process.terminate()  # torchrun then ends its ranks
         process.communicate()
-        raise RunFailed(f"not at its end after {seconds:g} s") from None
+        raise RunFailed(f"not finished after {seconds:g} s") from None
     if process.returncode not in (0, 75):  # 75: stopped on request, without torchrun
-        lines = output.splitlines() or ["it said nothing"]
+        lines = output.splitlines() or ["no output"]
         said = [line for line in lines if line.startswith("[rank") or "error: " in line] or lines
         raise RunFailed(f"code {process.returncode}: {said[-1].strip()}")
     return output
@@ -126,7 +126,7 @@ def python(checkout: Path, *words: str, folder: Path, ranks: int = 0, seconds: f
 
 
 def trainer_run(checkout: Path, folder: Path, task: Path, name: str) -> list[Line]:
-    """A run of the trainer on a copy of the data set, in which caches may be left."""
+    """Run the trainer on a copy of the data set, in which caches may be left."""
     shutil.copytree(task, folder / "task")
     config = folder / "config.yaml"  # its paths are relative to the folder that a run is started in
     config.write_text(yaml.safe_dump(CONFIG))
@@ -134,7 +134,7 @@ def trainer_run(checkout: Path, folder: Path, task: Path, name: str) -> list[Lin
 
 
 def quick_start(checkout: Path, folder: Path, glyphs: Path) -> list[Line]:
-    """The quick start, as the checkout has it, on a copy of the glyphs."""
+    """Run the checkout's quick start on a copy of the glyphs."""
     config = (checkout / "configs" / "quickstart.yaml").resolve()
     shutil.copytree(glyphs, folder / "glyphs", ignore=shutil.ignore_patterns("offsets.npz"))
     settings = ("run.dir=run", "data.train=glyphs", "evaluation.sets=[glyphs/verification, glyphs/closed_set]")
@@ -157,14 +157,14 @@ def train(checkout: Path, folder: Path, config: Path, legs: tuple[Leg, ...], sec
 
 
 def head_runs(checkout: Path, folder: Path, ranks: int, words: str) -> dict[str, list[Line]]:
-    """The head's cases whose names hold ``words``, values of all ranks side by side."""
+    """Return the head's cases whose names contain ``words``, with the values of all ranks side by side."""
     python(checkout, str(HEAD), str(folder), words, folder=folder, ranks=ranks)
     found = [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(ranks)]
     return {name: [beside(lines) for lines in zip(*(one[name] for one in found), strict=True)] for name in found[0]}
 
 
 def beside(lines: tuple[Line, ...]) -> Line:
-    """The same line of all ranks as one."""
+    """Merge the same line of all ranks into one."""
     values = {
         f"{key} on rank {rank}": value for rank, line in enumerate(lines) for key, value in line["values"].items()
     }
@@ -172,7 +172,7 @@ def beside(lines: tuple[Line, ...]) -> Line:
 
 
 def metrics(path: Path) -> Iterator[Line]:
-    """The train and evaluation lines of a metrics.jsonl, without what tells of time."""
+    """Return the train and evaluation lines of a metrics.jsonl, without times."""
     for text in path.read_text().splitlines():
         line = json.loads(text)
         if line["kind"] in ("train", "evaluation"):
@@ -182,7 +182,7 @@ def metrics(path: Path) -> Iterator[Line]:
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Leaves by dotted key, but for times and speeds."""
+    """Return leaves by dotted key, except times and speeds."""
     for key, value in tree.items():
         if key == "time" or key.endswith(("seconds", "_per_s")):
             continue
@@ -193,7 +193,7 @@ def flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def tensor_digests(path: Path) -> Iterator[tuple[str, str]]:
-    """Digests of the tensors in a safetensors file, by name."""
+    """Yield digests of the tensors in a safetensors file, by name."""
     content = path.read_bytes()
     start = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:start])
@@ -208,7 +208,7 @@ def tensor_digests(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def write_task(folder: Path) -> str:
-    """Training images of 37 classes, a verification set of other classes, and known ones; returns a digest of all."""
+    """Write training images of 37 classes, a verification set of others, and known ones; return a digest of all."""
     found = hashlib.sha256()
     for part, classes, samples, seed, first in (
         ("train", 37, 6, 1, 0),
@@ -222,7 +222,7 @@ def write_task(folder: Path) -> str:
 
 
 def write_set(folder: Path, classes: int, samples: int, seed: int, first: int) -> str:
-    """A data set folder: noisy copies of one random picture a class; returns a digest of its pixels."""
+    """Write a data set folder of noisy copies of one random picture per class; return a digest of its pixels."""
     rng, pixels = np.random.default_rng(seed), hashlib.sha256()
     folder.mkdir(parents=True)
     shard = folder / "shard-000000.tar"

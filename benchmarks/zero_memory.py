@@ -1,13 +1,13 @@
-"""The memory that a rank needs for the backbone, under ddp and under each ZeRO stage of DeepSpeed.
+"""Measure the memory that a rank needs for the backbone, under ddp and under each ZeRO stage of DeepSpeed.
 
     python benchmarks/zero_memory.py --model iresnet50 --ranks 2      # two minutes
 
-Each engine has processes of its own, in which it trains three steps of two micro-batches of two small images a rank, so
-that activations do not count. Added up are the bytes of all tensors that Python knows, each storage once, after the
-first and after the last backward pass of a step; shown is the larger sum. *Optimizer* is its state with the float32
-weights that it steps on, where these are others than the weights of the forward pass; *gradients* is everything that
-is neither, DeepSpeed's buffers included. *Peak* is what the process had resident at most, above what it had before the
-engine was made: what the allocator and the libraries take comes on top, and on a CPU all of it is host memory.
+Each engine has its own processes, which train three steps of two micro-batches of two small images per rank, so that
+activations are negligible. Summed are the bytes of all tensors that Python knows, each storage once, after the first
+and after the last backward pass of a step; the larger sum is shown. *Optimizer* is its state with the float32 weights
+that it updates, where these differ from the weights of the forward pass; *gradients* is the rest, DeepSpeed's buffers
+included. *Peak* is the process's largest resident size above its size before the engine was built: allocator and
+libraries come on top, and on a CPU all of it is host memory.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def main() -> None:
     print(f"machine: {processor()}, torch {torch.__version__}, {arguments.ranks} ranks of one thread, gloo")
     header = ["weights", "optimizer", "gradients", "sum", "peak"]
     for precision in ("fp32", "bf16"):
-        print(f"\n{arguments.model}, {arguments.optimizer}, {precision}; MiB a rank")
+        print(f"\n{arguments.model}, {arguments.optimizer}, {precision}; MiB per rank")
         print(f"{'':10}" + "".join(f"{name:>12}" for name in header) + f"{'sum/ddp':>12}", flush=True)
         of_ddp = 0.0
         for name, engine in ENGINES.items():
@@ -86,7 +86,7 @@ def worker(number: int, arguments: argparse.Namespace, engine: dict[str, object]
     )
     if engine["name"] == "deepspeed":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        __import__("deepspeed")  # its own size is no matter here
+        __import__("deepspeed")  # its own size does not count here
     process = ProcessContext(number, arguments.ranks, torch.device("cpu"), StopRequest(None))
     torch.manual_seed(0)
     backbone = build_backbone(config, process)
@@ -113,7 +113,7 @@ def worker(number: int, arguments: argparse.Namespace, engine: dict[str, object]
 
 
 def held(runner: Engine, backbone: nn.Module) -> list[float]:
-    """Bytes of weights, of what the optimizer keeps, and of everything else."""
+    """Return the bytes of weights, of the optimizer's tensors, and of everything else."""
     if isinstance(runner.state, ZeroState):
         pieces = runner.state.kept()
     else:
@@ -130,13 +130,13 @@ def held(runner: Engine, backbone: nn.Module) -> list[float]:
 
 
 def storages(tensors: list[Tensor]) -> dict[int, int]:
-    """Bytes by address of what these tensors lie in."""
+    """Return bytes by address of the storages of these tensors."""
     found = [tensor.untyped_storage() for tensor in tensors if tensor.device.type == "cpu" and not tensor.is_sparse]
     return {storage.data_ptr(): storage.nbytes() for storage in found if storage.nbytes()}
 
 
 def resident(which: str) -> int:
-    """Bytes of host memory of this process: now (VmRSS) or at most (VmHWM)."""
+    """Return the bytes of host memory of this process: now (VmRSS) or at most (VmHWM)."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(which):
             return int(line.split()[1]) * 1024

@@ -1,10 +1,10 @@
-"""A loss of your own, sharded and sampled like the ones that come with the package.
+"""A custom loss, sharded and sampled like the built-in ones.
 
     torchrun --nproc-per-node 2 examples/custom_loss.py      # or: python examples/custom_loss.py
 
-Its margin grows with the distance to the class centre: far samples pull harder than a constant margin lets them. A loss
+Its margin grows with the distance to the class centre: far samples pull harder than under a constant margin. A loss
 turns cosines into logits and knows nothing of ranks, shards or sampling; the head differentiates it.
-docs/write-your-own-loss.md has the whole contract.
+docs/write-your-own-loss.md has the full contract.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The sharded head in a plain DistributedDataParallel loop; nothing here but torch and partialfc.
+"""The sharded head in a plain DistributedDataParallel loop, with torch and partialfc only.
 
     torchrun --nproc-per-node 2 examples/ddp_loop.py      # or: python examples/ddp_loop.py
 
@@ -26,7 +26,7 @@ def make_backbone() -> nn.Module:
 
 
 def batches(rank: int, world_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's share of every global batch: images [b, PIXELS] and labels [b]."""
+    """Yield this rank's share of every global batch: images [b, PIXELS] and labels [b]."""
     generator = torch.Generator().manual_seed(0)
     pictures = torch.randn(NUM_CLASSES, PIXELS, generator=generator)
     for _ in range(STEPS):
@@ -45,7 +45,7 @@ def main() -> None:
     torch.manual_seed(0)
     backbone = make_backbone().to(device)
     ddp = DistributedDataParallel(backbone) if distributed else backbone
-    # Not wrapped in DDP: every rank owns other classes.
+    # Not wrapped in DDP: each rank owns different classes.
     head = PartialFC(NUM_CLASSES, EMBEDDING_DIM, losses.CosFace(scale=16.0, margin=0.2), sample_rate=0.3, device=device)
     optimizers = [torch.optim.SGD(ddp.parameters(), lr=0.1, momentum=0.9), RowSGD(head.parameters(), lr=0.5)]
     for step, (images, labels) in enumerate(batches(rank, world_size)):

@@ -1,6 +1,6 @@
-"""A head over embeddings that lie in a file: text, audio or products that another model has embedded.
+"""A head over embeddings in a file: text, audio or products embedded by another model.
 
-    python examples/stored_embeddings.py --out /tmp/stored                 # makes a small file first, then trains
+    python examples/stored_embeddings.py --out /tmp/stored                 # writes a small file first, then trains
     torchrun --nproc-per-node 2 examples/stored_embeddings.py --embeddings X.npy --labels Y.npy --out DIR
 
 X is [N, D] float, Y [N] int64 class ids from 0. A linear projection and the sharded head are trained; the projection
@@ -63,7 +63,7 @@ def train(embeddings: Path, labels: Path, out: Path, dim: int, epochs: int, batc
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--embeddings", type=Path, help=".npy [N, D]; default: a small set that is made")
+    parser.add_argument("--embeddings", type=Path, help=".npy [N, D]; default: a small generated set")
     parser.add_argument("--labels", type=Path, help=".npy [N] int64")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--dim", type=int, default=32, help="of the projection")

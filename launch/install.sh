@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Make the virtual environment and install partialfc with some of its extras.
+# Create the virtual environment and install partialfc with some of its extras.
 #   launch/install.sh PYTHON VENV TORCH EXTRAS PIP_ARGS
 set -euo pipefail
 python=$1 venv=$2 torch=$3 extras=$4
@@ -11,18 +11,18 @@ command -v "$python" >/dev/null || stop "$python is not installed: apt-get insta
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
     stop "$("$python" --version) is too old, Python 3.11 or newer is needed; choose one with: make PYTHON=python3.12 …"
 if [ ! -x "$venv/bin/pip" ]; then
-    "$python" -m venv "$venv" >/dev/null || stop "cannot make a virtual environment: apt-get install python3-venv"
+    "$python" -m venv "$venv" >/dev/null || stop "cannot create a virtual environment: apt-get install python3-venv"
 fi
 
 if [ "$(cat "$venv/torch.txt" 2>/dev/null)" != "$torch ${5:-}" ]; then
-    # Ask pip what it would take, before it takes it: the default build for Linux brings several GB of CUDA.
+    # Ask pip for its plan first: the default build for Linux brings several GB of CUDA.
     plan=$venv/plan.json && rm -f "$plan"
     "$venv/bin/pip" install --dry-run --quiet --report "$plan" "${pip_args[@]}" "$torch" >/dev/null 2>&1 || true
     if "$venv/bin/python" -c '
 import json, sys
 try:
     names = [item["metadata"]["name"] for item in json.load(open(sys.argv[1]))["install"]]
-except (OSError, ValueError):  # pip itself will say what is wrong
+except (OSError, ValueError):  # pip itself will report the error
     names = []
 sys.exit(not any(name.startswith("nvidia") for name in names))' "$plan"; then
         echo "note: pip takes a CUDA build of torch here: several GB."
@@ -41,7 +41,7 @@ sys.exit(not any(name.startswith("nvidia") for name in names))' "$plan"; then
     echo "$torch ${5:-}" >"$venv/torch.txt"
 fi
 echo "installing partialfc[$extras] into $venv"
-# The constraints pin what is tested; the torch that is there may be another, by the user's choice.
+# The constraints pin the tested versions; the user may have chosen another torch.
 grep -v '^torch==' constraints.txt >"$venv/constraints.txt"
 "$venv/bin/pip" install --quiet --progress-bar on "${pip_args[@]}" -c "$venv/constraints.txt" -e ".[$extras]" ||
     stop "pip could not install partialfc's dependencies: the lines above say which"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Install what tests/launch/test_slurm.py needs: on Debian or Ubuntu, as root. Elsewhere say what is missing, and go on:
-# the tests then skip with the reason.
+# Install the packages for tests/launch/test_slurm.py: on Debian or Ubuntu, as root. Elsewhere report what is missing; the
+# tests then skip with the reason.
 set -uo pipefail
 packages=(slurmctld slurmd slurm-client munge iproute2)
 missing() {
@@ -14,7 +14,7 @@ if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
     exit 0
 fi
 echo "installing ${packages[*]}"
-# No service of these packages shall start by itself.
+# No service of these packages may start by itself.
 policy=/usr/sbin/policy-rc.d
 [ -e $policy ] || { printf '#!/bin/sh\nexit 101\n' >$policy && chmod +x $policy && trap 'rm -f $policy' EXIT; }
 log=$(mktemp)
@@ -22,6 +22,6 @@ log=$(mktemp)
     >"$log" 2>&1
 if [ -n "$(missing)" ]; then
     tail -n 5 "$log" >&2
-    echo "error: apt-get has not installed ${packages[*]}; missing: $(missing | paste -sd " ")" >&2
+    echo "error: apt-get did not install ${packages[*]}; missing: $(missing | paste -sd " ")" >&2
     exit 1
 fi

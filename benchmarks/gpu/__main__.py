@@ -1,4 +1,4 @@
-"""Runs the sections one after the other, each within its share of the time.
+"""Run the sections one after the other, each within its share of the time.
 
 benchmarks/gpu.sh OUT_DIR [--seconds N] [--small] [SECTION…]
 """
@@ -130,7 +130,7 @@ def is_usable(device: torch.device) -> bool:
 
 def go_on_in_a_new_process(arguments: argparse.Namespace, seconds: float, sections: list[str]) -> None:
     """Replace this process by one that runs the other ``sections``."""
-    print("the device is unusable; going on in a new process", flush=True)
+    print("the device is unusable; continuing in a new process", flush=True)
     options = ["--resume", "--seconds", f"{seconds:.0f}", *(["--small"] if arguments.small else [])]
     os.execv(sys.executable, [sys.executable, "-m", "gpu", str(arguments.out), *options, *sections])
 

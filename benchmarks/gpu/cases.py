@@ -1,7 +1,7 @@
 """Three training steps of the head in one setting, to be compared between devices and precisions.
 
-The batches are those of a run on its way: target cosines of 0.3, 0.9 and 0.98 beside random ones, classes that look
-alike, a sample that does not count.
+The batches are those of a run in progress: target cosines of 0.3, 0.9 and 0.98 beside random ones, classes that look
+alike, an ignored sample.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Sizes:
     classes: int
     dim: int
     batch: int
-    budget_mb: float = 2.0  # so little that the classes come in several chunks
+    budget_mb: float = 2.0  # small enough for several chunks
 
 
 USUAL = Sizes(2003, 96, 64)
@@ -48,13 +48,13 @@ class Case:
     center_loss: bool = False
     micro_batches: int = 1
     options: dict[str, Any] = field(default_factory=dict)
-    sizes: Sizes | None = None  # default: those that the caller chooses
-    tolerance: float = 0.0  # where a correct result may lie further off than that of the usual case
+    sizes: Sizes | None = None  # default: the caller's
+    tolerance: float = 0.0  # where a correct result may lie further off than usual
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """All in float64 on the CPU."""
+    """Results of a case, all in float64 on the CPU."""
 
     loss: Tensor  # [micro-batches of all steps]
     embedding_gradient: Tensor  # [the same, B, D]
@@ -78,7 +78,7 @@ def _distance(found: Tensor, expected: Tensor) -> float:
 
 
 def loss_makers() -> dict[str, LossMaker]:
-    """Every loss by name, those that wrap another one around a fitting one."""
+    """Return every loss by name, with wrappers around a fitting one."""
     wrapped: dict[str, LossMaker] = {
         "subcenter": losses.UCE,
         "focal": losses.ArcFace,
@@ -93,7 +93,7 @@ def loss_makers() -> dict[str, LossMaker]:
 
 
 def all_cases() -> Iterator[Case]:
-    """Every loss, optimizer and option, with all classes and with sampled ones."""
+    """Yield every loss, optimizer and option, with all classes and with sampled ones."""
     bfloat16 = torch.bfloat16
     for rate in (1.0, 0.1):
         for name, maker in loss_makers().items():
@@ -118,7 +118,7 @@ def all_cases() -> Iterator[Case]:
 
 
 def wide_cases() -> Iterator[Case]:
-    """ArcFace at an embedding dimension of real runs."""
+    """Yield ArcFace at an embedding dimension of real runs."""
     for rate in (1.0, 0.1):
         yield Case(f"dim {WIDE.dim}, rate {rate}", rate=rate, sizes=WIDE)
 
@@ -173,7 +173,7 @@ def _make_look_alikes(weight: Tensor, generator: torch.Generator) -> None:
 
 
 def _batch(weight: Tensor, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Embeddings [B, D] float32 and labels [B]: half of them of the classes that look alike, one to be ignored."""
+    """Return embeddings [B, D] float32 and labels [B]: half of them of look-alike classes, one ignored."""
     labels = torch.randint(0, len(weight), (batch,), generator=generator)
     labels[: batch // 2] %= 2 * _LOOK_ALIKES
     own = weight[labels] if weight.dim() == 2 else weight[labels][:, 0]

@@ -2,7 +2,7 @@
 
 A head step consists of these products, of B embeddings x and n rows w of D numbers, and of passes over [B, n]:
 
-    logits = x·wᵀ        dX = p·w        dW = pᵀ·x        with p = exp(logits), up to a factor a sample
+    logits = x·wᵀ        dX = p·w        dW = pᵀ·x        with p = exp(logits), up to a factor per sample
 """
 
 from __future__ import annotations
@@ -44,14 +44,14 @@ def run(bench: Bench, entries: Entries) -> None:
 
 
 def copy(bench: Bench) -> dict[str, float]:
-    """A large copy, counting bytes read and bytes written."""
+    """Measure a large copy, counting bytes read and bytes written."""
     source = bench.randn(2**18 if bench.small else 2**28)
     target = torch.empty_like(source)
     return _bandwidth(bench.ms(lambda: target.copy_(source)), 2 * source.nbytes)
 
 
 def gather(bench: Bench) -> dict[str, float]:
-    """100,000 random rows of a million, as a sampled step reads them."""
+    """Measure 100,000 random rows of a million, as a sampled step reads them."""
     classes, count, dim = (10_000, 1_000, 64) if bench.small else (1_000_000, 100_000, 512)
     table = bench.randn(classes, dim)
     rows = torch.randperm(classes, device=bench.device)[:count].sort().values
@@ -64,7 +64,7 @@ def _bandwidth(ms: float, moved: int) -> dict[str, float]:
 
 
 def launch(bench: Bench) -> dict[str, float]:
-    """A tiny kernel again and again: the host's share of each, and the time until all are done."""
+    """Repeat a tiny kernel: the host's share of each, and the time until all are done."""
     tiny, count = bench.randn(1), 200 if bench.small else 3000
     tiny.add_(1.0)
     bench.wait()
@@ -78,7 +78,7 @@ def launch(bench: Bench) -> dict[str, float]:
 
 
 def host_wait(bench: Bench) -> dict[str, float]:
-    """Reading one number back while nothing else is queued, beside the kernel alone."""
+    """Measure reading one number back while nothing else is queued, beside the kernel alone."""
     tiny = bench.randn(1)
     seconds = []
     for _ in range(50):
@@ -91,7 +91,7 @@ def host_wait(bench: Bench) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Operands:
-    """Operands of the three products, and slices of their results in float64."""
+    """Operands of the three products, and slices of their float64 results."""
 
     pairs: dict[str, tuple[Tensor, Tensor]]
     expected: dict[str, Tensor]
@@ -107,7 +107,7 @@ class Operands:
 
 
 def measure_products(bench: Bench, operands: Operands, prepare: Format) -> dict[str, Any]:
-    """Teraflops of the useful product (2·B·n·D) and errors relative to the largest exact result."""
+    """Return teraflops of the useful product (2·B·n·D) and errors relative to the largest exact result."""
     speeds: dict[str, float] = {}
     errors: dict[str, float] = {}
     for name, (left, right) in operands.pairs.items():
@@ -123,7 +123,7 @@ def measure_products(bench: Bench, operands: Operands, prepare: Format) -> dict[
 
 
 def passes(bench: Bench, batch: int, rows: int) -> dict[str, float]:
-    """Passes over float32 logits [B, n], in milliseconds; each reads 4·B·n bytes, and exp writes as many."""
+    """Measure passes over float32 logits [B, n], in milliseconds; each reads 4·B·n bytes, and exp writes as many."""
     logits = bench.randn(batch, rows)
     out = torch.empty_like(logits)
     exp = bench.ms(lambda: torch.exp(logits, out=out))

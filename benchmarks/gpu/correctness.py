@@ -15,7 +15,7 @@ from .cases import SMALL, USUAL, Case, Outcome, all_cases, run_case, wide_cases
 from .measure import Bench, Entries, first_line
 from .products import tf32_products
 
-#: What may separate the results from float64 in each mode of the products, relative to the largest number.
+#: Tolerated distance from float64 in each mode of the products, relative to the largest number.
 TOLERANCES = {"fast": 5e-3}
 EXACT_TOLERANCE = 2e-5
 _MODE_NAMES = ("highest", "exact", "fast")
@@ -39,14 +39,14 @@ def run(bench: Bench, entries: Entries) -> None:
     cases = [*all_cases(), *wide]
     for mode in modes:
         comparison.compare(mode or "default", cases, mode)
-    with tf32_products():  # reported, whatever it says: float32 heads that follow the process's flags get this
+    with tf32_products():  # reported, whatever the outcome: float32 heads that follow the process's flags get this
         arcface = [Case(f"arcface, rate {rate}", rate=rate) for rate in (1.0, 0.1)]
         comparison.compare("TF32 flag on", [*arcface, *wide], None, may_fail=False)
     entries.measure("initial weight, GPU − CPU", lambda: initial_weight_difference(bench))
 
 
 def precision_modes() -> list[str | None]:
-    """The modes that the head's argument ``matmul_precision`` takes; [None] if it has no such argument."""
+    """Return the modes of the head's argument ``matmul_precision``; [None] if it has no such argument."""
     parameter = inspect.signature(PartialFC.__init__).parameters.get("matmul_precision")
     if parameter is None:
         return [None]
@@ -64,13 +64,13 @@ def _is_accepted(mode: str) -> bool:
     options: dict[str, Any] = {"matmul_precision": mode}
     try:
         PartialFC(2, 2, losses.ArcFace(), **options)
-    except ValueError:  # what ConfigError is
+    except ValueError:  # the base of ConfigError
         return False
     return True
 
 
 class Comparison:
-    """Runs cases on the device and in float64, and enters how far they lie apart."""
+    """Runs cases on the device and in float64, and records their distance."""
 
     def __init__(self, bench: Bench, entries: Entries) -> None:
         self.bench, self.entries = bench, entries
@@ -78,7 +78,7 @@ class Comparison:
         self._references: dict[str, Outcome] = {}
 
     def compare(self, name: str, cases: Iterable[Case], mode: str | None, may_fail: bool = True) -> None:
-        """Enter the worst errors of the cases, and which of them are over their tolerance."""
+        """Record the worst errors of the cases, and the cases over their tolerance."""
         errors: dict[str, Any] = {}
         worst: dict[str, float] = {"loss": 0.0, "embedding gradient": 0.0, "weight": 0.0}
         over, left_out = [], []
@@ -111,7 +111,7 @@ class Comparison:
             self.entries.problems += [f"{name}: over tolerance: {case}" for case in over]
 
     def control(self, mode: str | None) -> None:
-        """Enter whether an error that must be noticed is noticed."""
+        """Check that a deliberate error is noticed."""
         case = Case("arcface, rate 1.0")
         expected = self.reference(case)
         wrong = run_case(Case(case.name, RoundedArcFace), self.sizes, self.bench.device, False, _options(mode))
@@ -130,7 +130,7 @@ class Comparison:
         return found.errors(self.reference(case))
 
     def reference(self, case: Case) -> Outcome:
-        """The case in float64 on the CPU; computed once."""
+        """Return the case in float64 on the CPU; computed once."""
         if case.name not in self._references:
             self._references[case.name] = run_case(case, self.sizes, "cpu", exact=True)
         return self._references[case.name]
@@ -141,7 +141,7 @@ def _options(mode: str | None) -> dict[str, Any]:
 
 
 def tolerance(mode: str | None) -> float:
-    """The largest error of a correct head in this mode."""
+    """Return the largest error of a correct head in this mode."""
     return TOLERANCES.get(mode or "", EXACT_TOLERANCE)
 
 

@@ -1,4 +1,4 @@
-"""Speeds of fused kernels, by prototypes that the package does not use: products with the exponential in their
+"""Speeds of fused kernels, from prototypes that the package does not use: products with the exponential in their
 epilogue, beside cuBLAS and separate passes; a row optimizer in one pass, beside RowSGD and a copy.
 """
 
@@ -102,7 +102,7 @@ class Operands:
         return cls(x.half(), w.half(), SCALE, shift, 2 * batch * rows * dim, x, w)
 
     def split(self) -> Operands:
-        """The same in two fp16 parts each, side by side: the kernel then adds up all three products."""
+        """Return the same in two fp16 parts each, side by side: the kernel then adds up all three products."""
         (high, low, by), (other_high, other_low, other_by) = (
             split(vectors, torch.float16) for vectors in (self.unit_x, self.unit_w)
         )
@@ -111,18 +111,18 @@ class Operands:
         return Operands(x, w, scale, self.shift, self.useful_flops, self.unit_x, self.unit_w)
 
     def exponentials(self) -> Tensor:
-        """Return the expected results for the first samples, [checked, n] float64, of the operands as they are."""
+        """Return the expected results for the first samples, [checked, n] float64, of the operands as given."""
         logits = self.scale * (self.x[:_CHECKED].double() @ self.w.double().t())
         return torch.exp(logits - self.shift[:_CHECKED, None].double())
 
     def exact_sums(self) -> Tensor:
-        """The sums of the first samples, [checked] float64, of the operands before they were rounded to 16 bits."""
+        """Return the sums of the first samples, [checked] float64, of the operands before rounding to 16 bits."""
         logits = SCALE * (self.unit_x[:_CHECKED].double() @ self.unit_w.double().t())
         return torch.exp(logits - self.shift[:_CHECKED, None].double()).sum(dim=1)
 
 
 def separate(bench: Bench, operands: Operands) -> dict[str, float]:
-    """The same by cuBLAS and separate passes: the product alone, and with exp and row sum; fp16, and x3."""
+    """Measure cuBLAS and separate passes: the product alone, and with exp and row sum; fp16, and x3."""
     x, w = operands.x, operands.w.t()
     product = bench.ms(lambda: product_into_float32(x, w))
     product_16 = bench.ms(lambda: x @ w)
@@ -140,7 +140,7 @@ def separate(bench: Bench, operands: Operands) -> dict[str, float]:
 def sums_without_logits(
     bench: Bench, entries: Entries, prototypes: ModuleType, operands: Operands, tunings: tuple[Tuning, ...]
 ) -> list[Tuning]:
-    """Enter the row sums for each tuning; returns those that work, the fastest first."""
+    """Record the row sums for each tuning; return those that work, the fastest first."""
     times: dict[Tuning, float] = {}
     for tuning in tunings:
         name = f"sums: {tuning}"
@@ -153,10 +153,10 @@ def sums_without_logits(
 def exp_product(
     bench: Bench, prototypes: ModuleType, operands: Operands, tuning: Tuning, dtype: torch.dtype | None
 ) -> dict[str, Any]:
-    """Time and error of one tuning; the exponentials are stored in ``dtype``, or not at all.
+    """Return time and error of one tuning; the exponentials are stored in ``dtype``, or not at all.
 
-    The kernel's own error is that of its sums beside float64 sums of the same 16-bit operands. The other one counts
-    the rounding of the operands as well.
+    The kernel's own error is that of its sums against float64 sums of the same 16-bit operands. The other one includes
+    the rounding of the operands.
     """
     sums = torch.full((len(operands.x),), torch.nan, device=bench.device)
     stored = None
@@ -198,7 +198,7 @@ def exp_product(
 
 
 def row_optimizer(bench: Bench, entries: Entries, prototypes: ModuleType) -> None:
-    """Enter SGD on a tenth of the rows and on all, in one pass and as it is."""
+    """Record SGD on a tenth of the rows and on all: in one pass, and as RowSGD does it."""
     classes, dim = (1000, 64) if bench.small else (1_000_000, 512)
     for share in (0.1, 1.0):
         chosen = torch.randperm(classes, device=bench.device)[: int(share * classes)].sort().values
@@ -231,7 +231,7 @@ def row_sgd_in_one_pass(
     block_rows: int,
     warps: int,
 ) -> dict[str, Any]:
-    """Time and error of the prototype; of the bytes that have to move: three reads and two writes a number."""
+    """Return time and error of the prototype, and its traffic: three reads and two writes per number."""
     weight, momentum = weight.clone(), momentum.clone()
     some = rows[:1000]
     new_momentum = _FRICTION * momentum[some] + gradient[:1000] + _DECAY * weight[some]

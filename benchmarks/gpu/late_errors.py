@@ -1,4 +1,4 @@
-"""Check which call reports a bad batch, and that the weight is unharmed."""
+"""Check the call that reports a bad batch, and that the weight is unharmed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def run(bench: Bench, entries: Entries) -> None:
 
 
 def try_out(bench: Bench, fault: str, then: str) -> dict[str, Any]:
-    """Train one good step, then one with a fault; what is raised, by which call, and what is left behind."""
+    """Train one good step, then one with a fault; return the exception, the call that raises it, and the state left."""
     head = PartialFC(CLASSES, DIM, losses.ArcFace(), sample_rate=0.5, device=bench.device)
     optimizer = RowSGD(head.parameters(), lr=1.0)
     head(*_batch(bench)).loss.backward()

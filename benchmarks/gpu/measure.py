@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 GIB = 2**30
-_LONG_WARM_UP = 2.0  # seconds: a first run longer than this is warm-up enough
+_LONG_WARM_UP = 2.0  # seconds: a longer first run is warm-up enough
 
 Mark = torch.cuda.Event | float
 
@@ -32,7 +32,7 @@ class PhasedStep(Protocol):
 
 @dataclass
 class Bench:
-    """The device, the choice of sizes, and the time that is left to the current section."""
+    """The device, the choice of sizes, and the time left to the current section."""
 
     device: torch.device
     small: bool
@@ -44,7 +44,7 @@ class Bench:
         return self.device.type == "cuda"
 
     def left(self) -> float:
-        """Seconds that the section may still take."""
+        """Return the seconds left to the section."""
         return self.deadline - time.monotonic()
 
     def lacks(self, seconds: float) -> bool:
@@ -60,12 +60,12 @@ class Bench:
         return torch.randn(*shape, device=self.device, dtype=dtype)
 
     def unit(self, *shape: int) -> Tensor:
-        """Random vectors of length 1, float32."""
+        """Return random vectors of length 1, float32."""
         return torch.nn.functional.normalize(self.randn(*shape), dim=-1)
 
     def times(self, step: Callable[[], Any], repeats: int = 7, seconds: float = 3.0) -> list[float]:
-        """Milliseconds of each run of ``step``: ``repeats`` of them after a warm-up, or as many as ``seconds`` hold, at
-        least two.
+        """Return milliseconds of each run of ``step``: ``repeats`` of them after a warm-up, or as many as ``seconds``
+        hold, at least two.
         """
         marks = []
         for _ in range(self._affordable(step, repeats, seconds)):
@@ -76,11 +76,11 @@ class Bench:
         return [_milliseconds(first, last) for first, last in pairwise(marks)]
 
     def ms(self, step: Callable[[], Any], repeats: int = 7, seconds: float = 3.0) -> float:
-        """Median milliseconds of ``step``; see :meth:`times`."""
+        """Return the median milliseconds of ``step``; see :meth:`times`."""
         return statistics.median(self.times(step, repeats, seconds))
 
     def phases(self, step: PhasedStep, repeats: int = 7, seconds: float = 3.0) -> dict[str, float]:
-        """Median milliseconds of a step and of its parts, and how far its runs lie apart, in percent."""
+        """Return median milliseconds of a step and of its parts, and the spread of its runs in percent."""
         parts = {"forward": step.forward, "backward": step.backward, "update": step.update}
         found: dict[str, list[float]] = {"ms": [], **{name: [] for name in parts}}
 
@@ -104,7 +104,7 @@ class Bench:
         return {**medians, "spread %": 100 * (max(found["ms"]) - min(found["ms"])) / medians["ms"]}
 
     def _affordable(self, step: Callable[[], Any], repeats: int, seconds: float) -> int:
-        """Warm up, and tell how many runs to time."""
+        """Warm up, and return the number of runs to time."""
         took = float("inf")
         for _ in range(2):
             started = time.perf_counter()
@@ -128,11 +128,11 @@ class Bench:
             torch.cuda.reset_peak_memory_stats(self.device)
 
     def peak_gib(self) -> float | None:
-        """GiB of device memory allocated at the peak since :meth:`reset_peak`; None on a CPU."""
+        """Return the peak GiB of device memory allocated since :meth:`reset_peak`; None on a CPU."""
         return torch.cuda.max_memory_allocated(self.device) / GIB if self.cuda else None
 
     def free(self) -> None:
-        """Give back what is no longer referred to."""
+        """Release unreferenced memory."""
         gc.collect()
         if self.cuda:
             torch.cuda.empty_cache()
@@ -147,7 +147,7 @@ def _milliseconds(first: Mark, last: Mark) -> float:
 
 
 class Entries(dict[str, Any]):
-    """Findings of a section, by name. A measurement that fails becomes an entry that says why.
+    """Findings of a section, by name. A failed measurement becomes an entry with the reason.
 
     ``problems`` are findings that make the whole run fail; ``details`` go to the JSON file, but not to the table.
     """
@@ -159,7 +159,7 @@ class Entries(dict[str, Any]):
         self.details: dict[str, Any] = {}
 
     def measure(self, name: str, function: Callable[[], Any], need: float = 1.0) -> Any:
-        """Enter what ``function`` returns, unless fewer than ``need`` seconds are left; returns it, or None."""
+        """Record and return the result of ``function``, unless fewer than ``need`` seconds are left; else None."""
         if self.bench.lacks(need):
             self[name] = {"skipped": f"needs {need:.0f} s, {max(self.bench.left(), 0):.0f} s are left"}
             return None
@@ -180,6 +180,6 @@ class Entries(dict[str, Any]):
 
 
 def first_line(error: Exception) -> str:
-    """The kind of ``error`` and the beginning of its message."""
+    """Return the kind of ``error`` and the beginning of its message."""
     lines = str(error).splitlines() or [""]
     return f"{type(error).__name__}: {lines[0]}"[:300]

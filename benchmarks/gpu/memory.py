@@ -1,4 +1,4 @@
-"""Memory over many steps with a changing sample rate, and how many classes fit."""
+"""Memory over many steps with a changing sample rate, and the number of classes that fit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _BUDGET_MB = 256
 _STEPS, _CHANGES = 200, (0, 50, 100, 150)
 _RATES = (0.05, 0.1, 0.2, 0.1)
 _SPARE = 2 * GIB  # for the CUDA context, cuBLAS, the batch and fragmentation
-_MAKING_SECONDS = 0.5e-6  # a class, where it could not be measured
+_MAKING_SECONDS = 0.5e-6  # per class, where it could not be measured
 
 
 def run(bench: Bench, entries: Entries) -> None:
@@ -36,7 +36,7 @@ def run(bench: Bench, entries: Entries) -> None:
 
 
 def schedule(bench: Bench, entries: Entries, classes: int, dim: int) -> dict[str, float]:
-    """Train for 200 steps while the sample rate rises and falls; enters what is allocated and reserved on the way."""
+    """Train for 200 steps while the sample rate rises and falls; record allocated and reserved memory on the way."""
     started = time.perf_counter()
     step = HeadStep(bench, classes, dim, BATCH, sample_rate=StepRate(_RATES, _CHANGES), memory_budget_mb=_BUDGET_MB)
     bench.wait()
@@ -75,7 +75,7 @@ def planned_classes(bench: Bench, dim: int, dtype: torch.dtype) -> int:
 
 
 def largest(bench: Bench, planned: int, dim: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Three steps at the planned number of classes; if they do not fit, at 10 % less."""
+    """Take three steps at the planned number of classes; if they do not fit, at 10 % less."""
     found: dict[str, Any] = {"planned": planned, "fits": False, "tried less": None, "ms": None, "peak GiB": None}
     for classes in (planned, int(0.9 * planned)):
         try:
@@ -89,6 +89,6 @@ def largest(bench: Bench, planned: int, dim: int, dtype: torch.dtype) -> dict[st
         else:
             found["tried less"] = None if classes == planned else f"{classes:,} fit"
             return {**found, "fits": classes == planned, "ms": min(times), "peak GiB": bench.peak_gib()}
-        step = None  # type: ignore[assignment]  # let go of the weight before the next try
+        step = None  # type: ignore[assignment]  # release the weight before the next try
         bench.free()
     return found

@@ -46,7 +46,7 @@ def outcome(bench: Bench, rate: float) -> Outcome:
 
 
 def step_ms(bench: Bench, rate: float) -> float:
-    """Median milliseconds of a step, of twenty where there is time."""
+    """Return the median milliseconds of a step, of twenty if there is time."""
     classes, dim, batch = (4000, 64, 16) if bench.small else (1_000_000, 512, 1024)
     found = statistics.median(bench.times(HeadStep(bench, classes, dim, batch, sample_rate=rate), repeats=20))
     bench.free()

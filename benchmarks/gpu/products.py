@@ -1,8 +1,8 @@
-"""Ways to form a matrix product of float32 matrices: in one format, or split into two 16-bit parts each.
+"""Ways to multiply float32 matrices: in one format, or split into two 16-bit parts each.
 
 A split product ``(h + l)(h' + l')`` leaves out ``l·l'``: three products of 16-bit matrices, added up in float32, which
 together keep twice the bits. Parts are scaled by powers of two so that fp16 holds the low ones at full precision; the
-scale of the result is left to whoever reads it next.
+reader of the result applies its scale.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ _LARGEST_PART = 1024.0  # of an fp16 matrix after scaling: far below 65504, and 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A product whose operands are converted already."""
+    """A product whose operands are already converted."""
 
     multiply: Callable[[], Tensor]
-    factor: float = 1.0  # by which its result has to be multiplied
+    factor: float = 1.0  # to multiply its result by
 
 
 Format = Callable[[Tensor, Tensor], Prepared]
@@ -31,7 +31,7 @@ Format = Callable[[Tensor, Tensor], Prepared]
 
 @contextmanager
 def tf32_products() -> Iterator[None]:
-    """Products of float32 matrices use TF32 meanwhile."""
+    """Let products of float32 matrices use TF32 inside the context."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
@@ -41,21 +41,21 @@ def tf32_products() -> Iterator[None]:
 
 
 def product_into_float32(left: Tensor, right: Tensor) -> Tensor:
-    """``left @ right`` of 16-bit matrices, summed and returned in float32."""
+    """Return ``left @ right`` of 16-bit matrices, summed in float32."""
     if left.is_cuda:
         return torch.mm(left, right, out_dtype=torch.float32)
     return left.float() @ right.float()  # exact products too
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """``total + left @ right`` in float32, of 16-bit ``left`` and ``right``, in one call."""
+    """Return ``total + left @ right`` in float32, of 16-bit ``left`` and ``right``, in one call."""
     if left.is_cuda:
         return torch.addmm(total, left, right, out_dtype=torch.float32)
     return total + product_into_float32(left, right)
 
 
 def plain(dtype: torch.dtype) -> Format:
-    """Operands and result in ``dtype``."""
+    """Multiply operands in ``dtype`` into a result in ``dtype``."""
 
     def prepare(left: Tensor, right: Tensor) -> Prepared:
         left, right = left.to(dtype), right.to(dtype)
@@ -65,7 +65,7 @@ def plain(dtype: torch.dtype) -> Format:
 
 
 def tf32(left: Tensor, right: Tensor) -> Prepared:
-    """Operands and result float32, multiplied as TF32."""
+    """Multiply float32 operands as TF32 into a float32 result."""
 
     def multiply() -> Tensor:
         with tf32_products():
@@ -75,7 +75,7 @@ def tf32(left: Tensor, right: Tensor) -> Prepared:
 
 
 def into_float32(dtype: torch.dtype) -> Format:
-    """Operands in ``dtype``, the result in float32."""
+    """Multiply operands in ``dtype`` into a float32 result."""
 
     def prepare(left: Tensor, right: Tensor) -> Prepared:
         left, right = left.to(dtype), right.to(dtype)
@@ -85,7 +85,7 @@ def into_float32(dtype: torch.dtype) -> Format:
 
 
 def split(matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
-    """High and low part of ``matrix`` times a power of two, and that power; bf16 needs no scaling."""
+    """Return high and low part of ``matrix`` times a power of two, and that power; bf16 needs no scaling."""
     scale = 1.0
     if dtype is torch.float16:
         scale = 2.0 ** math.floor(math.log2(_LARGEST_PART / float(matrix.abs().max())))
@@ -95,7 +95,7 @@ def split(matrix: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, float]:
 
 
 def concatenated(dtype: torch.dtype, low_first: bool = False) -> Format:
-    """One product over three times the inner dimension: ``[h, h, l]·[h', l', h']``, or in the opposite order."""
+    """Multiply once over three times the inner dimension: ``[h, h, l]·[h', l', h']``, or in the opposite order."""
 
     def prepare(left: Tensor, right: Tensor) -> Prepared:
         high, low, scale = split(left, dtype)
@@ -109,7 +109,7 @@ def concatenated(dtype: torch.dtype, low_first: bool = False) -> Format:
 
 
 def three_products(dtype: torch.dtype, in_place: bool) -> Format:
-    """Three products, added in place by a pass of its own or each by the product after it."""
+    """Multiply three times, adding in place by a separate pass or in the following product."""
 
     def prepare(left: Tensor, right: Tensor) -> Prepared:
         high, low, scale = split(left, dtype)
@@ -130,13 +130,13 @@ def three_products(dtype: torch.dtype, in_place: bool) -> Format:
 
 
 def _concatenate(parts: list[Tensor], dim: int) -> Tensor:
-    """``torch.cat`` that keeps a transposed matrix transposed in memory: products prefer some layouts."""
+    """Concatenate so that a transposed matrix stays transposed in memory: products prefer some layouts."""
     if parts[0].is_contiguous():
         return torch.cat(parts, dim)
     return torch.cat([part.t() for part in parts], 1 - dim).t()
 
 
-#: All formats, the most telling first.
+#: All formats, the most informative first.
 FORMATS: dict[str, Format] = {
     "fp32": plain(torch.float32),
     "tf32": tf32,

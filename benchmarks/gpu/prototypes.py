@@ -1,10 +1,10 @@
-"""Prototypes of kernels, to learn what fused ones would reach. The package does not use them.
+"""Prototypes of fused kernels, to learn their speed. The package does not use them.
 
 Written for Triton. All matrices are contiguous; numbers of samples are multiples of ``block_batch``.
 """
 
 # mypy: disable-error-code="no-untyped-def"
-# Triton reads the annotations of its kernels: only its own may stand there.
+# Triton reads the annotations of its kernels, which may use only its own.
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _exp_gemm(
     block_classes: tl.constexpr,
     block_dim: tl.constexpr,
 ):
-    """One block of logits, its exponentials, and their sums over its classes."""
+    """Compute one block of logits, its exponentials, and their sums over its classes."""
     # Neighbours share a block of classes: it comes from memory once, and x stays in the L2 cache.
     blocks = batch // block_batch
     samples = (tl.program_id(0) % blocks) * block_batch + tl.arange(0, block_batch)
@@ -71,7 +71,7 @@ def _exp_gemm_tma(
     block_classes: tl.constexpr,
     block_dim: tl.constexpr,
 ):
-    """The same, with blocks fetched and stored by the tensor memory accelerator."""
+    """Do the same, with blocks fetched and stored by the tensor memory accelerator."""
     blocks = batch // block_batch
     first_sample = (tl.program_id(0) % blocks) * block_batch
     first_class = (tl.program_id(0) // blocks) * block_classes
@@ -100,7 +100,7 @@ def _row_sgd(
     dim: tl.constexpr,
     block_rows: tl.constexpr,
 ):
-    """v ← friction·v + g + decay·w; w ← w − lr·v, of the rows that have a gradient."""
+    """Apply v ← friction·v + g + decay·w; w ← w − lr·v to the rows with a gradient."""
     number = tl.program_id(0) * block_rows + tl.arange(0, block_rows)
     inside = number < count
     row = tl.load(rows + number, mask=inside, other=0)
@@ -120,14 +120,14 @@ def exp_row_sums(
     w: Tensor,  # [n, D] 16 bit
     scale: float,
     shift: Tensor,  # [B] float32
-    sums: Tensor,  # [B] float32: is set to Σ_j exp(scale·x·w_j − shift)
-    probabilities: Tensor | None,  # [B, n] 16 bit: is set to the terms, if given
+    sums: Tensor,  # [B] float32: set to Σ_j exp(scale·x·w_j − shift)
+    probabilities: Tensor | None,  # [B, n] 16 bit: set to the terms, if given
     block: tuple[int, int, int],  # of samples, classes and numbers of a vector
     warps: int,
     stages: int,
     tma: bool = False,
 ) -> None:
-    """Exponentials of the logits, summed without storing a logit."""
+    """Sum the exponentials of the logits without storing a logit."""
     block_batch, block_classes, block_dim = block
     (batch, dim), classes = x.shape, len(w)
     sums.zero_()
@@ -164,7 +164,7 @@ def row_sgd(
     block_rows: int,
     warps: int,
 ) -> None:
-    """A step of SGD with momentum on some rows, in one pass: three reads and two writes a number."""
+    """Take a step of SGD with momentum on some rows, in one pass: three reads and two writes per number."""
     count, dim = gradient.shape
     grid = (triton.cdiv(count, block_rows),)
     _row_sgd[grid](weight, momentum, gradient, rows, count, lr, decay, friction, dim, block_rows, num_warps=warps)

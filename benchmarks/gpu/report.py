@@ -1,4 +1,4 @@
-"""Writes what was found: as JSON, and as a table that a person reads."""
+"""Writes the results: as JSON, and as a table for people."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def _lines(results: dict[str, Any]) -> Iterator[str]:
 
 
 def _entries(entries: dict[str, Any]) -> Iterator[str]:
-    """Entries in their order; neighbours with the same fields share a heading."""
+    """Yield entries in order; neighbours with the same fields share a heading."""
     table: list[Row] = []
     for name, value in entries.items():
         is_row = isinstance(value, dict) and value and not any(isinstance(v, dict | list) for v in value.values())

@@ -13,8 +13,8 @@ from .measure import Bench, Entries, PhasedStep
 from .steps import HeadStep, PlainStep, bare_products_ms, head_seconds, short
 
 _RUNS = 5  # of a step: two to warm up, at least two that are timed, and some room
-_DENSE_SECONDS = 25e-9  # a class that dense SGD walks
-_MAKING_SECONDS = 0.5e-6  # a class that a head's making and first step take besides
+_DENSE_SECONDS = 25e-9  # per class that dense SGD walks
+_MAKING_SECONDS = 0.5e-6  # per class, for creating a head and its first step
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Size:
 
     @property
     def active(self) -> int:
-        """Number of rows that take part in a step."""
+        """Number of active rows."""
         return int(self.rate * self.classes)
 
 
@@ -66,7 +66,7 @@ def _head_name(size: Size, batch: int, mode: str | None, budget_mb: int | None =
 
 
 def heads(bench: Bench, entries: Entries, size: Size, dim: int, mode: str | None, budget_mb: int | None = None) -> None:
-    """Enter the times of this package's head at both batch sizes; one head serves all of them."""
+    """Record the times of this package's head at both batch sizes; one head serves all of them."""
     made: list[HeadStep] = []
     options: dict[str, Any] = {"sample_rate": size.rate} | ({} if mode is None else {"matmul_precision": mode})
     if budget_mb is not None:
@@ -84,7 +84,7 @@ def heads(bench: Bench, entries: Entries, size: Size, dim: int, mode: str | None
 
 
 def others(bench: Bench, entries: Entries, size: Size, dim: int, batch: int) -> None:
-    """Enter the bare products and the plain heads."""
+    """Record the bare products and the plain heads."""
     name = size.name(batch)
     for sixteen_bit in (False, True):
         products = partial(bare_products_ms, bench, size.active, dim, batch, sixteen_bit)
@@ -97,7 +97,7 @@ def others(bench: Bench, entries: Entries, size: Size, dim: int, batch: int) -> 
 
 
 def timed(bench: Bench, make: Callable[[], PhasedStep]) -> dict[str, Any]:
-    """The times of a step and its parts, and its peak of memory."""
+    """Return the times of a step and its parts, and its peak of memory."""
     step = make()
     bench.reset_peak()
     found = bench.phases(step)
@@ -110,7 +110,7 @@ def products_alone(products: Callable[[], float]) -> dict[str, Any]:
 
 
 def add_ratios(entries: Entries, mode: str | None) -> None:
-    """Enter how much longer than the head each takes at the same size; below 1 it is faster."""
+    """Record the time of each over the head's at the same size; below 1 it is faster."""
     for name, entry in entries.items():
         size = name.split(":")[0]
         head = entries.get(f"{size}: head{f', {mode}' if mode else ''}", {})

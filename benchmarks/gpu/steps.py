@@ -1,4 +1,4 @@
-"""Training steps to be timed: the head of this package, what research code does instead, and the bare products."""
+"""Training steps to be timed: the head of this package, typical research code, and the bare products."""
 
 from __future__ import annotations
 
@@ -69,9 +69,9 @@ class HeadStep:
 
 
 class PlainStep:
-    """Step of InsightFace's partial_fc_v2 on one GPU: the sampled rows are indexed, all logits are formed at once,
-    autograd goes back through them, and dense SGD walks the whole weight. The margin touches the targets only, it and
-    the softmax work in place: this is the fast and frugal end of such code.
+    """Step of InsightFace's partial_fc_v2 on one GPU: it indexes the sampled rows, forms all logits at once, runs
+    autograd back through them, and walks the whole weight with dense SGD. The margin touches the targets only, and it
+    and the softmax work in place: the fast and frugal end of such code.
 
     Args:
         fp16: form the logits under autocast to fp16 (bf16 on a CPU).
@@ -119,7 +119,7 @@ class PlainStep:
 
 
 def bare_products_ms(bench: Bench, active: int, dim: int, batch: int, sixteen_bit: bool) -> float:
-    """Milliseconds of the four products a step that stores no logits cannot avoid: logits, dX, logits again, dW.
+    """Return milliseconds of the four products that a step without stored logits needs: logits, dX, logits again, dW.
 
     Measured on one chunk of rows; 16-bit ones have float32 results where those are summed up further.
     """
@@ -138,11 +138,11 @@ def bare_products_ms(bench: Bench, active: int, dim: int, batch: int, sixteen_bi
 
 
 def head_seconds(active: float, batch: int) -> float:
-    """Roughly what a head step takes on an H100 in float32: to decide whether there is time to measure it."""
+    """Estimate a head step on an H100 in float32, to decide if there is time to measure it."""
     return 0.01 + active * (20e-9 + 91e-12 * batch)
 
 
 def short(number: float) -> str:
-    """``number`` of classes, as people say it."""
+    """Return a short ``number`` of classes, such as 100k."""
     power = 0 if number < 1000 else min(2, int(math.log10(number) // 3))
     return f"{number / 1000**power:.3g}{('', 'k', 'M')[power]}"

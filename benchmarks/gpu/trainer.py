@@ -1,4 +1,4 @@
-"""A short training by the trainer itself, where its packages and a data set are there."""
+"""A short training by the trainer itself, if its packages and a data set are present."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ def run(bench: Bench, entries: Entries) -> None:
 
 
 def train(bench: Bench, data: Path) -> dict[str, Any]:
-    """Train a few hundred steps with the settings of the quickstart, or what there is time for; its last log line."""
+    """Train a few hundred steps with the quick start's settings, or as many as there is time for; return its last log
+    line.
+    """
     folder = bench.out / "trainer"
     shutil.rmtree(folder, ignore_errors=True)
     samples = json.loads((data / "index.json").read_text())["num_samples"]

@@ -1,7 +1,7 @@
 """Find where a step makes the host wait for the device, count its kernels, and measure how busy the device is.
 
-torch warns of most waits, not of those in torch.sparse and torch.distributed; the calls of the CUDA runtime that the
-profiler counts are complete.
+torch warns of most waits, but not of those in torch.sparse and torch.distributed; the profiler's count of CUDA runtime
+calls is complete.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def count(
     waits: dict[str, list[str]],
     tops: dict[str, list[str]],
 ) -> dict[str, Any]:
-    """The totals of one step; adds its waits by place and its slowest kernels to ``waits`` and ``tops``."""
+    """Return the totals of one step; add its waits by place and its slowest kernels to ``waits`` and ``tops``."""
     step = make()
     ms = bench.ms(step, repeats=5)
     with noted_waits() as places:
@@ -86,7 +86,7 @@ def count(
 
 @contextmanager
 def noted_waits() -> Iterator[Counter[str]]:
-    """Counts the waits that torch warns of, by the line of this package that causes them."""
+    """Counts the waits that torch warns of, by the causing line of this package."""
     places: Counter[str] = Counter()
 
     def note(
@@ -111,7 +111,7 @@ def noted_waits() -> Iterator[Counter[str]]:
 
 
 def _place(elsewhere: str) -> str:
-    """The innermost line of this package that is being executed; ``elsewhere`` if there is none."""
+    """Return the innermost line of this package being executed; ``elsewhere`` if there is none."""
     frame = sys._getframe(1)
     while frame.f_back is not None:
         if frame.f_code.co_filename.startswith(_PACKAGE):
@@ -121,7 +121,7 @@ def _place(elsewhere: str) -> str:
 
 
 class Profile:
-    """Kernels that one step launches, and the time that the device works on it."""
+    """Kernels that one step launches, and the device's time for it."""
 
     def __init__(self, step: HeadStep, bench: Bench) -> None:
         activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
@@ -129,7 +129,7 @@ class Profile:
             step()
             bench.wait()
         self._averages: Any = profiler.key_averages()
-        # Named ranges, such as an optimizer's step, appear on the device too: they span kernels and are none.
+        # Named ranges, such as an optimizer's step, appear on the device too: they span kernels but are none.
         self._on_device = [
             event
             for event in self._averages
@@ -147,7 +147,7 @@ class Profile:
         return sum(event.count for event in self._averages if event.key == name)
 
     def top(self) -> list[str]:
-        """The kernels and copies that take the most device time, with their share of it."""
+        """Return the kernels and copies that take the most device time, with their share of it."""
         events = sorted(self._on_device, key=lambda event: event.self_device_time_total, reverse=True)[:_TOP]
         return [
             f"{event.self_device_time_total / 1e3:8.2f} ms "
