@@ -39,7 +39,7 @@ def read_bounded(path: Path | str, limit: int) -> bytes:
     """Return the content of a regular file of at most ``limit`` bytes.
 
     Raises:
-        OSError: it cannot be read, is not a regular file, or is larger; ``strerror`` says which, in words for a message.
+        OSError: it cannot be read, is not a regular file, or is larger; ``strerror`` says which, for a message.
     """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
