@@ -42,6 +42,7 @@ from types import FrameType
 from typing import Any
 
 from partialfc.files import write_atomically
+from partialfc.runtime.stopping import STOP_FILE, StopCause, StoppedBy
 
 _SELF = "launch/torchrun.sh"
 _POLL = 0.2  # seconds
@@ -157,7 +158,7 @@ class Start:
 
     def remove_request(self) -> None:
         """Remove a request that came too late, so that it does not stop the next start."""
-        stop = self._run / "stop"
+        stop = self._run / STOP_FILE
         if self._request and _read_text(stop) == self._request:
             stop.unlink(missing_ok=True)
 
@@ -166,10 +167,12 @@ class Start:
         return self._own_state is None or self._has_begun()
 
     def _leave_request(self, signal_name: str) -> None:
-        job = f", job {os.environ['SLURM_JOB_ID']}" if os.environ.get("SLURM_JOB_ID") else ""
-        request = f"{signal_name} to {_SELF} on {socket.gethostname()}{job}\n"
+        job = os.environ.get("SLURM_JOB_ID")
+        by = StoppedBy.PERSON if signal_name == "INT" else StoppedBy.LAUNCHER
+        words = f"{signal_name} to {_SELF} on {socket.gethostname()}" + (f", job {job}" if job else "")
+        request = StopCause(by, words).to_text() + (f"job: {job}\n" if job else "")  # the job script looks for it
         with suppress(OSError):  # the next poll tries again
-            write_atomically(self._run / "stop", request)
+            write_atomically(self._run / STOP_FILE, request)
             self._request = request
 
     def _has_begun(self) -> bool:

@@ -15,6 +15,7 @@ from partialfc.config import Config, to_yaml
 from partialfc.errors import ConfigError
 from partialfc.files import FileLock, write_atomically
 from partialfc.runs.state import STATE, read_state, tell_launcher, write_state
+from partialfc.runtime.stopping import StoppedBy
 from partialfc.tracking.console import log
 from partialfc.tracking.metrics import MetricsFile, read_metrics
 from partialfc.tracking.wandb.run import start_wandb
@@ -67,8 +68,12 @@ class RunFolder:
         """Record that work continues without completing a step, as in an evaluation."""
         self._last_progress = time.monotonic()
 
-    def set_state(self, state: str, step: int, reason: str = "") -> None:
+    def set_state(self, state: str, step: int, reason: str = "", stopped_by: StoppedBy | None = None) -> None:
         """Write state.json: ``running``, ``preempted``, ``finished`` or ``failed``.
+
+        Args:
+            reason: why the run ended, in words for people.
+            stopped_by: who asked a ``preempted`` run to stop.
 
         Raises:
             OSError: it cannot be written and ``state`` is ``finished``. In any other state that is only a warning: a
@@ -78,7 +83,7 @@ class RunFolder:
             if state != "running":
                 self._closed.set()
             self._step = step
-            values = self._values(state, reason)
+            values = self._values(state, reason, stopped_by)
             try:
                 write_state(self.path, values)
                 tell_launcher(values)
@@ -110,7 +115,7 @@ class RunFolder:
 
         def state() -> dict[str, Any]:
             since = time.monotonic() - self._last_progress
-            return {**self._values("running", ""), "seconds_since_progress": round(since, 3)}
+            return {**self._values("running"), "seconds_since_progress": round(since, 3)}
 
         try:
             endpoint = Endpoint(port, state, 2 * config.run.timeout)
@@ -121,7 +126,7 @@ class RunFolder:
         log(f"serving /healthz and /metrics on 127.0.0.1:{port}")
         return endpoint
 
-    def _values(self, state: str, reason: str) -> dict[str, Any]:
+    def _values(self, state: str, reason: str = "", stopped_by: StoppedBy | None = None) -> dict[str, Any]:
         return {
             "state": state,
             "step": self._step,
@@ -131,6 +136,7 @@ class RunFolder:
             "pid": os.getpid(),
             "updated": round(time.time(), 3),
             "reason": reason,
+            "stopped_by": stopped_by,
             "seconds_left": None if self._seconds_left is None or state != "running" else round(self._seconds_left),
             "start_step": self.start_step,
             "restarts": self.restarts,
@@ -143,7 +149,7 @@ class RunFolder:
                 if state and state.get("state") == "failed" and state.get("attempt") == self.attempt:
                     return  # written by another rank; this one is about to fail, too
                 if not self._closed.is_set():
-                    write_state(self.path, self._values("running", ""))
+                    write_state(self.path, self._values("running"))
 
 
 def lock_folder(config: Config) -> FileLock:

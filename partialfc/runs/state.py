@@ -43,7 +43,7 @@ def record_failure(
     """
     state = read_state(folder)
     if state is not None and state.get("state") in states:
-        state |= {"state": "failed", "reason": reason, "updated": round(time.time(), 3)}
+        state |= {"state": "failed", "reason": reason, "stopped_by": None, "updated": round(time.time(), 3)}
         if given_up:
             state["given_up"] = True
         with suppress(OSError):

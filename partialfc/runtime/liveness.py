@@ -16,11 +16,12 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch.distributed as dist
 
-from partialfc.runtime.stopping import StopRequest
+from partialfc.runtime.stopping import StopCause, StopRequest
 
 _INTERVAL = 1.0  # seconds between signs of life
 _SILENT_AFTER = 6.0  # seconds without a new sign, once a collective has failed
@@ -93,10 +94,12 @@ class Liveness:
                 count += 1
                 self._store.set(self._key(self.rank), self._sign(count))
                 if self._store.check(["stop"]):
-                    self._stop.request(self._store.get("stop").decode())
+                    self._stop.request(StopCause.from_text(self._store.get("stop").decode()))
                 elif self._stop.requested and not shared:
                     shared = True
-                    self._store.set("stop", f"{self._stop.reason} (rank {self.rank})")
+                    assert self._stop.cause
+                    cause = replace(self._stop.cause, reason=f"{self._stop.cause.reason} (rank {self.rank})")
+                    self._store.set("stop", cause.to_text())
                 if self._store.check(["failure"]):
                     self._failure = self._store.get("failure").decode()
                 self._signs = self._read(self._watched)

@@ -17,7 +17,7 @@ from partialfc.errors import CheckpointFailed, PartialFCError, RankLost
 from partialfc.runtime.collectives import all_gather_object
 from partialfc.runtime.liveness import Liveness
 from partialfc.runtime.rendezvous import fresh_store
-from partialfc.runtime.stopping import StopRequest
+from partialfc.runtime.stopping import StopCause, StopRequest
 
 #: Timeout of collectives during which one rank may work for long while the others wait: imports, compilers and caches
 #: before the first step, the writing of a checkpoint, an evaluation.
@@ -90,9 +90,9 @@ class ProcessContext:
         dist.all_reduce(votes)
         return bool(votes.item())
 
-    def stop_reason(self) -> str:
-        """Return the reason of the lowest rank that was asked to stop. A collective."""
-        return next((reason for reason in all_gather_object(self.stop.reason) if reason), "a request")
+    def stop_cause(self) -> StopCause:
+        """Return the cause on the lowest rank that was asked to stop, once one was. A collective."""
+        return next(cause for cause in all_gather_object(self.stop.cause) if cause)
 
     def explain(self, error: Exception) -> Exception:
         """Return ``error``, or a :class:`RankLost` that names the rank at fault; publish an own error to all ranks."""

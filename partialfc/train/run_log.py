@@ -14,6 +14,7 @@ from partialfc.planning.describe import describe_memory, describe_rate
 from partialfc.runs.folder import RunFolder
 from partialfc.runs.state import record_failure
 from partialfc.runtime.process import ProcessContext
+from partialfc.runtime.stopping import StopCause, StoppedBy
 from partialfc.tracking.console import log
 from partialfc.train.step_check import Fault
 
@@ -68,11 +69,12 @@ class RunLog:
         for line in describe_results(results):
             self._print(line)
 
-    def preempted(self, step: int, reason: str) -> None:
+    def preempted(self, step: int, cause: StopCause) -> None:
         """Record the end of a run that was asked to stop."""
-        self._print(f"stopped after step {step:,} on request ({reason}), checkpoint written; start again to resume")
-        self._event("preempted", step, reason=reason)
-        self._set_state("preempted", step, f"asked to stop by {reason}")
+        why = cause.reason
+        self._print(f"stopped after step {step:,} on request ({why}), checkpoint written; start again to resume")
+        self._event("preempted", step, reason=why, stopped_by=cause.by)
+        self._set_state("preempted", step, f"asked to stop by {why}", cause.by)
 
     def finished(self, step: int, training_seconds: float, samples: int) -> None:
         """Record the end of a run that is complete; seconds and samples are of this attempt."""
@@ -103,6 +105,6 @@ class RunLog:
     def _event(self, name: str, step: int, **values: Any) -> None:
         self._write("event", event=name, step=step, **values)
 
-    def _set_state(self, state: str, step: int, reason: str = "") -> None:
+    def _set_state(self, state: str, step: int, reason: str = "", stopped_by: StoppedBy | None = None) -> None:
         if self.folder:
-            self.folder.set_state(state, step, reason)
+            self.folder.set_state(state, step, reason, stopped_by)

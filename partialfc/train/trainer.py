@@ -167,11 +167,11 @@ class Trainer:
         with self.process.relaxed_timeout():
             self.checkpoints.report(self.log.folder, wait=True)
             if stopped:
-                reason = self.process.stop_reason()
-                self.process.stop.request(reason)  # whichever rank was asked: a later signal is the same request
+                cause = self.process.stop_cause()
+                self.process.stop.request(cause)  # whichever rank was asked: a later signal is the same request
         self.process.stop.remove_file()
         if stopped:
-            self.log.preempted(self.step, reason)
+            self.log.preempted(self.step, cause)
             return "preempted"
         self.log.finished(self.step, self.training_seconds, self.metrics.samples - first_samples)
         return "finished"

@@ -42,19 +42,25 @@ case "$*" in
     *" launch script train.sbatch") echo "$SCRIPT"; exit ;;
     *" --get run.dir" | *" --get data.train") echo "$RUN"; exit ;; # the run folder is its data set, too
 esac
-state='{\\n "state": "%s",\\n "attempt": %s,\\n "reason": "%s"\\n}\\n'
-say() { printf "$state" "$1" 1 "$2" | tee "$RUN/state.json" > "${PARTIALFC_STATE_FILE:-/dev/null}"; }
+state='{\\n "state": "%s",\\n "attempt": %s,\\n "reason": "%s"%b\\n}\\n'
+say() { # STATE REASON [STOPPED_BY]
+    printf "$state" "$1" 1 "$2" "${3:+,\\n \\"stopped_by\\": \\"$3\\"}" |
+        tee "$RUN/state.json" > "${PARTIALFC_STATE_FILE:-/dev/null}"; }
 case $OUTCOME in
     finished) say finished "" ;;
     failed) say failed "rank 1: it broke"; exit 1 ;;
-    stopped) say preempted "asked to stop by the file $RUN/stop" ;;
-    preempted) say preempted "asked to stop by TERM to launch/torchrun.sh on n2 (the file $RUN/stop)" ;;
-    overtaken) say preempted "asked to stop by the file $RUN/stop"
-        printf "$state" running 2 "" > "$RUN/state.json"; echo "Ann: to the other" > "$RUN/stop" ;;
+    stopped) say preempted "asked to stop by Ann: no SIGTERM tonight (the file $RUN/stop)" person ;;
+    signalled) say preempted "asked to stop in any words" signal ;;
+    preempted) say preempted "asked to stop in any words" launcher ;;
+    0.1-stopped) say preempted "asked to stop by the file $RUN/stop" ;;
+    0.1-signalled) say preempted "asked to stop by SIGTERM" ;;
+    0.1-preempted) say preempted "asked to stop by TERM to launch/torchrun.sh on n2 (the file $RUN/stop)" ;;
+    overtaken) say preempted "asked to stop by the file $RUN/stop" person
+        printf "$state" running 2 "" "" > "$RUN/state.json"; echo "Ann: to the other" > "$RUN/stop" ;;
     waiting) kill -USR1 "$JOB"; sleep 1.5; cp "$RUN/stop" "$RUN/seen"; exit 1 ;;
     warned | refused) kill -USR1 "$JOB"; sleep 1; [ ! -e "$RUN/stop" ] || exit 1; say running ""
         until [ -e "$RUN/stop" ]; do sleep 0.05; done
-        say preempted "asked to stop by $(cat "$RUN/stop") (the file $RUN/stop)"; rm "$RUN/stop" ;;
+        say preempted "asked to stop in any words" "$(sed -n 's/^stopped_by: //p' "$RUN/stop")"; rm "$RUN/stop" ;;
     early) echo "error: no data" >&2; exit 1 ;;
     usage) printf '2\\nwhy\\n' > "$PARTIALFC_CODE_FILE"; exit 1 ;; # as torchrun's ranks and torchrun do
     late | never) [ "$OUTCOME" = never ] || say running ""; kill -USR1 "$JOB"; exec sleep 8 >/dev/null 2>&1 ;;
@@ -101,6 +107,10 @@ def job(
         ("failed", 1, False),
         ("stopped", 3, False),  # by a person
         ("preempted", -15, True),  # by Slurm, which tells the nodes and not the script; it ends the script in the end
+        ("signalled", -15, True),
+        ("0.1-stopped", 3, False),  # a state.json without the field stopped_by
+        ("0.1-signalled", -15, True),
+        ("0.1-preempted", -15, True),
         ("warned", -15, True),
         ("refused", 75, True),
     ],
@@ -125,6 +135,19 @@ def test_a_job_that_waits_for_another_in_its_run_folder_leaves_that_ones_request
     assert code == 1, output
     assert (run / "seen").read_text() == "Ann: the disk is moved\n", "neither removed nor replaced"
     assert (run / "stop").exists()
+
+
+def test_a_request_that_an_earlier_start_of_the_job_has_left_is_removed_whoever_trains_in_the_folder(
+    tmp_path: Path,
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    for words, removed in (("Ann: like job 77", False), ("SIGUSR1 from Slurm\nstopped_by: launcher\njob: 77", True)):
+        (run / "state.json").write_text('{\n "state": "running",\n "attempt": 1\n}\n')
+        (run / "stop").write_text(f"{words}\n")
+        code, output, _ = job(tmp_path, "finished")
+        assert code == 0, output
+        assert (run / "stop").exists() != removed, words
 
 
 def test_the_result_of_a_job_is_that_of_its_own_attempt_although_another_has_begun(tmp_path: Path) -> None:

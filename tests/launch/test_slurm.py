@@ -154,7 +154,7 @@ def test_a_job_ends_with_3_if_somebody_stops_it_and_goes_on_if_another_that_wait
         time.sleep(0.1)
     assert not (folder / "stop").exists()
     wait_for_step(slurm, job, tmp_path, steps_done(folder) + 1)
-    (folder / "stop").touch()
+    (folder / "stop").write_text("Ann: before Slurm sends SIGTERM\n")
     found = slurm.wait_for(job, *ENDED)
     assert (found["JobState"], found["ExitCode"], found["Restarts"]) == ("FAILED", "3:0", "0"), output(tmp_path)
     assert_checkpoint_of_its_last_step(folder)

@@ -114,6 +114,7 @@ def test_a_signal_becomes_a_request_once_the_own_start_has_begun(tmp_path: Path,
     os.kill(os.getpid(), signal.SIGUSR1)
     assert start.wait(process, signals) == 0, "the request came before the start had begun"
     assert stop.read_text().startswith("USR1 to launch/torchrun.sh on ")
+    assert "\nstopped_by: launcher\n" in stop.read_text()
     start.remove_request()
     assert not stop.exists()
 

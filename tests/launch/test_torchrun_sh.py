@@ -58,6 +58,7 @@ def test_a_stopped_run_is_75_with_a_checkpoint(task: Path, tmp_path: Path, reque
         assert process.wait(120) == 75, output.read_text()
     found = state(folder)
     assert found["state"] == "preempted"
+    assert found["stopped_by"] == ("launcher" if request_by in (signal.SIGTERM, signal.SIGUSR1) else "person")
     assert ("the file" if request_by == "file" else request_by.name[3:]) in found["reason"]
     assert (folder / "checkpoints" / f"step-{found['step']:08d}" / "manifest.json").exists()
     assert len(lines(folder, "train")) == found["step"]
