@@ -15,6 +15,7 @@ from partialfc.cli.exits import FAILED, WRONG_USAGE, fail
 from partialfc.cli.export import export_command
 from partialfc.cli.train import train_command
 from partialfc.errors import ConfigError, PartialFCError
+from partialfc.runtime.timings import Timings
 
 app = typer.Typer(
     help="Train classifiers with very many classes, the classifier sharded over ranks.",
@@ -48,14 +49,14 @@ def options(
     """Accept options before the verb."""
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command, with ``sys.argv`` by default, and end the process.
+def main(arguments: Sequence[str] | None = None, timings: Timings | None = None) -> None:
+    """Run the command, with ``sys.argv`` by default, and end the process; ``timings`` are those of a training.
 
     Exit codes: 0 finished, 1 failed (the last line says why), 2 wrong usage or config, 75 stopped on request with a
     checkpoint written.
     """
     try:
-        app(arguments)
+        app(arguments, obj=timings)
     except ConfigError as error:
         fail(error, WRONG_USAGE)
     except PartialFCError as error:

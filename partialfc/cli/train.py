@@ -12,6 +12,7 @@ from partialfc.errors import ConfigError
 
 
 def train_command(
+    context: typer.Context,
     config: ConfigFile,
     overrides: Overrides = None,
     force: Force = False,
@@ -34,8 +35,9 @@ def train_command(
             "--ranks belongs to --dry-run; to train on several: torchrun --nproc-per-node N -m partialfc …"
         )
     from partialfc.runtime.process import under_torchrun
+    from partialfc.runtime.timings import DEFAULT_TIMINGS
     from partialfc.train.main import train
 
-    outcome = train(load_config(config, overrides or []), force)
+    outcome = train(load_config(config, overrides or []), force, context.obj or DEFAULT_TIMINGS)
     # torchrun treats any other code as a failure and restarts the run; state.json holds the outcome.
     exit_now(STOPPED if outcome == "preempted" and not under_torchrun() else 0)

@@ -16,12 +16,12 @@ from partialfc.errors import ConfigError
 from partialfc.files import FileLock, write_atomically
 from partialfc.runs.state import STATE, read_state, tell_launcher, write_state
 from partialfc.runtime.stopping import StoppedBy
+from partialfc.runtime.timings import DEFAULT_TIMINGS
 from partialfc.tracking.console import log
 from partialfc.tracking.metrics import MetricsFile, read_metrics
 from partialfc.tracking.wandb.run import start_wandb
 
 LOCK = ".lock"  # held by the process that trains in the folder
-_HEARTBEAT = 5.0  # seconds between updates of state.json
 
 
 class RunFolder:
@@ -31,10 +31,17 @@ class RunFolder:
         step: first step of this attempt.
         restarts: automatic restarts in a row, this one included, that began at the same step.
         lock: the folder's lock, if the caller holds it already; released by :meth:`close`.
+        heartbeat: seconds between updates of ``state.json``.
     """
 
     def __init__(
-        self, config: Config, total_steps: int, step: int, restarts: int = 0, lock: FileLock | None = None
+        self,
+        config: Config,
+        total_steps: int,
+        step: int,
+        restarts: int = 0,
+        lock: FileLock | None = None,
+        heartbeat: float = DEFAULT_TIMINGS.heartbeat,
     ) -> None:
         self.path = config.run.dir
         self._folder_lock = lock or lock_folder(config)
@@ -50,6 +57,7 @@ class RunFolder:
         self.metrics.write("event", event="started", attempt=self.attempt, step=step, total_steps=total_steps)
         self._lock = threading.Lock()
         self._closed = threading.Event()
+        self._heartbeat = heartbeat
         self._step = step
         self._seconds_left: float | None = None
         self._last_progress = time.monotonic()
@@ -99,7 +107,7 @@ class RunFolder:
     def close(self) -> None:
         """Stop writing and release the folder."""
         self._closed.set()
-        self._thread.join(_HEARTBEAT)
+        self._thread.join(self._heartbeat)
         if self._endpoint:
             self._endpoint.close()
         self.metrics.close()
@@ -143,7 +151,7 @@ class RunFolder:
         }
 
     def _keep_fresh(self) -> None:
-        while not self._closed.wait(_HEARTBEAT):
+        while not self._closed.wait(self._heartbeat):
             with self._lock, suppress(OSError):  # a full disk must not end the thread
                 state = read_state(self.path)
                 if state and state.get("state") == "failed" and state.get("attempt") == self.attempt:

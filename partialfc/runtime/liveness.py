@@ -22,11 +22,8 @@ from typing import Any
 import torch.distributed as dist
 
 from partialfc.runtime.stopping import StopCause, StopRequest
+from partialfc.runtime.timings import DEFAULT_TIMINGS, Timings
 
-_INTERVAL = 1.0  # seconds between signs of life
-_SILENT_AFTER = 6.0  # seconds without a new sign, once a collective has failed
-_EXPLAIN_WITHIN = 20.0  # seconds; the store may not answer
-_GRACE = 15  # wake-ups in which the main thread may notice a failure by itself
 _PHASES = ("data", "forward", "head", "backward", "update", "save", "evaluate")
 
 _UNREACHABLE = "the store that all ranks share does not answer: rank 0, its launcher or the network to it is gone"
@@ -42,10 +39,17 @@ class Liveness:
     """
 
     def __init__(
-        self, rank: int, world_size: int, timeout: float, stop: StopRequest, on_lost: Callable[[str], None]
+        self,
+        rank: int,
+        world_size: int,
+        timeout: float,
+        stop: StopRequest,
+        on_lost: Callable[[str], None],
+        timings: Timings = DEFAULT_TIMINGS,
     ) -> None:
         self.rank, self.world_size = rank, world_size
-        self._most_silent = max(_GRACE, round(timeout / _INTERVAL))
+        self._timings = timings
+        self._most_silent = max(timings.grace_signs, round(timeout / timings.sign_every))
         self._stop, self._on_lost = stop, on_lost
         # A separate connection: a waiting call may block the default one.
         default: Any = dist.distributed_c10d._get_default_store()
@@ -72,25 +76,25 @@ class Liveness:
     def report_failure(self, reason: str) -> None:
         """Publish the reason for which this rank ends; the first reason of all ranks counts."""
         self._ending = True
-        _within(_EXPLAIN_WITHIN / 4, lambda: self._publish(f"rank {self.rank}: {reason}"))
+        _within(self._timings.explain_within / 4, lambda: self._publish(f"rank {self.rank}: {reason}"))
 
     def explain(self) -> str | None:
         """Return the reason another rank keeps this one waiting, or None; watches the signs for some seconds."""
         self._ending = True
-        answered, reason = _within(_EXPLAIN_WITHIN, self._find_reason)
+        answered, reason = _within(self._timings.explain_within, self._find_reason)
         return reason if answered else _UNREACHABLE
 
     def close(self) -> None:
         self._closed.set()
         for thread in self._threads:
-            thread.join(2 * _INTERVAL)
+            thread.join(2 * self._timings.sign_every)
 
     # --- signing in: everything that talks to the store, which may block ----------------------------------------------
 
     def _sign_in(self) -> None:
         count, shared = 0, False
         try:
-            while not self._closed.wait(_INTERVAL):
+            while not self._closed.wait(self._timings.sign_every):
                 count += 1
                 self._store.set(self._key(self.rank), self._sign(count))
                 if self._store.check(["stop"]):
@@ -113,7 +117,7 @@ class Liveness:
         silence = dict.fromkeys(self._watched, 0)
         unanswered = failed = 0
         signs, rounds = self._signs, self._rounds
-        while not self._closed.wait(_INTERVAL):
+        while not self._closed.wait(self._timings.sign_every):
             unanswered = unanswered + 1 if rounds == self._rounds else 0
             if not unanswered:
                 silence = {
@@ -127,7 +131,7 @@ class Liveness:
                 reason = _not_heard_from(lost)
             elif unanswered >= self._most_silent:
                 reason = _UNREACHABLE
-            elif failed >= _GRACE:
+            elif failed >= self._timings.grace_signs:
                 reason = self._failure
             if reason and not self._ending:
                 if lost:
@@ -142,13 +146,13 @@ class Liveness:
         others = [rank for rank in range(self.world_size) if rank != self.rank]
         first = self._read(others)
         silent = set(others)
-        deadline = time.monotonic() + _SILENT_AFTER
+        deadline = time.monotonic() + self._timings.silent_after
         while silent and time.monotonic() < deadline:
             if self._store.check(["failure"]):
                 return self._store.get("failure").decode()
             now = self._read(sorted(silent))
             silent -= {rank for rank in silent if now[rank] != first[rank]}
-            time.sleep(_INTERVAL / 4)
+            time.sleep(self._timings.sign_every / 4)
         if silent:
             self._publish(_not_heard_from(silent))
             return _not_heard_from(silent)

@@ -18,6 +18,7 @@ from partialfc.runtime.collectives import all_gather_object
 from partialfc.runtime.liveness import Liveness
 from partialfc.runtime.rendezvous import fresh_store
 from partialfc.runtime.stopping import StopCause, StopRequest
+from partialfc.runtime.timings import DEFAULT_TIMINGS, Timings
 
 #: Timeout of collectives during which one rank may work for long while the others wait: imports, compilers and caches
 #: before the first step, the writing of a checkpoint, an evaluation.
@@ -34,6 +35,7 @@ class ProcessContext:
     stop: StopRequest
     liveness: Liveness | None = None
     timeout: timedelta = LONG_TIMEOUT
+    timings: Timings = DEFAULT_TIMINGS
     #: Called by the main thread, now and then, while it works outside the training steps.
     on_progress: list[Callable[[], None]] = field(default_factory=list)
     #: Called by a thread, with the reason, when another rank is lost; the process ends right after.
@@ -119,7 +121,9 @@ class ProcessContext:
 
 
 @contextmanager
-def joined(run_folder: Path | None, timeout: float, group_of_one: bool = False) -> Iterator[ProcessContext]:
+def joined(
+    run_folder: Path | None, timeout: float, group_of_one: bool = False, timings: Timings = DEFAULT_TIMINGS
+) -> Iterator[ProcessContext]:
     """Join the process group that torchrun's environment describes; without one, run as a single process.
 
     Args:
@@ -139,7 +143,7 @@ def joined(run_folder: Path | None, timeout: float, group_of_one: bool = False) 
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         try:
             with stop.listening():
-                yield ProcessContext(0, 1, device, stop)
+                yield ProcessContext(0, 1, device, stop, timings=timings)
         finally:
             if group_of_one:
                 dist.destroy_process_group()
@@ -147,10 +151,10 @@ def joined(run_folder: Path | None, timeout: float, group_of_one: bool = False) 
     stop = StopRequest(run_folder if os.environ["RANK"] == "0" else None)
     store, rank, world_size = fresh_store(LONG_TIMEOUT)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=LONG_TIMEOUT)
-    process = ProcessContext(rank, world_size, device, stop)
+    process = ProcessContext(rank, world_size, device, stop, timings=timings)
     with stop.listening():  # only now: until all ranks are there, a launcher's SIGTERM should end the process
         try:
-            process.liveness = Liveness(rank, world_size, timeout, stop, process.abort)
+            process.liveness = Liveness(rank, world_size, timeout, stop, process.abort, timings)
             try:
                 yield process
             except Exception as error:  # an error before training; the trainer explains its own

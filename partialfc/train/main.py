@@ -6,13 +6,14 @@ from partialfc.config import Config
 from partialfc.runs.summary import summarize
 from partialfc.runtime.collectives import broadcast_from_rank0
 from partialfc.runtime.process import joined
+from partialfc.runtime.timings import DEFAULT_TIMINGS, Timings
 from partialfc.tracking.console import log
 from partialfc.tracking.wandb.run import require_wandb
 from partialfc.train.finished import finished_before
 from partialfc.train.trainer import Outcome, Trainer
 
 
-def train(config: Config, force: bool = False) -> Outcome:
+def train(config: Config, force: bool = False, timings: Timings = DEFAULT_TIMINGS) -> Outcome:
     """Train the run that ``config`` describes, on the ranks that torchrun started, or alone.
 
     A run folder that holds a checkpoint is resumed. After ``"preempted"`` the process ignores further requests to stop,
@@ -20,6 +21,7 @@ def train(config: Config, force: bool = False) -> Outcome:
 
     Args:
         force: allow config changes that change results.
+        timings: how often the run shows signs of life.
 
     Returns:
         ``"finished"``; or ``"preempted"`` if the run was asked to stop, has written a checkpoint, and can be resumed.
@@ -28,7 +30,8 @@ def train(config: Config, force: bool = False) -> Outcome:
         PartialFCError: the run failed; the message says why. ``RankLost`` names the rank that the others waited for.
     """
     require_wandb(config.tracking.wandb)
-    with joined(config.run.dir, config.run.timeout, group_of_one=config.engine.name == "deepspeed") as process:
+    group_of_one = config.engine.name == "deepspeed"
+    with joined(config.run.dir, config.run.timeout, group_of_one, timings) as process:
         # One answer for all ranks: another process may finish the run meanwhile.
         if broadcast_from_rank0(lambda: finished_before(config, force)):
             if process.is_first:

@@ -142,7 +142,8 @@ class Trainer:
             states = ("running", "failed", "preempted")
             record_failure(self.config.run.dir, str(error), states, given_up=True)
             raise
-        return RunFolder(self.config, self.schedule.total_steps, self.step, restarts, lock)
+        heartbeat = self.process.timings.heartbeat
+        return RunFolder(self.config, self.schedule.total_steps, self.step, restarts, lock, heartbeat)
 
     def _record_failure(self, error: BaseException) -> BaseException:
         """Record the failure; return the error to raise, which names the rank at fault if that is known."""

@@ -23,7 +23,7 @@ from partialfc.engines.state import OPTIMIZER
 from partialfc.errors import PartialFCError
 from partialfc.runtime.process import ProcessContext, joined
 from partialfc.train.trainer import Trainer
-from tests.harness.hurried import hurry
+from tests.harness.hurried import HURRIED
 from tests.harness.machine import pretend_fp16
 
 
@@ -106,12 +106,12 @@ def write_down(trainer: Trainer, first: str, stepped_at_first: bool) -> None:
 
 def main() -> None:
     path, fault, at_fault, steps, *overrides = sys.argv[1:]
-    hurry()
     config = load_config(path, overrides)
     if config.engine.name == "deepspeed" and config.engine.precision == "fp16":
         pretend_fp16()
     try:
-        with joined(config.run.dir, config.run.timeout, group_of_one=config.engine.name == "deepspeed") as process:
+        group_of_one = config.engine.name == "deepspeed"
+        with joined(config.run.dir, config.run.timeout, group_of_one, HURRIED) as process:
             trainer = Trainer(config, process)
             first, has_stepped = digest_of(trainer), stepped(trainer)
             install(trainer, process, fault, int(at_fault), steps_of(steps))

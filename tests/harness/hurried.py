@@ -3,30 +3,17 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
 
-from partialfc.runs import folder
-from partialfc.runtime import liveness
+from partialfc.cli.main import main as command
+from partialfc.runtime.timings import Timings
 
-
-def hurry() -> None:
-    """Make the constants of watching small; a run's own ``run.timeout`` is for its config to say."""
-    for module, name, value in (
-        (liveness, "_INTERVAL", 0.25),
-        (liveness, "_SILENT_AFTER", 2.5),
-        (folder, "_HEARTBEAT", 0.5),
-    ):
-        _set(module, name, value)
+HURRIED = Timings(sign_every=0.25, heartbeat=0.5, silent_after=2.5)
 
 
-def _set(module: Any, name: str, value: float) -> None:
-    assert getattr(module, name) > value, f"{module.__name__}.{name}"
-    setattr(module, name, value)
+def main() -> None:
+    """Run the command with the words of ``sys.argv``."""
+    command(sys.argv[1:], HURRIED)
 
 
 if __name__ == "__main__":
-    from partialfc.__main__ import main
-
-    hurry()
-    sys.argv[0] = "partialfc"
     main()

@@ -134,9 +134,8 @@ def config_of(folder: Path, **tracking: Any) -> Any:
     return parse_config({"run": {"dir": str(folder)}, "data": {"train": "x"}, "tracking": tracking})
 
 
-def test_the_state_stays_fresh_while_nothing_happens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("partialfc.runs.folder._HEARTBEAT", 0.05)
-    folder = RunFolder(config_of(tmp_path), total_steps=10, step=0)
+def test_the_state_stays_fresh_while_nothing_happens(tmp_path: Path) -> None:
+    folder = RunFolder(config_of(tmp_path), total_steps=10, step=0, heartbeat=0.05)
     before = state(tmp_path)["updated"]
     folder.progress(3, 70.0)
     wait_until(lambda: state(tmp_path)["updated"] > before and state(tmp_path)["step"] == 3, seconds=10)
@@ -147,11 +146,8 @@ def test_the_state_stays_fresh_while_nothing_happens(tmp_path: Path, monkeypatch
     folder.close()
 
 
-def test_a_failure_that_another_rank_has_written_is_not_overwritten(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("partialfc.runs.folder._HEARTBEAT", 0.05)
-    folder = RunFolder(config_of(tmp_path), total_steps=10, step=0)
+def test_a_failure_that_another_rank_has_written_is_not_overwritten(tmp_path: Path) -> None:
+    folder = RunFolder(config_of(tmp_path), total_steps=10, step=0, heartbeat=0.05)
     record_failure(tmp_path, "rank 1: the disk is gone")
     time.sleep(0.3)
     assert state(tmp_path)["reason"] == "rank 1: the disk is gone"

@@ -125,14 +125,12 @@ def slowed(script: Path, seconds: float) -> Path:
     """The command in a hurry, ``seconds`` slower at each part of a checkpoint and each protocol of an evaluation."""
     script.write_text(
         "import time\n"
-        "from tests.harness.hurried import hurry\n"
         "from partialfc.evaluate import runner as evaluation\n"
         "from partialfc.checkpoint import writer as saving\n"
         "write, score = saving._write_tensors, evaluation.score_pairs\n"
         f"saving._write_tensors = lambda *words: (time.sleep({seconds}), write(*words))\n"
         f"evaluation.score_pairs = lambda *words: (time.sleep({seconds}), score(*words))[1]\n"
-        "hurry()\n"
-        "from partialfc.__main__ import main\n"
+        "from tests.harness.hurried import main\n"
         "main()\n"
     )
     return script
@@ -207,12 +205,10 @@ def test_a_rank_that_dies_before_training_begins_is_named(task: Path, tmp_path: 
     folder, output, slow = tmp_path / "run", tmp_path / "output", tmp_path / "slow.py"
     slow.write_text(
         "import time\n"
-        "from tests.harness.hurried import hurry\n"
-        "hurry()\n"
         "from partialfc.checkpoint.manager import Checkpoints\n"
         "resume = Checkpoints.resume\n"
         "Checkpoints.resume = lambda self: (print('resumes', flush=True), time.sleep(3), resume(self))[2]\n"
-        "from partialfc.__main__ import main\n"
+        "from tests.harness.hurried import main\n"
         "main()\n"
     )
     words = [*torchrun(2), str(slow), "train", str(task), f"run.dir={folder}", *SETTINGS]

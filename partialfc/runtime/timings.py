@@ -1,0 +1,19 @@
+"""Intervals between a run's signs of life, and the times after which their absence counts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Intervals and graces of a run, in seconds. A setting says after which silence a rank is lost: ``run.timeout``."""
+
+    sign_every: float = 1.0  # between a rank's signs of life
+    heartbeat: float = 5.0  # between updates of state.json
+    silent_after: float = 6.0  # without a new sign, once a collective has failed
+    explain_within: float = 20.0  # to find why a collective has failed; the store may not answer
+    grace_signs: int = 15  # a count of signs, within which the main thread may notice a failure by itself
+
+
+DEFAULT_TIMINGS = Timings()
