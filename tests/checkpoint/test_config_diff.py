@@ -1,4 +1,4 @@
-"""Configs of checkpoints against that of the run that resumes: changes, and keys that one of them does not have."""
+"""Changes between a checkpoint's config and the resuming run's, and keys that one of them lacks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def resolved(**sections: Any) -> dict[str, Any]:
 
 
 def without(tree: dict[str, Any], key: str) -> dict[str, Any]:
-    """A copy of ``tree`` as a version wrote it that did not have ``key``."""
+    """Return a copy of ``tree`` as written by a version without ``key``."""
     copy = deepcopy(tree)
     *sections, name = key.split(".")
     inner = copy
@@ -61,7 +61,7 @@ def test_a_key_of_an_optional_section_may_be_lacking() -> None:
     now = resolved(head={"center_loss": {"weight": 0.1}})
     assert config_changes(without(now, "head.center_loss.alpha"), now) == []
     (change, other) = config_changes(resolved(), now)
-    assert {change.severity, other.severity} == {"impossible"}, "no centers: that the section is off is no lacking key"
+    assert {change.severity, other.severity} == {"impossible"}, "no centers: a section that is off is not a lacking key"
 
 
 def test_a_key_that_this_version_does_not_know_is_judged_by_its_section() -> None:
@@ -72,7 +72,7 @@ def test_a_key_that_this_version_does_not_know_is_judged_by_its_section() -> Non
     assert severities == {"head.temperature": "needs --force", "tracking.elsewhere": "harmless"}
 
 
-def test_parameters_of_a_loss_are_no_keys_of_a_version() -> None:
+def test_parameters_of_a_loss_are_not_keys_of_a_version() -> None:
     before, now = (resolved(head={"loss": {"name": "arcface"} | more}) for more in ({}, {"margin": 0.3}))
     assert [str(change) for change in config_changes(before, now)] == [
         "head.loss.margin: None before, 0.3 now (needs --force)"
@@ -80,7 +80,7 @@ def test_parameters_of_a_loss_are_no_keys_of_a_version() -> None:
 
 
 def _lacking(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
-    """The keys of ``now`` that ``before`` lacks, those of a section that is there at all."""
+    """Return the keys of ``now`` that ``before`` lacks, within sections that it has."""
     found = []
     for name, value in now.items():
         if name not in before:
@@ -132,7 +132,7 @@ def test_a_precision_as_exact_is_harmless_and_fast_is_not() -> None:
     assert not config_changes({"head": {}}, {"head": {"matmul_precision": None}}), "0.1 did not have the key"
 
 
-def test_what_may_change_in_a_run_that_goes_on() -> None:
+def test_changes_allowed_in_a_resumed_run() -> None:
     before = resolved(model={"name": "vit_t", "options": {"drop_path": 0.1}})
     changed = {
         "name": "vit_s",

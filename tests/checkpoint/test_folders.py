@@ -60,7 +60,7 @@ def test_no_random_damage_is_ever_loaded(tmp_path: Path, attempts: int) -> None:
         ),
     ],
 )
-def test_what_is_no_manifest_is_reported(tmp_path: Path, content: str, words: str) -> None:
+def test_a_file_that_is_not_a_manifest_is_reported(tmp_path: Path, content: str, words: str) -> None:
     checkpoint = tmp_path / "step-00000003"
     save_checkpoint(checkpoint, made().tensors(), {"step": 3, "samples": 21})
     (checkpoint / "manifest.json").write_text(content)
@@ -68,7 +68,7 @@ def test_what_is_no_manifest_is_reported(tmp_path: Path, content: str, words: st
         read_manifest(checkpoint)
 
 
-def test_what_lies_beside_checkpoints_does_not_matter(tmp_path: Path) -> None:
+def test_other_files_beside_checkpoints_are_ignored(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "step-00000003", made().tensors(), {"step": 3, "samples": 21})
     for name in ("step-²", "step-new", "step-00000009.bak", "notes"):
         (tmp_path / name).mkdir()
@@ -93,7 +93,7 @@ def test_old_checkpoints_are_removed_but_the_last_and_the_milestones(tmp_path: P
     assert not list(tmp_path.glob(".*")), "nothing half removed is left"
 
 
-def test_what_is_set_aside_counts_no_more_and_is_not_lost(tmp_path: Path) -> None:
+def test_checkpoints_set_aside_no_longer_count_and_are_not_lost(tmp_path: Path) -> None:
     for step in (10, 20, 30):
         (tmp_path / f"step-{step:08d}").mkdir()
         (tmp_path / f"step-{step:08d}" / "manifest.json").write_text("")

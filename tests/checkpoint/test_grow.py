@@ -1,4 +1,4 @@
-"""Heads that go on with more classes than before."""
+"""Heads that resume with more classes."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _grow(group: Any, folder: Path, classes: int, kind: Any) -> tuple[int, dict[
 
 @pytest.mark.parametrize("kind", [RowSGD, RowAdamW])
 @pytest.mark.parametrize(("old", "new", "world_size"), [(5, 7, 3), (5, 7, 4), (5, 6, 1), (2, 9, 2), (11, 11, 3)])
-def test_old_classes_keep_all_that_is_theirs_and_new_ones_start_as_at_the_start(
+def test_old_classes_keep_their_state_and_new_ones_start_afresh(
     ranks: Ranks, tmp_path: Path, kind: Any, old: int, new: int, world_size: int
 ) -> None:
     saved = ranks.run(4, _save, tmp_path, old, kind)
@@ -71,7 +71,7 @@ def test_old_classes_keep_all_that_is_theirs_and_new_ones_start_as_at_the_start(
                 assert torch.equal(local[name], saved[0][name]), name
     alone = _grow(None, tmp_path, new, kind)
     for _, _, curve in results:
-        assert curve == pytest.approx(alone[2], rel=1e-5), "and training goes on the same at any world size"
+        assert curve == pytest.approx(alone[2], rel=1e-5), "and training continues the same at any world size"
 
 
 def _rows(name: str) -> bool:
@@ -88,7 +88,7 @@ def test_a_hundred_thousand_classes_grow_by_thirty_thousand(ranks: Ranks, tmp_pa
     assert [len(local["head.weight"]) for _, local, _ in results] == sizes
 
 
-def test_without_being_asked_a_head_does_not_grow_and_it_never_shrinks(tmp_path: Path) -> None:
+def test_a_head_grows_only_on_request_and_never_shrinks(tmp_path: Path) -> None:
     _save(None, tmp_path, 5, RowSGD)
     with pytest.raises(ConfigError, match=r"head.weight has shape \[5, 8\] there and \[7, 8\] in this run"):
         made(classes=7).load(tmp_path / "step-00000003")
@@ -151,7 +151,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("how", [pytest.param("random", marks=pytest.mark.slow), "embedding"])
-def test_a_finished_run_goes_on_with_more_classes_on_fewer_ranks(trained: Path, tmp_path: Path, how: str) -> None:
+def test_a_finished_run_continues_with_more_classes_on_fewer_ranks(trained: Path, tmp_path: Path, how: str) -> None:
     folder = tmp_path / "run"
     shutil.copytree(trained.parent / "run", folder)
     more = [f"run.dir={folder}", f"data.train={trained.parent / 'more'}", *SETTINGS]

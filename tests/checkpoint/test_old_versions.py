@@ -1,4 +1,4 @@
-"""Run folders that released versions have left (tests/fixtures/checkpoints): the code of today goes on from them."""
+"""Run folders of released versions (tests/fixtures/checkpoints), resumed by today's code."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def param(*values: Any, quick: bool) -> Any:
 
 
 def runs(*quick: str) -> list[Any]:
-    """All runs, those that are not named only among the slow tests."""
+    """Return all runs; those not named are slow tests."""
     return [param(run, quick=run in quick) for run in RUNS]
 
 
@@ -40,7 +40,7 @@ def newest_checkpoint(folder: Path) -> Path:
 
 
 def copied(run: str, to: Path) -> Path:
-    """A copy of the run folder, with its data sets beside it; returns it."""
+    """Copy a run folder, with its data sets beside it; return the copy."""
     for path in (FIXTURES / run).parent.glob("data*"):
         shutil.copytree(path, to / path.name)
     return shutil.copytree(FIXTURES / run, to / "run")
@@ -54,7 +54,7 @@ def start(*words: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
 
 
 def train(folder: Path, data: str, *overrides: str, ranks: int) -> subprocess.CompletedProcess[str]:
-    """Go on with a copied run, by the config that it has itself, and see that it comes to its end."""
+    """Resume a copied run with its own config, and check that it finishes."""
     paths = [f"run.dir={folder}", f"data.train={folder.parent / data}"]
     done = start("train", str(folder / "config.yaml"), *paths, *overrides, ranks=ranks)
     assert json.loads((folder / "state.json").read_text())["state"] == "finished"
@@ -62,12 +62,12 @@ def train(folder: Path, data: str, *overrides: str, ranks: int) -> subprocess.Co
 
 
 def check_lines(folder: Path, run: str, expected: list[dict[str, Any]], rel: float = 1e-5) -> None:
-    """All steps are there once, and those after the checkpoint are as the old version computed them."""
+    """Check that all steps are there once, those after the checkpoint as the old version computed them."""
     step = expected_of(run)["step"]
     found = lines(folder, "train")
     assert [line["step"] for line in found] == list(range(1, expected[-1]["step"] + 1))
     assert [line["step"] for line in lines(folder, "event") if line["event"] == "started"] == [0, step]
-    assert len(expected) > 5, "it must train on to mean something"
+    assert len(expected) > 5, "too few steps to compare"
     for line, known in zip(found[step:], expected, strict=True):
         assert {key: line[key] for key in known} == pytest.approx(known, rel=rel, abs=rel)
 
@@ -101,7 +101,7 @@ QUICK = {"0.1/ddp": 2, "0.1/zero1": 1, "0.1/zero3": 1, "0.1/center_loss": 1, "0.
 @pytest.mark.parametrize(
     ("run", "ranks"), [param(run, ranks, quick=QUICK.get(run) == ranks) for run in RUNS for ranks in (1, 2)]
 )
-def test_a_run_goes_on_to_its_end_as_the_old_version_would(tmp_path: Path, run: str, ranks: int) -> None:
+def test_a_run_finishes_as_the_old_version_would(tmp_path: Path, run: str, ranks: int) -> None:
     needs_deepspeed(run)
     folder = copied(run, tmp_path)
     checkpoint = newest_checkpoint(folder)
@@ -112,14 +112,14 @@ def test_a_run_goes_on_to_its_end_as_the_old_version_would(tmp_path: Path, run: 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("run", [run for run in RUNS if "/zero" in run])
-def test_a_run_of_deepspeed_goes_on_without_it(tmp_path: Path, run: str) -> None:
+def test_a_deepspeed_run_resumes_without_it(tmp_path: Path, run: str) -> None:
     folder = copied(run, tmp_path)
     train(folder, "data", "engine.name=ddp", ranks=2)
     check_lines(folder, run, expected_of(run)["resumed"]["2"], rel=1e-4)
 
 
 @pytest.mark.parametrize("run", runs("0.1/zero1", "0.1/center_loss"))
-def test_a_run_goes_on_with_more_classes_as_the_old_version_would(tmp_path: Path, run: str) -> None:
+def test_a_run_grows_as_the_old_version_would(tmp_path: Path, run: str) -> None:
     needs_deepspeed(run)
     folder = copied(run, tmp_path)
     done = train(folder, "data-grown", "checkpoint.grow=true", ranks=1)
@@ -129,7 +129,7 @@ def test_a_run_goes_on_with_more_classes_as_the_old_version_would(tmp_path: Path
 
 @pytest.mark.slow
 @pytest.mark.parametrize("run", RUNS)
-def test_a_run_goes_on_with_more_classes_on_two_ranks(tmp_path: Path, run: str) -> None:
+def test_a_run_grows_on_two_ranks(tmp_path: Path, run: str) -> None:
     needs_deepspeed(run)
     folder = copied(run, tmp_path)
     done = train(folder, "data-grown", "checkpoint.grow=true", "checkpoint.grow_init=embedding", ranks=2)

@@ -33,7 +33,7 @@ def test_a_hostile_index_is_not_executed(tmp_path: Path) -> None:
     assert not (tmp_path / "owned").exists()
 
 
-def test_an_index_cannot_change_what_the_process_is_made_of(tmp_path: Path) -> None:
+def test_an_index_cannot_modify_classes_of_the_process(tmp_path: Path) -> None:
     checkpoint = tmp_path / "step-00000003"
     save_checkpoint(checkpoint, made().tensors(), {"step": 3, "samples": 21})
     # The class, (None, {"name": "../../secret"}), and the instruction to fill the one with the other.
@@ -49,7 +49,7 @@ MOMENTUM = "head.optimizer.weight.momentum_buffer"
 
 
 def _set(attribute: str, value: Any) -> Any:
-    """An edit of an index: what one of its tensors, or the place of one, says of itself."""
+    """Return an edit of an index: a field of one of its tensors, or of its place."""
 
     def edit(metadata: Any) -> None:
         place = next(place for index, place in metadata.storage_data.items() if index.fqn == MOMENTUM)
@@ -112,7 +112,7 @@ def test_tensors_of_another_optimizer_or_that_cannot_be_read_are_refused(tmp_pat
 
 
 class ByGetattr:
-    """Pickles as Python before 3.11.4 pickles a member of an enumeration."""
+    """Pickles members of an enumeration like Python before 3.11.4."""
 
     def __init__(self, kind: Any, name: str) -> None:
         self.kind, self.name = kind, name

@@ -25,7 +25,7 @@ STATEFUL = [
 
 @pytest.fixture(scope="module")
 def whole(task: Path) -> list[dict[str, Any]]:
-    """The train lines of a run that nobody interrupts."""
+    """Return the train lines of an uninterrupted run."""
     folder = task.parent / "whole"
     done = run(task, 2, f"run.dir={folder}", *SETTINGS, *STATEFUL)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -59,7 +59,7 @@ QUICK = {(1, 3), (2, 1), (2, 2), (3, 2), (3, 4)}
         for after in (1, 2, 3, 4)
     ],
 )
-def test_a_killed_run_goes_on_at_any_world_size_as_if_nothing_had_happened(
+def test_a_killed_run_resumes_at_any_world_size_as_if_nothing_had_happened(
     task: Path, whole: list[dict[str, Any]], killed: dict[int, Path], before: int, after: int
 ) -> None:
     folder = task.parent / f"killed{before}on{after}"
@@ -102,7 +102,7 @@ def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_used(task: P
     assert [line["step"] for line in lines(folder, "train")] == list(range(1, STEPS + 1))
 
 
-def test_damaged_or_unwanted_checkpoints_push_no_whole_one_out(task: Path, killed: dict[int, Path]) -> None:
+def test_damaged_or_unwanted_checkpoints_displace_no_valid_one(task: Path, killed: dict[int, Path]) -> None:
     folder = task.parent / "aside"
     shutil.copytree(killed[1], folder)
     checkpoints = folder / "checkpoints"
@@ -118,10 +118,10 @@ def test_damaged_or_unwanted_checkpoints_push_no_whole_one_out(task: Path, kille
     names = {path.name for path in checkpoints.iterdir()}
     assert names == {f"step-{STEPS:08d}"} | {f"aside-1-{name}" for name in damaged}
     (checkpoints / f"step-{STEPS:08d}" / "manifest.json").write_text("")
-    refused = run(task, 0, *settings, "--force", "optim.epochs=4")  # else it has finished before
+    refused = run(task, 0, *settings, "--force", "optim.epochs=4")  # otherwise it is already finished
     assert refused.returncode != 0
     assert "all checkpoints in" in refused.stderr
-    assert lines(folder, "train")[-1]["step"] == STEPS, "nothing is lost of the run that was"
+    assert lines(folder, "train")[-1]["step"] == STEPS, "the earlier run is untouched"
     anew = run(task, 0, *settings, "checkpoint.resume=never", "--force")
     assert anew.returncode == 0, anew.stdout + anew.stderr
     assert [line["step"] for line in lines(folder, "train")] == list(range(1, STEPS + 1))
@@ -148,7 +148,7 @@ def test_a_changed_config_is_explained(task: Path, killed: dict[int, Path]) -> N
     assert "tracking.log_every: 1 before, 2 now (harmless)" in forced.stdout
 
 
-def test_a_checkpoint_tells_what_is_in_it(killed: dict[int, Path]) -> None:
+def test_inspect_prints_the_contents_of_a_checkpoint(killed: dict[int, Path]) -> None:
     checkpoint = killed[3] / "checkpoints" / f"step-{KILLED_AFTER:08d}"
     done = partialfc("checkpoint", "inspect", checkpoint)
     assert done.returncode == 0, done.stderr
@@ -166,7 +166,7 @@ def test_a_checkpoint_tells_what_is_in_it(killed: dict[int, Path]) -> None:
     assert "manifest.json cannot be read" in empty.stderr
 
 
-def test_training_goes_on_when_the_disk_is_full(task: Path, small_disk: Path, tmp_path: Path) -> None:
+def test_training_continues_when_the_disk_is_full(task: Path, small_disk: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "checkpoints").symlink_to(small_disk)

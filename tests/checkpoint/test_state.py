@@ -1,4 +1,4 @@
-"""Training states that are saved and loaded: all of it is back, at any world size, or it is refused."""
+"""Training states saved and loaded: complete at any world size, or refused."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.harness.ranks import Ranks
 
 
 @pytest.mark.parametrize("kind", [RowSGD, RowAdamW])
-def test_everything_is_back_after_loading(tmp_path: Path, kind: Any) -> None:
+def test_loading_restores_everything(tmp_path: Path, kind: Any) -> None:
     state = made(kind)
     train_a_little(state)
     save_checkpoint(tmp_path / "step-00000003", state.tensors(), {"step": 3, "samples": 21})
@@ -32,7 +32,7 @@ def test_everything_is_back_after_loading(tmp_path: Path, kind: Any) -> None:
     assert train_a_little(other) == train_a_little(state)
 
 
-def test_another_head_or_model_is_refused_with_what_differs(tmp_path: Path) -> None:
+def test_another_head_or_model_is_refused_with_the_difference(tmp_path: Path) -> None:
     state = made()
     train_a_little(state)
     save_checkpoint(tmp_path / "step-00000003", state.tensors(), {"step": 3, "samples": 21})
@@ -92,4 +92,4 @@ def test_a_full_disk_costs_no_checkpoint_and_no_rank_hangs(ranks: Ranks, small_d
     assert "No space left on device" in results[0][-1]
     for result in results:
         assert result == results[0], "the same on every rank"
-    assert not list(small_disk.glob(".*")), "what could not be finished makes room again"
+    assert not list(small_disk.glob(".*")), "an unfinished checkpoint frees its space"

@@ -1,4 +1,4 @@
-"""Saving while training goes on."""
+"""Saving while training continues."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MANIFEST = {"step": 3, "samples": 21}
 
 
 def _save_and_train_on(group: Any, folder: Path, asynchronous: bool) -> tuple[list[float], int]:
-    """Save every third step, training on at once; the losses after the first save, and how many were announced."""
+    """Save every third step while training; return the losses after the first save, and the saves announced."""
     state = made(process_group=group)
     complete: list[int] = []
     saver = Saver(asynchronous, saved=lambda: complete.append(1))
@@ -51,16 +51,16 @@ def _go_on(group: Any, checkpoint: Path) -> list[float]:
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])
-def test_a_checkpoint_is_of_the_moment_when_it_was_asked_for(ranks: Ranks, tmp_path: Path, asynchronous: bool) -> None:
+def test_a_checkpoint_holds_the_state_at_the_call(ranks: Ranks, tmp_path: Path, asynchronous: bool) -> None:
     results = ranks.run(4, _save_and_train_on, tmp_path, asynchronous)
-    assert [announced for _, announced in results] == [3, 0, 0, 0], "by the first rank"
+    assert [announced for _, announced in results] == [3, 0, 0, 0], "by rank 0"
     again = ranks.run(4, _go_on, tmp_path / "step-00000003")
     for (curve, _), other in zip(results, again, strict=True):
         assert other == pytest.approx(curve, rel=1e-6)
 
 
 @pytest.mark.parametrize("asynchronous", [True, False])
-def test_what_changes_after_saving_does_not_reach_the_checkpoint(tmp_path: Path, asynchronous: bool) -> None:
+def test_later_changes_do_not_reach_the_checkpoint(tmp_path: Path, asynchronous: bool) -> None:
     state = made()
     train_a_little(state)
     before = {name: value.clone() for name, value in state.tensors().items()}
@@ -106,7 +106,7 @@ def test_at_most_one_save_is_in_flight_and_training_waits_only_for_the_copy(
     assert [ended.folder.name for ended in saver.ended()] == ["first", "second"]
 
 
-def test_a_failure_while_training_goes_on_is_told_and_the_next_save_works(tmp_path: Path, small_disk: Path) -> None:
+def test_a_failed_background_save_is_reported_and_the_next_one_works(tmp_path: Path, small_disk: Path) -> None:
     state = made(classes=4000, sample_rate=1.0)
     saver = Saver(True, saved=int)
     ballast = small_disk / "ballast"
@@ -141,7 +141,7 @@ def _save_with_a_failing_rank(group: Any, folder: Path) -> list[str]:
     return found + [str(ended.error) for ended in saver.ended()]
 
 
-def test_whatever_fails_on_one_rank_fails_on_all_and_the_next_save_works(ranks: Ranks, tmp_path: Path) -> None:
+def test_a_failure_on_one_rank_fails_on_all_and_the_next_save_works(ranks: Ranks, tmp_path: Path) -> None:
     for first, second in ranks.run(4, _save_with_a_failing_rank, tmp_path):
         assert "rank 1: IndexError: pop from empty list" in first
         assert second == "None"
@@ -157,7 +157,7 @@ def _save_batch_statistics(group: Any, folder: Path) -> None:
     saving.save_checkpoint(folder / "step-00000003", state.tensors(), MANIFEST)
 
 
-def test_batch_statistics_are_all_of_the_rank_whose_are_used(ranks: Ranks, tmp_path: Path) -> None:
+def test_saved_batch_statistics_are_all_of_one_rank(ranks: Ranks, tmp_path: Path) -> None:
     ranks.run(4, _save_batch_statistics, tmp_path)
     merge(tmp_path / "step-00000003", tmp_path / "all.safetensors", only="backbone.")
     buffers = {name: value for name, value in load_file(tmp_path / "all.safetensors").items() if value.dim() == 0}
@@ -168,10 +168,10 @@ def test_batch_statistics_are_all_of_the_rank_whose_are_used(ranks: Ranks, tmp_p
 
 
 @pytest.mark.parametrize("killed_at", [1, 2, 3])
-def test_a_kill_while_one_of_the_same_step_is_replaced_leaves_the_one_or_the_other(
+def test_a_kill_while_a_checkpoint_is_replaced_leaves_one_of_the_two(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: int
 ) -> None:
-    """A head that has grown without a step is written over the checkpoint that it has grown from."""
+    """A head that has grown without a step replaces the checkpoint that it grew from."""
     saving.save_checkpoint(tmp_path / "step-00000003", made().tensors(), MANIFEST | {"samples": 1})
     begun, moves = _begun(tmp_path), 0
 
@@ -250,7 +250,7 @@ def test_a_full_disk_ends_no_run_and_costs_no_line_of_metrics(small_disk: Path) 
 @pytest.mark.parametrize(
     "torn", [b'{"kind": "train", "step": 2, "n": "\xc3', b'{"kind": "train", "step": 2}', b"\0\0", b"7"]
 )
-def test_a_torn_line_of_metrics_stops_nobody(tmp_path: Path, torn: bytes) -> None:
+def test_a_torn_line_of_metrics_is_harmless(tmp_path: Path, torn: bytes) -> None:
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_bytes(b'{"kind": "train", "step": 1}\n' + torn)
     forget_after(metrics, 2)

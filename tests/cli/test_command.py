@@ -114,7 +114,7 @@ def test_public_classes_can_be_pickled(name: str) -> None:
     assert pickle.loads(pickle.dumps(found)) is found
 
 
-def test_ranks_are_of_a_dry_run(short_task: Path) -> None:
+def test_ranks_is_an_option_of_dry_runs_only(short_task: Path) -> None:
     done = run(short_task, 0, "--ranks", "2")
     assert done.returncode == 2
     assert "--ranks belongs to --dry-run" in done.stderr

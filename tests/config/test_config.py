@@ -180,7 +180,7 @@ def test_the_heads_optimizer_is_the_one_named() -> None:
     assert type(adagrad) is RowAdagrad
     rows, of_loss = adagrad.param_groups
     assert (rows["weight_decay"], rows["lr_factor"]) == (0.1, 4.0)
-    assert (of_loss["weight_decay"], of_loss["lr_factor"]) == (0.0, 1.0), "a threshold is no row"
+    assert (of_loss["weight_decay"], of_loss["lr_factor"]) == (0.0, 1.0), "a threshold is not a row"
 
 
 def test_sample_rates_follow_their_schedule() -> None:

@@ -105,7 +105,7 @@ esac"""
         ("case $* in *update) echo 'E: no route to server' >&2; exit 100;; *) exit 100;; esac", "no route to server"),
     ],
 )
-def test_what_apt_says_is_passed_on_and_nothing_half_done_is_left(
+def test_the_message_of_apt_is_passed_on_and_nothing_half_done_is_left(
     no_fonts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, expected: str
 ) -> None:
     fake_programs(tmp_path / "bin", monkeypatch, script)
@@ -123,7 +123,7 @@ def test_a_package_without_the_expected_file_is_named(
         fetch_fonts(droid, no_fonts)
 
 
-def test_a_file_that_is_no_font_is_named(
+def test_a_file_that_is_not_a_font_is_named(
     tiny: None, font_files: dict[str, tuple[FontFile, ...]], tmp_path: Path
 ) -> None:
     (tmp_path / "MTLmr3m.ttf").write_bytes(b"no font")

@@ -126,7 +126,7 @@ def test_a_complete_data_set_is_reused_and_a_different_one_is_refused(
     assert make_glyphs(out, 51, 32, "all", cache_dir=tmp_path / "no-cache", workers=1).reused
 
 
-def test_an_interrupted_run_is_begun_anew_without_being_asked(
+def test_an_interrupted_run_starts_again_without_overwrite(
     tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class PowerCutError(Exception):

@@ -133,7 +133,7 @@ def test_the_ranks_together_see_the_global_batch_pixel_for_pixel(
         assert torch.equal(together.images[there], alone.images[kept])
 
 
-def test_a_run_goes_on_at_any_step_as_if_it_had_never_stopped(data: TarDataset, reference: list[Batch]) -> None:
+def test_batches_from_any_step_on_are_those_of_an_uninterrupted_run(data: TarDataset, reference: list[Batch]) -> None:
     for a, b in zip(batches(data, start_step=4), reference[4:], strict=True):
         assert_equal(a, b)
     assert batches(data, start_step=7) == []
@@ -240,7 +240,7 @@ def test_the_warp_moves_turns_and_scales_and_fills_with_the_background() -> None
     assert (np.concatenate([turned[0], turned[-1], turned[:, 0], turned[:, -1]]) > 0.5).mean() > 0.9
 
 
-def test_noise_has_at_most_the_deviation_asked_for() -> None:
+def test_noise_has_at_most_the_requested_deviation() -> None:
     image = Image.new("L", (64, 64), 127)
     deviations = [Augment(noise=0.2)(image, sample_rng(0, 0, i)).std() for i in range(50)]
     assert max(deviations) <= 0.21

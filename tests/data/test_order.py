@@ -44,7 +44,7 @@ def test_positions_of_a_huge_epoch_give_distinct_samples_in_range(
     assert result.max() < num_samples
 
 
-def test_a_position_means_the_same_sample_whatever_else_is_asked() -> None:
+def test_a_position_means_the_same_sample_whatever_the_other_positions() -> None:
     whole = permutation(1000, 5, 6)
     some = np.array([999, 0, 17, 500], dtype=np.int64)
     assert np.array_equal(epoch_permutation(some, 1000, 5, 6), whole[some])

@@ -1,4 +1,4 @@
-"""The pages for contributors, held against the code."""
+"""The pages for contributors, compared with the code."""
 
 from __future__ import annotations
 
@@ -25,13 +25,11 @@ def drawing() -> Any:
 
 
 def texts(path: Path) -> list[str]:
-    """The words in a drawing."""
+    """Return the words in a drawing."""
     return re.findall(r"<text[^>]*>([^<]*)</text>", path.read_text(encoding="utf-8"))
 
 
-def test_the_pictures_say_what_the_code_says_today(
-    drawing: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_pictures_match_the_code(drawing: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["draw_architecture.py", str(tmp_path)])
     drawing.main()
     for name in ("rooms.svg", "step.svg"):

@@ -18,7 +18,7 @@ PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md")])
 
 
 def commands(page: Path) -> list[str]:
-    """The lines of a page's blocks that call partialfc, joined where a backslash continues them."""
+    """Return the lines of a page's blocks that call partialfc, joined where a backslash continues them."""
     text = page.read_text(encoding="utf-8").replace("\\\n", " ")
     lines = [line for block in re.findall(r"```(?:bash|sh)?\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
     called = [re.search(r"(?:^|-m )partialfc ((?!\d).*)", line.removeprefix("$ ")) for line in lines]

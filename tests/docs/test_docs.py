@@ -74,7 +74,7 @@ def test_the_example_trains_in_a_foreign_loop(ranks: Ranks) -> None:
 
 
 def _calls(code: str) -> set[str]:
-    """The calls of an example, arguments included, whatever it calls its optimizers."""
+    """Return the calls of an example, arguments included, whatever it calls its optimizers."""
     calls = {ast.unparse(node) for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)}
     return {re.sub(r"^opt(imizer)?\.", "optimizer.", call) for call in calls}
 
@@ -152,7 +152,7 @@ def test_the_pages_on_checkpoints_and_exchange_show_configs_that_are_valid() -> 
     assert parse_config(tree).checkpoint.grow
 
 
-def test_the_row_optimizers_page_shows_what_works() -> None:
+def test_the_examples_of_the_row_optimizers_page_run() -> None:
     for example in _examples("row-optimizers.md"):
         exec(example, {"num_classes": 10, "embedding_dim": 4})
 
@@ -180,7 +180,7 @@ def test_the_page_on_backbones_lists_all_of_them_with_the_right_numbers() -> Non
         assert re.search(rf"^{name} .* {plain} +{again} +{share}$", measured, re.MULTILINE), name
 
 
-def test_what_the_page_on_backbones_shows_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_examples_of_the_backbones_page_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = (ROOT / "docs" / "backbones.md").read_text(encoding="utf-8")
     (tmp_path / "my_nets.py").write_text(_examples("backbones.md")[0])
     monkeypatch.chdir(tmp_path)
@@ -192,7 +192,7 @@ def test_what_the_page_on_backbones_shows_works(tmp_path: Path, monkeypatch: pyt
             models.build(model.name, model.embedding_dim, data.channels, data.image_size, model.options)
 
 
-def test_the_tracking_page_shows_what_works(tmp_path: Path) -> None:
+def test_the_examples_of_the_tracking_page_work(tmp_path: Path) -> None:
     text = (ROOT / "docs" / "tracking.md").read_text(encoding="utf-8")
     (example,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
     assert parse_config(yaml.safe_load(example)).tracking.wandb.mode == "auto"

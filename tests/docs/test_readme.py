@@ -28,7 +28,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def block(first_line: str) -> list[str]:
-    """The lines of the block of README that begins so."""
+    """Return the lines of README's block with this beginning."""
     (found,) = [text for text in re.findall(r"```\n(.*?)```", README, re.DOTALL) if text.startswith(first_line)]
     return found.splitlines()
 
@@ -91,7 +91,7 @@ def test_the_list_of_runs_looks_as_readme_shows(tmp_path: Path) -> None:
 
 
 def without_ages(lines: list[str]) -> list[str]:
-    """The lines without seconds that pass while the test runs, and without the width of their column."""
+    """Return the lines without seconds that pass while the test runs, and without the width of their column."""
     return [re.sub(r"\s+(written|(\d+m)?\d+s ago)$", " …", re.sub(r"\d+s; its", "…s; its", line)) for line in lines]
 
 
@@ -105,7 +105,7 @@ def test_the_head_in_readme_runs() -> None:
 
 @pytest.mark.slow
 def test_the_quick_start_prints_what_readme_shows(tmp_path: Path) -> None:
-    """Its lines but for numbers, its accuracy within what machines differ by, and the scores of nearest.py."""
+    """Compare its lines without numbers, its accuracy within the spread of machines, and the scores of nearest.py."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
     def printed_by(*words: str) -> str:

@@ -1,4 +1,4 @@
-"""The engine of torch alone."""
+"""The plain torch engine."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_an_exception_does_not_leave_evaluation_mode_or_autocast_behind() -> Non
     assert not torch.is_autocast_enabled("cpu")
 
 
-def test_parameters_that_nothing_uses_or_trains_are_named(short_task: Path, tmp_path: Path) -> None:
+def test_unused_and_frozen_parameters_are_named(short_task: Path, tmp_path: Path) -> None:
     folder = f"run.dir={tmp_path / 'run'}"
     unused = run(short_task, 2, "model.name=tests.harness.backbones:unused_first", folder)
     assert unused.returncode == 1

@@ -59,7 +59,9 @@ def compared(task: Path) -> Path:
 def test_in_fp32_the_curve_is_that_of_ddp(compared: Path, name: str) -> None:
     found, expected = f"fp32-{name}", f"fp32-ddp-{name[-1]}"
     assert len(curve(compared, expected)) == 30
-    assert curve(compared, expected)[-1] < 0.7 * curve(compared, expected)[0], "it must learn to mean something"
+    assert curve(compared, expected)[-1] < 0.7 * curve(compared, expected)[0], (
+        "it must learn for the comparison to mean something"
+    )
     for key in ("loss", "target_cosine"):
         assert curve(compared, found, key) == pytest.approx(curve(compared, expected, key), rel=1e-4, abs=1e-5), key
     assert curve(compared, found, "grad_norm") == pytest.approx(curve(compared, expected, "grad_norm"), rel=1e-3)
@@ -77,7 +79,7 @@ def test_in_bf16_the_curve_stays_within_its_precision(compared: Path, name: str)
     exact = curve(compared, f"fp32-ddp-{name.rpartition('-')[2]}")
     found = curve(compared, f"bf16-{name}")
     assert found == pytest.approx(exact, rel=0.03)
-    assert found != pytest.approx(exact, rel=1e-5), "it is another arithmetic"
+    assert found != pytest.approx(exact, rel=1e-5), "the arithmetic differs"
 
 
 @pytest.mark.slow
@@ -141,11 +143,11 @@ def test_the_exported_backbone_is_the_trained_one(compared: Path, tmp_path: Path
 
 
 def in_order(tensors: dict[str, torch.Tensor]) -> list[str]:
-    """The names as the module has them: by layer, weight before bias."""
+    """Return the names in the module's order: by layer, weight before bias."""
     return sorted(tensors, key=lambda name: (int(name.split(".")[0]), name.split(".")[1] != "weight"))
 
 
-def test_what_is_frozen_stays_as_it_was_also_where_it_is_used_rounded(task: Path, tmp_path: Path) -> None:
+def test_frozen_weights_stay_exact_even_if_used_rounded(task: Path, tmp_path: Path) -> None:
     from tests.harness.backbones import frozen_first
 
     name = "tests.harness.backbones:frozen_first"
@@ -167,7 +169,7 @@ def test_a_single_process_trains_and_the_console_has_one_format(task: Path, tmp_
         *zero(2),
         "evaluation.sets=[" + str(task.parent / "known") + "]",
     ]
-    done = finish(command(task, 0, *settings), seconds=200, cold=True)  # what it says as it is imported counts, too
+    done = finish(command(task, 0, *settings), seconds=200, cold=True)  # its messages on import count, too
     assert done.returncode == 0, done.stdout + done.stderr
     assert lines(tmp_path / "run", "evaluation")[-1]["results"]["known"]["accuracy"] > 0.1
     for noise in ("[INFO]", "[WARNING]", "[Rank 0]", "Warning:", "untested"):

@@ -1,4 +1,4 @@
-"""A user's DeepSpeed file: what it may say, and what contradicts the config."""
+"""A user's DeepSpeed file: allowed settings, and contradictions with the config."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_a_file_that_contradicts_the_config_is_refused(task: Path, tmp_path: Pat
     assert "ds.json" in str(error.value)
 
 
-def test_a_file_says_what_the_config_leaves_open(task: Path, tmp_path: Path) -> None:
+def test_a_file_sets_options_that_the_config_lacks(task: Path, tmp_path: Path) -> None:
     content = {
         "train_batch_size": 20,
         "gradient_clipping": "auto",
@@ -78,7 +78,7 @@ def test_a_file_says_what_the_config_leaves_open(task: Path, tmp_path: Path) -> 
     offload = {"device": "cpu", "pin_memory": True}
     assert options["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 1000, "offload_optimizer": offload}
     assert options["comms_logger"] == {"enabled": False}
-    assert options["fp16"] == {"enabled": True, "loss_scale": 1.0}, "the engine scales by itself"
+    assert options["fp16"] == {"enabled": True, "loss_scale": 1.0}, "the engine scales the loss itself"
     scale = loss_scale(config)
     assert (scale.value, scale.window, scale.least) == (1024.0, 7, 1.0)
     for text, words in (("{", "is not valid JSON"), (None, "cannot read")):
@@ -117,7 +117,7 @@ def test_a_loss_scale_that_cannot_work_is_refused(task: Path, tmp_path: Path, sc
         (zero(4), "engine.zero_stage"),
     ],
 )
-def test_settings_that_do_not_go_together_are_refused(task: Path, settings: list[str], words: str) -> None:
+def test_incompatible_settings_are_refused(task: Path, settings: list[str], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         load_config(task, settings)
 

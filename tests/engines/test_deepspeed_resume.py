@@ -50,7 +50,7 @@ WHOLE_HALF = {"whole-fp16-ddp": ["engine.precision=fp16"], "whole-fp16-zero1": z
 
 
 def cut(task: Path, name: str, of: str, after: int) -> None:
-    """A run folder like that of another run, when it had come to the checkpoint of step ``after``."""
+    """Return a copy of a run folder as of the checkpoint of step ``after``."""
     failed = task.parent / f"{of}.failed"
     if failed.exists():
         shutil.copy(failed, task.parent / f"{name}.failed")
@@ -86,7 +86,7 @@ def continued(task: Path) -> Path:
 
 @pytest.mark.parametrize("ranks", [1, 3])
 @pytest.mark.parametrize("stage", SPLIT)
-def test_a_run_goes_on_at_another_world_size(continued: Path, stage: int, ranks: int) -> None:
+def test_a_run_resumes_at_another_world_size(continued: Path, stage: int, ranks: int) -> None:
     name = f"zero{stage}-on{ranks}"
     started = [line["step"] for line in events(folder_of(continued, name), "started")]
     assert started == [0, 10]
@@ -94,14 +94,14 @@ def test_a_run_goes_on_at_another_world_size(continued: Path, stage: int, ranks:
     assert curve(continued, name) == pytest.approx(curve(continued, f"whole-zero{stage}"), rel=1e-4)
 
 
-def test_a_run_goes_on_under_another_engine_and_back(continued: Path) -> None:
+def test_a_run_resumes_under_another_engine_and_back(continued: Path) -> None:
     for name in ("chain", "chain-back"):
         assert curve(continued, name) == pytest.approx(curve(continued, "whole-ddp"), rel=1e-4), name
     assert [line["step"] for line in events(folder_of(continued, "chain-back"), "started")] == [0, 10, 20]
 
 
 @pytest.mark.parametrize("name", [name for name in WHOLE if name != "whole-ddp"])
-def test_a_run_goes_on_as_if_nothing_had_happened(continued: Path, name: str) -> None:
+def test_a_run_resumes_as_if_nothing_had_happened(continued: Path, name: str) -> None:
     assert curve(continued, f"again-{name}") == pytest.approx(curve(continued, name), rel=1e-6)
     assert of_ranks(continued, f"again-{name}")[0]["whole"] == of_ranks(continued, name)[0]["whole"], "bit by bit"
 
@@ -111,7 +111,7 @@ def test_a_run_goes_on_as_if_nothing_had_happened(continued: Path, name: str) ->
 def test_the_loss_scale_survives_a_restart(continued: Path, name: str) -> None:
     again, whole = of_ranks(continued, f"again-{name}")[0], of_ranks(continued, name)[0]
     assert again == whole
-    assert whole["loss_scale"]["value"] < 2.0**16, "it has fallen before the checkpoint"
+    assert whole["loss_scale"]["value"] < 2.0**16, "it fell before the checkpoint"
 
 
 @NEEDS_FP16

@@ -1,4 +1,4 @@
-"""Steps that are skipped under DeepSpeed: by all ranks, at every ZeRO stage, and nothing of them is left."""
+"""Steps skipped under DeepSpeed: by all ranks, at every ZeRO stage, without a trace."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_a_fault_of_one_rank_is_skipped_by_all_and_leaves_nothing(faulty: Path, 
             assert len(skipped) == 1
         whole.add(first["whole"])
         assert [line["step"] for line in lines(folder_of(faulty, run), "train")] == list(range(1, 13))
-    assert len(whole) == 1, "whoever breaks a step, what it leaves is the same: nothing"
+    assert len(whole) == 1, "whoever breaks a step, it leaves no trace"
     if precision == "fp32":
         found, expected = (applied(curve(faulty, f"gradient-fp32-{engine}")) for engine in (name, "ddp"))
         assert found == pytest.approx(expected, rel=1e-4)

@@ -27,7 +27,7 @@ def test_a_run_is_evaluated_as_at_its_end_on_any_number_of_ranks(finished: Path,
     before = lines(finished, "evaluation")[-1]["results"]
     written = finished / "evaluation" / "step-00000012.json"
     written.unlink()
-    (finished / "stop").touch()  # is for a training in this folder
+    (finished / "stop").touch()  # concerns only training in this folder
     done = partialfc("evaluate", finished, ranks=ranks)
     assert done.returncode == 0, done.stdout + done.stderr
     (finished / "stop").unlink()
@@ -38,7 +38,7 @@ def test_a_run_is_evaluated_as_at_its_end_on_any_number_of_ranks(finished: Path,
     assert "known: accuracy" in done.stdout
 
 
-def test_other_sets_leave_the_results_of_the_run_as_they_are(finished: Path, tmp_path: Path) -> None:
+def test_other_sets_leave_the_results_of_the_run_unchanged(finished: Path, tmp_path: Path) -> None:
     write_set(tmp_path / "new", 37, 3, seed=9)
     before = {path: path.read_bytes() for path in (finished / "evaluation").iterdir()}
     done = partialfc("evaluate", finished, "--set", tmp_path / "new")
@@ -48,7 +48,7 @@ def test_other_sets_leave_the_results_of_the_run_as_they_are(finished: Path, tmp
     assert all(path.read_bytes() == text for path, text in before.items())
 
 
-def test_what_is_no_run_is_refused_in_a_line(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_run_is_refused_in_one_line(tmp_path: Path) -> None:
     done = partialfc("evaluate", tmp_path / "nothing")
     assert done.returncode == 1
     assert done.stderr.strip().splitlines() == [

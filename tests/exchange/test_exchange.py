@@ -1,4 +1,4 @@
-"""Weights that go out and come in."""
+"""Export and import of weights."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_exported(tmp_path: Path)
         export(tmp_path)
 
 
-def test_a_merged_checkpoint_holds_every_tensor_as_it_was(tmp_path: Path) -> None:
+def test_a_merged_checkpoint_holds_every_tensor_unchanged(tmp_path: Path) -> None:
     state = made()
     train_a_little(state)
     save_checkpoint(tmp_path / "step-00000003", state.tensors(), {"step": 3, "samples": 21})
@@ -154,7 +154,7 @@ def test_a_merged_checkpoint_holds_every_tensor_as_it_was(tmp_path: Path) -> Non
         merge(tmp_path / "step-00000003", tmp_path / "none.safetensors", only="nothing")
 
 
-def test_what_cannot_be_written_is_an_error_in_a_line(tmp_path: Path) -> None:
+def test_an_unwritable_output_is_an_error_in_one_line(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "step-00000003", made().tensors(), {"step": 3, "samples": 21})
     (tmp_path / "file").write_text("in the way")
     done = partialfc("checkpoint", "merge", tmp_path / "step-00000003", tmp_path / "file" / "all.safetensors")
@@ -227,7 +227,7 @@ def test_a_set_of_any_number_of_ranks_loads_on_any_number(
         assert torch.equal(torch.cat(found), weight)
 
 
-def test_sets_that_are_not_whole_or_not_one_are_refused(tmp_path: Path) -> None:
+def test_incomplete_and_ambiguous_sets_are_refused(tmp_path: Path) -> None:
     weight = torch.randn(23, 8)
     head = PartialFC(23, 8, losses.ArcFace())
     write_shards(tmp_path / "set", weight, 11, "softmax_fc")

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 def linear(embedding_dim: int, channels: int, image_size: int) -> nn.Module:
-    """No convolutions, which a CPU does very slowly in float16, and odd sizes, which ranks cannot share evenly."""
+    """A network without convolutions, slow on a CPU in float16, and with odd sizes, which ranks cannot share evenly."""
     return nn.Sequential(
         nn.Flatten(),
         nn.Linear(channels * image_size**2, 43),
@@ -18,7 +18,7 @@ def linear(embedding_dim: int, channels: int, image_size: int) -> nn.Module:
 
 
 def normalized(embedding_dim: int, channels: int, image_size: int) -> nn.Module:
-    """With statistics of the batch."""
+    """A network with batch statistics."""
     return nn.Sequential(
         nn.Flatten(),
         nn.Linear(channels * image_size**2, 43),
@@ -30,7 +30,7 @@ def normalized(embedding_dim: int, channels: int, image_size: int) -> nn.Module:
 
 
 class First(nn.Module):
-    """Its first parameter has one element, which only one rank can have, or is not used at all."""
+    """A network whose first parameter has one element, which only one rank can hold, or is unused."""
 
     def __init__(self, embedding_dim: int, numbers: int, used: bool) -> None:
         super().__init__()
@@ -52,26 +52,26 @@ def unused_first(embedding_dim: int, channels: int, image_size: int) -> nn.Modul
 
 
 def frozen_first(embedding_dim: int, channels: int, image_size: int) -> nn.Module:
-    """The first layer is not trained."""
+    """A network whose first layer is frozen."""
     module = linear(embedding_dim, channels, image_size)
     next(module.parameters()).requires_grad_(False)
     return module
 
 
 def frozen(embedding_dim: int, channels: int, image_size: int) -> nn.Module:
-    """Nothing is trained."""
+    """A network without trainable parameters."""
     return linear(embedding_dim, channels, image_size).requires_grad_(False)
 
 
 def looking(embedding_dim: int, channels: int, image_size: int) -> nn.Module:
-    """Its constructor looks at values, as that of many a published network does."""
+    """A network whose constructor reads values, like many published ones."""
     module = linear(embedding_dim, channels, image_size)
     module.rates = [rate.item() for rate in torch.linspace(0, 0.1, 4)]  # type: ignore[assignment]
     return module
 
 
 class Guessing(First):
-    """Its forward pass looks at values."""
+    """A network whose forward pass reads values."""
 
     def forward(self, images: Tensor) -> Tensor:
         embeddings = super().forward(images)

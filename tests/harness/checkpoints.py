@@ -1,4 +1,4 @@
-"""Small training states, and what may happen to their checkpoints."""
+"""Small training states and their checkpoints."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from partialfc.exchange.merge import merge
 
 
 def made(kind: Any = RowSGD, start: int = 0, classes: int = 11, **options: Any) -> TrainingState:
-    """A small network and head; ``start`` tells initial weights apart, the seed of negatives stays."""
+    """A small network and head; ``start`` varies the initial weights, not the negatives."""
     torch.manual_seed(start)
     backbone = torch.nn.Linear(6, 8)
     head = PartialFC(classes, 8, losses.AdaFace(16.0), **{"sample_rate": 0.5, "center_loss": CenterLoss(0.1)} | options)
@@ -56,7 +56,7 @@ class Hostile:
 
 
 def stored(folder: Path) -> dict[str, torch.Tensor]:
-    """The backbone of a run's newest checkpoint."""
+    """Return the backbone of a run's newest checkpoint."""
     path = folder / "all.safetensors"
     path.unlink(missing_ok=True)
     merge(folder, path, only="backbone.")

@@ -1,4 +1,4 @@
-"""The same losses once more, dense, in float64, by torch autograd alone: what the sharded head must agree with.
+"""Dense float64 reference of all losses, by torch autograd alone, which the sharded head must match.
 
 Nothing here comes from the package. The formulas are those of the papers, over whole [batch, classes] matrices. A loss
 is described as in a config: ``{"name": "arcface", "margin": 0.3}``, wrappers with another description as ``loss``.

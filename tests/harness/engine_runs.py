@@ -1,4 +1,4 @@
-"""Runs of both engines: trained by name, and what they leave read back."""
+"""Runs of both engines, trained by name, and their results."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def zero(stage: int, *more: str) -> list[str]:
 
 
 def train_all(task: Path, ranks: int, runs: dict[str, list[str]], fault: list[Any] | None = None) -> None:
-    """Train runs of these names and overrides. One that fails leaves its output: the tests that ask for it fail."""
+    """Train runs of these names and overrides. A failed one leaves its output, and its tests fail."""
     for name, overrides in runs.items():
         words = [sys.executable, FAULTY_RUN, str(task), *map(str, fault or ("nothing", 0, "1"))]
         done = finish([*words, f"run.dir={task.parent / name}", *overrides], ranks=ranks)
@@ -34,7 +34,7 @@ def train_all(task: Path, ranks: int, runs: dict[str, list[str]], fault: list[An
 
 
 def folder_of(task: Path, name: str) -> Path:
-    """The folder of a run that has come to its end."""
+    """Return the folder of a finished run."""
     failed = task.parent / f"{name}.failed"
     if failed.exists():
         pytest.fail(f"the run {name} has failed:\n{failed.read_text()}")
@@ -50,5 +50,5 @@ def of_ranks(task: Path, name: str, ranks: int = 2) -> list[dict[str, Any]]:
 
 
 def applied(losses: list[float]) -> list[float]:
-    """The losses of the steps that were applied; a skipped one has none."""
+    """Return the losses of the applied steps."""
     return [loss for loss in losses if loss is not None]

@@ -1,4 +1,4 @@
-"""The command ``partialfc``, several times as fast to notice who is lost and to renew its state: hurried.py WORDS…"""
+"""The command ``partialfc`` with short intervals to notice lost ranks and refresh its state: hurried.py WORDS…"""
 
 from __future__ import annotations
 

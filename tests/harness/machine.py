@@ -6,7 +6,7 @@ import torch
 
 
 def no_fp16() -> str | None:
-    """Why fp16 cannot be tried here, or None."""
+    """Return the reason fp16 cannot be tried here, or None."""
     try:
         with torch.autocast("cpu", torch.float16):
             torch.nn.functional.linear(torch.ones(2, 2), torch.ones(2, 2, requires_grad=True)).sum().backward()

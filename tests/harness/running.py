@@ -30,7 +30,7 @@ Process = subprocess.Popen[str] | warm.Process
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
 TRAIN = ["-m", "partialfc", "train"]
 TRAIN_HURRIED = [str(Path(__file__).with_name("hurried.py")), "train"]  # ranks that are lost are missed in seconds
-#: What a run of some kind imports; torch imports some of it only when it is used.
+#: Modules that runs import; torch imports some of them only on use.
 _IMPORTED = (
     "torch._dynamo",
     "torch.distributed.run",
@@ -50,7 +50,7 @@ def torchrun(ranks: int, *options: str) -> list[str]:
 
 
 def command(config: Path, ranks: int, *overrides: str) -> list[str]:
-    """``ranks=0`` is a single process without torchrun."""
+    """Return the command of a run; ``ranks=0``: a single process without torchrun."""
     return [*(torchrun(ranks) if ranks else [sys.executable]), *TRAIN, str(config), *overrides]
 
 
@@ -60,12 +60,12 @@ def run(config: Path, ranks: int, *overrides: str, **options: Any) -> subprocess
 
 
 def partialfc(*words: Any, **options: Any) -> subprocess.CompletedProcess[str]:
-    """The command ``partialfc`` with these words, to its end; ``options`` as for ``finish``."""
+    """Run the command ``partialfc`` with these words; ``options`` as for ``finish``."""
     return finish([sys.executable, "-m", "partialfc", *map(str, words)], **options)
 
 
 def begin(words: list[str], cold: bool = False, env: dict[str, str] | None = None, **options: Any) -> Process:
-    """A command in the background; ``options`` are those of ``subprocess.Popen``."""
+    """Start a command in the background; ``options`` are those of ``subprocess.Popen``."""
     env = ENVIRONMENT if env is None else env
     if cold or words[0] != sys.executable:
         return subprocess.Popen(words, env=env, text=True, **options)
@@ -74,11 +74,11 @@ def begin(words: list[str], cold: bool = False, env: dict[str, str] | None = Non
 
 
 def finish(words: list[str], seconds: float = 120, ranks: int = 0, **options: Any) -> subprocess.CompletedProcess[str]:
-    """A command, from its start to its end; ``options`` are those of ``begin``.
+    """Run a command to its end; ``options`` are those of ``begin``.
 
     Args:
-        ranks: as how many ranks it runs, started as torchrun would, but by this process; 0: as a process alone. As with
-            torchrun the exit code of ranks is 0 or 1, and when one fails, the others are asked to end.
+        ranks: number of ranks, started as torchrun would, but by this process; 0: a single process. As under torchrun,
+            the exit code of ranks is 0 or 1, and when one fails, the others are asked to end.
     """
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
         with ranks_of(words, ranks, stdout=output, stderr=errors, **options) as processes:
@@ -93,7 +93,7 @@ def finish(words: list[str], seconds: float = 120, ranks: int = 0, **options: An
 def ranks_of(
     words: list[str], ranks: int, env: dict[str, str] | None = None, **options: Any
 ) -> Iterator[list[Process]]:
-    """A command as so many ranks, with a store as torchrun shares it and nobody who watches them; 0: as one process."""
+    """Run a command as ``ranks`` ranks, with a store as under torchrun but unsupervised; 0: as one process."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if ranks else None
     of_rank = [_as_rank(rank, ranks, store.port) for rank in range(ranks)] if store else [{}]
     env = ENVIRONMENT if env is None else env
@@ -120,7 +120,7 @@ def _as_rank(rank: int, ranks: int, port: int) -> dict[str, str]:
 
 
 def _wait(processes: list[Process], seconds: float) -> list[int]:
-    """The exit codes; once a process has failed the others are asked to end, and after some time made to."""
+    """Return the exit codes; once a process fails, the others are asked to end, and killed after some time."""
     deadline, asked = time.monotonic() + seconds, False
     while any(process.poll() is None for process in processes):
         if time.monotonic() > deadline:
@@ -160,7 +160,7 @@ def children(pid: int) -> list[int]:
 
 
 def workers(pid: int) -> list[int]:
-    """The ranks that the torchrun ``pid`` has started, in order; loader processes and helpers are none."""
+    """The ranks that the torchrun ``pid`` has started, in order, without loader processes and helpers."""
     found = {}
     parents = {pid, *(child for child in children(pid) if _parent(child) == pid and _name(child) == "warm-server")}
     for child in children(pid):
@@ -201,7 +201,7 @@ def wait_until(condition: Any, seconds: float = 90, of: Process | None = None) -
 
 
 def kill_all(process: Process) -> None:
-    """Kill a process and all below it; what has ended is left in peace."""
+    """Kill a process and all below it; ended ones are ignored."""
     for pid in (*children(process.pid), process.pid) if process.poll() is None else ():
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""A GPU that is none: tensors say ``cuda:0`` while their values lie on the CPU, and each wait of the host is noted.
+"""Simulated GPU: tensors claim ``cuda:0`` while their values lie on the CPU, and each wait of the host is recorded.
 
 Tensors of a real device cannot be made in a CPU build of torch, so these are wrappers: to torch's C++ they are on a
 device that torch lets Python define, to Python they are on ``cuda:0``. Every operation reaches :class:`SimulatedGpu`,

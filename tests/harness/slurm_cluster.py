@@ -62,7 +62,7 @@ PartitionName=debug Nodes=n[1-3] Default=YES MaxTime=1440 State=UP
 
 
 def why_not() -> str | None:
-    """Why there can be no cluster here, in words."""
+    """Return the reason there can be no cluster here, or None."""
     missing = [name for name in PROGRAMS if shutil.which(name) is None]
     if missing:
         return f"not installed: {', '.join(missing)}; tests/install_slurm.sh"

@@ -1,4 +1,4 @@
-"""A small made-up data set: noisy copies of random pictures, one picture a class, in two "designs"."""
+"""A small made-up data set: noisy copies of random pictures, one picture per class, in two "designs"."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ class TwoHosts:
 
 
 def why_not() -> str | None:
-    """Why there can be no two hosts here, in words."""
+    """Return the reason there can be no two hosts here, or None."""
     missing = [name for name in ("ip", "unshare") if shutil.which(name) is None]
     if missing:
         return f"not installed: {', '.join(missing)}; apt-get install iproute2 util-linux"
@@ -78,7 +78,7 @@ def why_not() -> str | None:
 
 @contextlib.contextmanager
 def two_hosts(folder: Path) -> Iterator[TwoHosts]:
-    """Two hosts, taken away again at the end; end what runs on them before."""
+    """Provide two hosts, removed at the end; end their processes before."""
     hosts = TwoHosts(folder)
     try:
         hosts.start()

@@ -1,6 +1,6 @@
-"""A Python that has imported torch and the trainer already, and forks: each fork becomes the process that is asked for.
+"""A Python that has imported torch and the trainer already, and forks: each fork becomes the requested process.
 
-warm_server.py SOCKET MODULE…: imports the modules, then serves what ``tests.harness.warm`` sends over the socket.
+warm_server.py SOCKET MODULE…: imports the modules, then serves requests of ``tests.harness.warm`` over the socket.
 Starting a process this way takes milliseconds instead of seconds, and the process is a real one: with an environment,
 a working directory, output, signals, threads and an exit code of its own. What it does not have of its own is what
 Python and torch settle as they start: the seed of ``hash``, encodings, the number of threads.
@@ -42,7 +42,7 @@ class Server:
         signal.signal(signal.SIGCHLD, lambda *_: None)
 
     def serve(self) -> dict[str, Any]:
-        """Serve until the other end is closed. Returns in the forks only: the request that each is to fulfil."""
+        """Serve until the other end is closed. Returns in the forks only, with the request of each."""
         assert len(os.listdir("/proc/self/task")) == 1, "a fork has the thread that forks, and no other"
         set_name(NAME)
         while True:
@@ -85,7 +85,7 @@ class Server:
                 os.close(report)
 
     def _forget(self, descriptors: list[int]) -> None:
-        """In a fork: leave nothing of the server's."""
+        """Drop the server's resources in a fork."""
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         self._requests.close()
@@ -99,7 +99,7 @@ def set_name(name: str) -> None:
 
 
 def prepare(request: dict[str, Any], base_path: list[str]) -> list[str]:
-    """Give this fork what a new process has of its own; returns the rest of the command, from -m, -c or a script on."""
+    """Give this fork the state of a new process; return the rest of the command, from -m, -c or a script on."""
     if request["session"]:
         os.setsid()
     os.chdir(request["cwd"])
@@ -120,7 +120,7 @@ def prepare(request: dict[str, Any], base_path: list[str]) -> list[str]:
 
 
 def serve_below() -> None:
-    """Have what a launcher starts be warm, too: by a server of its own, forked before the launcher has threads."""
+    """Start a launcher's processes warm, too, by a separate server, forked before the launcher has threads."""
     from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
     from tests.harness import warm
@@ -135,7 +135,7 @@ def serve_below() -> None:
 
 
 def run(request: dict[str, Any]) -> None:
-    """Become the process that is asked for, to its end."""
+    """Become the requested process, to its end."""
     words = prepare(request, BASE_PATH)
     sys.modules["__main__"] = main = types.ModuleType("__main__")
     kind = words[0]

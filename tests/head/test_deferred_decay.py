@@ -1,4 +1,4 @@
-"""Rows without a gradient: decayed when they are used, to what dense SGD would have made of them."""
+"""Rows without a gradient: decayed when they are used, to their values under dense SGD."""
 
 from __future__ import annotations
 

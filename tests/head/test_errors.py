@@ -172,7 +172,7 @@ def _disagree(group: dist.ProcessGroup, about: str) -> str:
         ("dtype", "heads of rank 0 and rank 1 differ"),
     ],
 )
-def test_ranks_that_disagree_are_told_so(ranks: Ranks, about: str, words: str) -> None:
+def test_disagreeing_ranks_are_reported(ranks: Ranks, about: str, words: str) -> None:
     messages = ranks.run(2, _disagree, about)
     assert messages[0] == messages[1]
     assert words in messages[0]

@@ -180,7 +180,7 @@ def test_micro_batches_advance_the_state_once_by_all_their_samples(name: str) ->
     torch.testing.assert_close(parts.loss.state, whole.loss.state, rtol=1e-12, atol=0)
 
 
-def test_the_positions_of_micro_batches_go_on() -> None:
+def test_the_positions_of_micro_batches_continue() -> None:
     x, y = small_batch(n=9)
     loss = losses.ElasticArcFace(std=0.3)
     whole, _ = PartialFC(CLASSES, DIM, loss), None
@@ -210,7 +210,7 @@ def test_the_state_is_saved_and_loaded(name: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(carried(other), carried(fresh), strict=True))
 
 
-def test_a_batch_of_ignored_samples_leaves_the_state_as_it_is() -> None:
+def test_a_batch_of_ignored_samples_leaves_the_state_unchanged() -> None:
     for name in ("curricularface", "adaface"):
         head, optimizer = made(name)
         start = carried(head)

@@ -61,7 +61,7 @@ def test_many_tiny_updates_of_bfloat16_weights_are_kept_in_the_mean(kind: Any) -
         assert bool((nearest == 1).all()), "rounding to nearest loses all of it"
 
 
-def test_state_in_bfloat16_is_saved_and_loaded_as_it_is() -> None:
+def test_state_in_bfloat16_is_saved_and_loaded_unchanged() -> None:
     weight = torch.nn.Parameter(torch.randn(9, 4))
     for make in (
         lambda: RowSGD([weight], state_dtype=torch.bfloat16),

@@ -1,4 +1,4 @@
-"""Row optimizers: what dense training would have done, at the cost of the rows that have a gradient."""
+"""Row optimizers: the result of dense training, at the cost of the rows with a gradient."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_a_rows_own_steps_correct_its_moments() -> None:
     torch.testing.assert_close(weight.detach(), torch.stack([s.detach() for s in singles]), rtol=1e-10, atol=1e-12)
 
 
-def test_row_adagrad_keeps_one_number_a_row() -> None:
+def test_row_adagrad_keeps_one_number_per_row() -> None:
     weight = torch.nn.Parameter(torch.randn(6, 4, dtype=torch.float64))
     expected, total = weight.detach().clone(), torch.zeros(6, dtype=torch.float64)
     ours = RowAdagrad([weight], lr=0.1, eps=1e-3, weight_decay=0.05)
@@ -158,7 +158,7 @@ def test_a_grad_scaler_unscales_and_skips(make: Callable[[Any], Any]) -> None:
                 optimizer.zero_grad()
                 head(x, y, step=seed)
                 after = list(head.state_dict().values())
-                assert torch.equal(after[0], before[0]), "the weight is as it was"
+                assert torch.equal(after[0], before[0]), "the weight is unchanged"
             scaler.scale(head(x, y, step=seed).loss).backward()
             scaler.unscale_(optimizer)
             scaler.step(optimizer)

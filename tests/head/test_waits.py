@@ -1,4 +1,4 @@
-"""A GPU is not kept waiting: how often a step makes the host wait for the device, and how much it launches.
+"""A GPU is not kept waiting: counts of a step's host waits and of its launches.
 
 Counted on a simulated device (:mod:`tests.harness.simulated_gpu`), in a process of its own.
 """

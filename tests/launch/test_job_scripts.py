@@ -1,4 +1,4 @@
-"""Job scripts without Slurm: what they decide, with stand-ins for srun and scontrol."""
+"""Decisions of the job scripts, without Slurm: with stand-ins for srun and scontrol."""
 
 from __future__ import annotations
 
@@ -171,14 +171,14 @@ def test_a_training_that_never_begins_within_the_limit_is_not_requeued_for_ever(
     assert "requeue" not in notes
 
 
-def test_a_mistake_is_said_once_before_the_nodes_start(tmp_path: Path) -> None:
+def test_a_mistake_is_reported_once_before_the_nodes_start(tmp_path: Path) -> None:
     code, output, notes = job(tmp_path, "finished", "wrong.yaml")
     assert code == 2
     assert output.count("error: wrong") == 1
     assert "launch torchrun" not in notes
 
 
-def test_nodes_meet_at_the_first_one_at_a_port_of_the_job_with_a_rank_a_gpu(tmp_path: Path) -> None:
+def test_nodes_meet_at_the_first_one_at_a_port_of_the_job_with_one_rank_per_gpu(tmp_path: Path) -> None:
     settings = {"SLURM_GPUS_ON_NODE": "4", "SLURM_CPUS_PER_TASK": "32"}
     _, _, notes = job(tmp_path, "finished", "config.yaml", "optim.lr=1", "--force", **settings)
     assert "-m partialfc config config.yaml optim.lr=1 --get run.dir" in notes
@@ -192,7 +192,7 @@ def test_the_ranks_of_a_node_may_be_left_to_be_counted_there(tmp_path: Path) -> 
     assert "NNODES=2 NPROC=auto at n1:10077 OMP=\n" in notes
 
 
-def test_a_failure_before_the_training_begins_is_not_told_by_what_others_have_left(tmp_path: Path) -> None:
+def test_a_failure_before_training_begins_is_not_explained_by_leftovers(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "state.json").write_text('{\n "state": "failed",\n "attempt": 1,\n "reason": "old"\n}\n')
     code, output, _ = job(tmp_path, "early")
@@ -225,7 +225,7 @@ def test_one_variable_runs_a_job_in_a_container(tmp_path: Path) -> None:
         (("evaluate.sbatch", "run"), {}),
     ],
 )
-def test_whatever_runs_python_in_a_job_does_so_in_the_container(
+def test_python_in_a_job_always_runs_in_the_container(
     tmp_path: Path, words: tuple[str, ...], settings: dict[str, str], image: str
 ) -> None:
     (tmp_path / "list").write_text("config.yaml\n")

@@ -72,7 +72,7 @@ def test_time_limits_are_read_as_sbatch_does(time: str, seconds: float | None) -
     assert f"#SBATCH --time={time}\n" in job_script(Request(1, time), "r", Path("r"), Path("c.yaml"), [])
 
 
-def test_a_quote_in_the_run_folder_is_said_of_run_dir() -> None:
+def test_a_quote_in_the_run_folder_is_reported_as_run_dir() -> None:
     with pytest.raises(ConfigError, match=r"run\.dir: .*a\"b"):
         job_script(Request(1, "60"), 'a"b', Path('a"b'), Path("c.yaml"), [])
 
@@ -93,7 +93,7 @@ def test_a_request_that_sbatch_would_misread_is_refused(wrong: dict) -> None:
         job_script(Request(**{"nodes": 1, "time": "60", **wrong}), "face", Path("run"), Path("c.yaml"), [])
 
 
-def test_a_script_that_is_not_there_is_named_with_those_that_are() -> None:
+def test_an_unknown_script_is_named_with_the_known_ones() -> None:
     with pytest.raises(ConfigError, match=r"train\.sbatch"):
         script("train")
 

@@ -89,7 +89,7 @@ def test_two_nodes_train_to_the_end_from_a_copy_of_the_data_and_are_evaluated(
     assert again["plain"]["tar_at_far"] == pytest.approx(known["plain"]["tar_at_far"])
 
 
-def test_a_job_goes_on_over_its_time_limit_as_if_there_were_none(slurm: Cluster, task: Path, tmp_path: Path) -> None:
+def test_a_job_continues_past_its_time_limit_as_if_there_were_none(slurm: Cluster, task: Path, tmp_path: Path) -> None:
     folder, whole = tmp_path / "run", tmp_path / "whole"
     settings = ["optim.epochs=13", "optim.lr=0.02", "evaluation.sets=[]"]
     slow = ["evaluation.every=1", "checkpoint.every=1", "checkpoint.asynchronous=false", f"run.dir={folder}"]
@@ -137,7 +137,7 @@ def test_a_cancelled_job_stops_with_a_checkpoint_and_is_not_requeued(
     assert_checkpoint_of_its_last_step(folder)
 
 
-def test_a_job_ends_with_3_if_somebody_stops_it_and_goes_on_if_another_that_waits_for_it_is_cancelled(
+def test_a_job_ends_with_3_if_somebody_stops_it_and_continues_if_one_that_waits_for_it_is_cancelled(
     slurm: Cluster, task: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
@@ -145,7 +145,7 @@ def test_a_job_ends_with_3_if_somebody_stops_it_and_goes_on_if_another_that_wait
     wait_for_step(slurm, job, tmp_path, 3)
     other = submit(slurm, tmp_path, [], "train.sbatch", task, f"run.dir={folder}", *LONG)
     deadline = time.monotonic() + 120
-    while "waiting for another process" not in output(tmp_path):
+    while "waiting for the process" not in output(tmp_path):
         assert time.monotonic() < deadline, output(tmp_path)
         time.sleep(0.1)
     slurm.run("scancel", other)

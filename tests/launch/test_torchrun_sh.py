@@ -1,4 +1,4 @@
-"""launch/torchrun.sh: its exit codes, requests to stop, and what it says of wrong usage."""
+"""launch/torchrun.sh: its exit codes, requests to stop, and messages on wrong usage."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_a_start_that_waits_for_another_in_the_run_folder_does_not_stop_that_one
     with started(words, tmp_path / "first") as first:
         wait_until(lambda: steps_done(folder) >= 3, seconds=180, of=first)
         with started([*words, "run.timeout=4"], tmp_path / "second") as second:
-            wait_until(lambda: "waiting for another" in (tmp_path / "second").read_text(), seconds=180, of=second)
+            wait_until(lambda: "waiting for the process" in (tmp_path / "second").read_text(), seconds=180, of=second)
             os.kill(second.pid, signal.SIGTERM)
             assert second.wait(120) == 2, (tmp_path / "second").read_text()
         assert not (folder / "stop").exists()
@@ -107,7 +107,7 @@ def test_a_failed_run_is_1_and_its_last_line_says_why(task: Path, tmp_path: Path
     assert "/nowhere" in no_data.stderr.splitlines()[-1]
 
 
-def test_a_config_that_is_wrong_is_2_whoever_finds_it(task: Path, tmp_path: Path) -> None:
+def test_a_wrong_config_is_2_whoever_finds_it(task: Path, tmp_path: Path) -> None:
     before = launch(task, f"run.dir={tmp_path / 'run'}", "optim.lr=fast")
     assert before.returncode == 2
     assert "optim.lr" in before.stderr

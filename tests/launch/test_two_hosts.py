@@ -46,7 +46,7 @@ def command(hosts: TwoHosts, host: int, task: Path, folder: Path, *more: str) ->
 
 
 @pytest.mark.timeout(600)
-def test_a_cut_between_hosts_ends_the_ranks_in_time_and_they_go_on_once_it_is_mended(
+def test_a_cut_between_hosts_ends_the_ranks_in_time_and_they_resume_once_it_is_mended(
     hosts: TwoHosts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = {"PYTHON": sys.executable, "PYTHONPATH": str(ROOT), "NPROC": "1", "NNODES": "2"}

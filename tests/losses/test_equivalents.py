@@ -1,4 +1,4 @@
-"""Losses that others compute, too: the same values and gradients."""
+"""Losses that other libraries compute, too: the same values and gradients."""
 
 from __future__ import annotations
 

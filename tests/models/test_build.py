@@ -135,7 +135,7 @@ def test_activation_checkpointing_reaches_a_parameter_or_a_method() -> None:
         ("nets.mine:for_other_images", False, {}, r"does not take images \[2, 1, 10, 10\]: RuntimeError"),
     ],
 )
-def test_mistakes_in_what_is_imported_are_explained(
+def test_mistakes_in_imported_backbones_are_explained(
     name: str, again: bool, options: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(ConfigError, match=words):
@@ -229,7 +229,7 @@ def test_mistakes_with_timm_are_explained(timm: StandIn) -> None:
         build("timm:vit_base", depht=3)
 
 
-def test_timm_that_is_not_installed_is_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_timm_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(MissingDependency, match=r"needs timm: pip install 'partialfc\[timm\]'"):
         build("timm:resnet50")

@@ -113,7 +113,7 @@ def test_blocks_that_are_computed_twice_give_the_same_gradients_and_count_batche
 
 
 @pytest.mark.parametrize("name", ["iresnet18", "vit_t"])
-def test_what_is_random_in_training_is_off_in_evaluation(name: str) -> None:
+def test_randomness_of_training_is_off_in_evaluation(name: str) -> None:
     backbone, images = small(name), torch.randn(8, 3, 32, 32)
     backbone(images)  # not all statistics at their start
     assert not torch.equal(backbone(images), backbone(images))
@@ -144,7 +144,7 @@ def test_masked_tokens_come_out_as_the_learnt_vector_in_their_places() -> None:
     features = seen["features"].view(5, 16, 32)
     masked = (features == backbone.mask_token).all(-1)
     assert masked.sum(1).tolist() == [16 - 11] * 5, "int(16 · 0.7) are kept"
-    assert len({tuple(row.tolist()) for row in masked}) > 1, "other ones for each sample"
+    assert len({tuple(row.tolist()) for row in masked}) > 1, "different ones for each sample"
     assert seen["kept"].shape == (5, 11, 32)
     tokens = backbone.patch_embed(images) + backbone.pos_embed
     for sample in range(5):
@@ -169,6 +169,6 @@ def test_masked_tokens_come_out_as_the_learnt_vector_in_their_places() -> None:
         ("iresnet18", 32, {"dropout": 1}, r"model \(iresnet18\): dropout must lie in \[0, 1\), got 1"),
     ],
 )
-def test_sizes_that_cannot_be_are_explained(name: str, image_size: int, options: dict[str, float], words: str) -> None:
+def test_impossible_sizes_are_explained(name: str, image_size: int, options: dict[str, float], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         models.build(name, 16, 3, image_size, options)

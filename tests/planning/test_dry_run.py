@@ -1,4 +1,4 @@
-"""Dry runs: the table, and what would not start."""
+"""Dry runs: the table, and refused configs."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ ZERO = ["engine.name=deepspeed", "engine.zero_stage=2"]
         ),
     ],
 )
-def test_a_dry_run_refuses_what_would_not_start(tmp_path: Path, settings: list[str], words: str) -> None:
+def test_a_dry_run_refuses_configs_that_would_not_start(tmp_path: Path, settings: list[str], words: str) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(write_task(tmp_path)))
     (tmp_path / "ds.json").write_text('{"train_batch_size": 7}')

@@ -83,7 +83,7 @@ def test_the_largest_number_of_classes_just_fits() -> None:
     assert plan.largest_num_classes(10, 0.1) == 0
 
 
-def test_rates_tell_their_largest() -> None:
+def test_rates_report_their_largest() -> None:
     assert largest_rate(0.3) == 0.3
     assert largest_rate(LinearRate(0.1, 0.8, 10)) == 0.8
     assert largest_rate(StepRate([0.1, 0.5], [0, 5])) == 0.5

@@ -1,4 +1,4 @@
-"""State of runs: the list of run folders, and what a folder says of the run in it."""
+"""State of runs: the list of run folders, and the state in a folder."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_a_spoilt_folder_does_not_hide_the_other_runs(several: Path, spoilt: str
     assert ("spoilt" in text) == spoilt.startswith("{"), text
 
 
-def test_the_list_is_renewed_until_the_user_has_seen_enough(several: Path, tmp_path: Path) -> None:
+def test_the_list_is_refreshed_until_ctrl_c(several: Path, tmp_path: Path) -> None:
     words = [sys.executable, "-m", "partialfc", "runs", str(several), "--watch", "--every", "0.2"]
     with started(words, tmp_path / "output") as process:
         wait_until(lambda: (tmp_path / "output").read_text().count("\nrun ") >= 2, of=process)
@@ -171,11 +171,11 @@ def test_two_runs_do_not_share_a_folder(tmp_path: Path) -> None:
         wait_until(lambda: steps_done(tmp_path / "run") > before, of=first)
     third = finish([*words[:-1], "optim.epochs=1"])
     assert third.returncode == 0, "the lock has died with its process"
-    assert "another process" not in third.stdout + third.stderr
+    assert "waiting for the process" not in third.stdout + third.stderr
 
 
 @pytest.mark.parametrize("ends", [False, True])
-def test_a_start_that_waits_for_another_process_goes_on_from_what_that_one_leaves(tmp_path: Path, ends: bool) -> None:
+def test_a_start_that_waits_for_another_process_resumes_from_its_results(tmp_path: Path, ends: bool) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(write_task(tmp_path)))
     folder = tmp_path / "run"
@@ -186,7 +186,7 @@ def test_a_start_that_waits_for_another_process_goes_on_from_what_that_one_leave
         if ends:
             os.kill(first.pid, signal.SIGSTOP)
         with started(command(config, 2, *words), tmp_path / "second") as second:
-            wait_until(lambda: "waiting for another process" in (tmp_path / "second").read_text(), of=second)
+            wait_until(lambda: "waiting for the process" in (tmp_path / "second").read_text(), of=second)
             if ends:
                 os.kill(first.pid, signal.SIGCONT)
                 assert first.wait(60) == 0, (tmp_path / "first").read_text()
@@ -201,7 +201,7 @@ def test_a_start_that_waits_for_another_process_goes_on_from_what_that_one_leave
 
 
 def test_an_evaluation_is_progress(tmp_path: Path) -> None:
-    """Criterion of /healthz: a long evaluation is no stalled run."""
+    """Criterion of /healthz: a long evaluation is not a stalled run."""
     config = tmp_path / "config.yaml"
     tree = write_task(tmp_path)
     tree["optim"]["epochs"] = 1 / 12

@@ -49,7 +49,7 @@ def test_health_and_metrics_are_served_on_loopback(tmp_path: Path) -> None:
     endpoint.close()
 
 
-def test_a_run_serves_its_health_while_it_trains_and_a_taken_port_is_no_reason_not_to(tmp_path: Path) -> None:
+def test_a_run_serves_its_health_while_it_trains_and_trains_without_if_the_port_is_taken(tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(write_task(tmp_path)))
     port = free_port()

@@ -121,7 +121,7 @@ def test_an_export_is_added_to_the_run_that_has_ended(offline: Path) -> None:
 
 @pytest.fixture(scope="module")
 def restarted(task: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run that was killed after a checkpoint and went on, offline."""
+    """The folder of a run that was killed after a checkpoint and resumed, offline."""
     folder = tmp_path_factory.mktemp("restarted")
     killed_after(task, folder, 25, *LONGER, "tracking.wandb.mode=offline")
     done = train(task, folder, *LONGER, "tracking.wandb.mode=offline")

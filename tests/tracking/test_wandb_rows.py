@@ -65,7 +65,7 @@ def test_lines_are_read_as_they_come_and_none_twice(tmp_path: Path) -> None:
     assert reader.all_read()
     assert reader.sent == Sent(rows=4, train=2, evaluation=2, events=1)
     assert SentLog(tmp_path / "sent.txt").sent == reader.sent
-    # The next attempt begins at step 1: it does step 2 again, and goes on.
+    # The next attempt begins at step 1: it repeats step 2, and continues.
     path.write_text(
         '{"kind": "event", "event": "started"}\n{"kind": "train", "step": 1}\n{"kind": "event", "event": "started"}\n'
         '{"kind": "train", "step": 2}\n{"kind": "evaluation", "step": 2}\n{"kind": "train", "step": 3}\n'
@@ -147,7 +147,7 @@ def test_a_sweep_runs_commands_that_the_trainer_understands(tmp_path: Path) -> N
     )
 
 
-def test_a_run_that_asks_for_w_and_b_needs_its_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_with_w_and_b_needs_its_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "wandb").mkdir()
     for name in [name for name in sys.modules if name.partition(".")[0] == "wandb"]:
         monkeypatch.delitem(sys.modules, name)

@@ -1,4 +1,4 @@
-"""Numbers that break on one rank: all ranks skip the step, count it, say who it was, and stop in time."""
+"""Numbers that break on one rank: all ranks skip the step, count it, name the rank, and stop in time."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def skipped_alone(task: Path) -> Path:
 
 
 @pytest.mark.parametrize("fault", ["embeddings", "gradient", "row_gradient"])
-def test_what_breaks_on_one_rank_is_skipped_by_all_and_laid_at_its_door(
+def test_a_fault_on_one_rank_is_skipped_by_all_and_attributed_to_it(
     task: Path, tmp_path: Path, skipped_alone: Path, fault: str
 ) -> None:
     folder = tmp_path / "run"
@@ -83,7 +83,7 @@ def test_what_breaks_on_one_rank_is_skipped_by_all_and_laid_at_its_door(
         assert value.double().abs().sum() > 0, name
 
 
-def test_skipped_steps_stay_counted_when_a_run_goes_on(task: Path, tmp_path: Path) -> None:
+def test_skipped_steps_stay_counted_when_a_run_resumes(task: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     settings = ["checkpoint.every=6", "run.skipped_in_a_row=3"]
     first = faulty(0, task, folder, "gradient", 0, "4,9,10,11", *settings)
@@ -118,7 +118,7 @@ def test_a_broken_shard_ends_the_run_with_a_diagnosis_and_the_last_checkpoint_in
     assert lines(folder, "train")[-1]["loss"] is not None
 
 
-def test_after_a_jump_of_the_loss_a_run_goes_back_and_on_with_the_next_samples(task: Path, tmp_path: Path) -> None:
+def test_after_a_loss_spike_a_run_rolls_back_and_continues_with_the_next_samples(task: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     settings = ["optim.epochs=4", "checkpoint.every=10", "optim.spike={factor: 2, window: 5}"]
     done = faulty(2, task, folder, "backbone", 0, "34", *settings)
@@ -136,9 +136,7 @@ def test_after_a_jump_of_the_loss_a_run_goes_back_and_on_with_the_next_samples(t
 
 
 @pytest.mark.parametrize("every", [0, 2])
-def test_a_loss_that_jumps_step_after_step_ends_the_run_whatever_there_is_to_go_back_to(
-    task: Path, tmp_path: Path, every: int
-) -> None:
+def test_repeated_loss_spikes_end_the_run_with_or_without_a_checkpoint(task: Path, tmp_path: Path, every: int) -> None:
     folder = tmp_path / "run"
     settings = ["optim.epochs=4", f"checkpoint.every={every}", "optim.spike={factor: 1.5, window: 5}"]
     done = faulty(0, task, folder, "backbone", 0, "9-", *settings, "run.skipped_in_a_row=4")
@@ -195,7 +193,7 @@ def test_broken_rows_are_found_wherever_they_are(sub_centers: bool) -> None:
     assert nonfinite_classes(head).tolist() == expected
 
 
-def test_a_head_tells_whether_its_own_gradient_is_finite() -> None:
+def test_a_head_reports_if_its_own_gradient_is_finite() -> None:
     head = PartialFC(20, 4, losses.CosFace(), center_loss=CenterLoss(), on_nonfinite="propagate")
     embeddings = torch.randn(6, 4, requires_grad=True)
     labels = torch.arange(6)

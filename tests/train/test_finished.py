@@ -1,4 +1,4 @@
-"""A start in the folder of a run that has finished."""
+"""Starts in the folder of a finished run."""
 
 from __future__ import annotations
 

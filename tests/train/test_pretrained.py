@@ -12,7 +12,7 @@ from tests.harness.checkpoints import stored
 from tests.harness.running import run
 
 
-def test_a_run_begins_with_pretrained_weights_and_goes_on_with_its_own(short_task: Path) -> None:
+def test_a_run_begins_with_pretrained_weights_and_resumes_with_its_own(short_task: Path) -> None:
     torch.manual_seed(7)
     weights = models.build("glyph_net", 32, 1, 16).state_dict()
     path = short_task.parent / "weights.safetensors"
@@ -24,7 +24,7 @@ def test_a_run_begins_with_pretrained_weights_and_goes_on_with_its_own(short_tas
     for name, value in stored(short_task.parent / "run").items():
         assert torch.equal(value, weights[name]), name
 
-    path.write_bytes(b"")  # a run that goes on does not read it
+    path.write_bytes(b"")  # a resumed run does not read it
     resumed = run(short_task, 0, *still, "optim.epochs=2", "--force")
     assert resumed.returncode == 0, resumed.stderr
     assert resumed.stdout.count("is not read: the run resumes from its own checkpoint") == 1

@@ -37,7 +37,7 @@ LONG = ["optim.epochs=1000", "evaluation.every=0", "checkpoint.every=7"]
 
 
 def assert_stopped_well(folder: Path) -> int:
-    """The step after which it has stopped: with a checkpoint of just that step, and nothing half done."""
+    """Return the step after which it stopped; check its checkpoint, and that nothing is half done."""
     step: int = state(folder)["step"]
     assert state(folder)["state"] == "preempted"
     assert (folder / "checkpoints" / f"step-{step:08d}" / "manifest.json").exists()
@@ -101,7 +101,7 @@ def test_a_signal_that_is_sent_until_the_ranks_have_ended_is_one_request(
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_torchrun_itself_stops_the_run_as_well(task: Path, tmp_path: Path, number: signal.Signals) -> None:
-    """It hands SIGTERM or SIGINT on and returns 1: what the run has come to stands in state.json."""
+    """It forwards SIGTERM or SIGINT and returns 1; the outcome is in state.json."""
     folder = tmp_path / "run"
     with training(task, folder, "--max-restarts", "3") as process:
         process.send_signal(number)
@@ -129,7 +129,7 @@ def test_ranks_whose_torchrun_is_killed_by_sigusr1_do_not_stay_behind(task: Path
     assert "its launcher" in state(folder)["reason"]
 
 
-def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(task: Path, tmp_path: Path) -> None:
+def test_a_stopped_run_resumes_as_if_it_had_not_stopped(task: Path, tmp_path: Path) -> None:
     whole, folder = tmp_path / "whole", tmp_path / "run"
     settings = ["evaluation.every=0", "evaluation.sets=[]", "optim.epochs=4"]
     assert run(task, 2, f"run.dir={whole}", *settings).returncode == 0
@@ -139,7 +139,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(task: Path, tmp_path: Pa
         (folder / "stop").touch()
         assert process.wait(60) == 0
     stopped_after = assert_stopped_well(folder)
-    assert not (folder / "stop").exists(), "it has served; the next start goes on"
+    assert not (folder / "stop").exists(), "it has served; the next start trains"
     assert run(task, 2, f"run.dir={folder}", *settings).returncode == 0
     assert state(folder)["state"] == "finished"
     assert [line["step"] for line in events(folder, "started")] == [0, stopped_after]
@@ -167,7 +167,7 @@ def test_a_single_process_stops_with_code_75_and_its_loader_processes_with_it(
 def test_a_request_in_the_last_step_is_honoured_before_the_evaluation(task: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
-    (folder / "stop").touch()  # before the start: the first step is done all the same
+    (folder / "stop").touch()  # before the start: the first step is still done
     settings = [f"run.dir={folder}", "data.global_batch_size=1000", "optim.epochs=1"]
     first = finish(command(task, 0, *settings))
     assert first.returncode == 75, first.stdout + first.stderr
@@ -225,9 +225,7 @@ def test_a_request_while_a_checkpoint_is_being_written_waits_for_it(task: Path, 
     assert kept[-1] == stopped_after
 
 
-def test_a_stop_file_that_cannot_be_removed_is_told_of_and_the_run_has_stopped_all_the_same(
-    task: Path, tmp_path: Path
-) -> None:
+def test_a_stop_file_that_cannot_be_removed_is_reported_and_the_run_still_stops(task: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     (folder / "stop").mkdir(parents=True)
     done = finish(command(task, 0, f"run.dir={folder}", *LONG))
@@ -270,7 +268,7 @@ def test_a_request_that_comes_when_all_is_done_does_not_stop_the_next_start(task
     assert state(folder)["step"] == 3
 
 
-def test_a_second_ctrl_c_ends_the_run_at_once_with_a_reason_and_the_checkpoints_that_there_are(
+def test_a_second_ctrl_c_ends_the_run_at_once_with_a_reason_and_its_checkpoints_so_far(
     task: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"

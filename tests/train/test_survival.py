@@ -1,4 +1,4 @@
-"""Ranks that die, stop or lose a node, under torchrun: the run comes back and ends like one that nobody disturbed."""
+"""Ranks that die, stop or lose a node, under torchrun: the run comes back and ends like an undisturbed one."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ STEPS = 60
 
 
 # From its second step on DDP lays out its buckets anew, and with them the order in which three ranks sum gradients.
-# A run that begins again does so a step later than one that goes on; rounding differs, and that grows with the steps.
+# A restarted run does so a step later than an uninterrupted one; rounding differs, and that grows with the steps.
 SUMMED_IN_ANOTHER_ORDER = 2e-3
 
 
 def assert_undisturbed(task: Path, folder: Path, ranks: int, tolerance: float, *more: str) -> None:
-    """The run in ``folder`` has the loss curve of one on ``ranks`` ranks that nobody has disturbed."""
+    """Check that the run in ``folder`` has the loss curve of an undisturbed one on ``ranks`` ranks."""
     whole_folder = task.parent / "-".join(["whole", str(ranks), *more])
     if not whole_folder.exists():
         done = run(task, ranks, f"run.dir={whole_folder}", *SETTINGS, *more)
@@ -81,7 +81,7 @@ def test_a_rank_that_is_killed_comes_back_with_the_others(task: Path, tmp_path: 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_ten_kills_in_random_places_leave_the_loss_curve_as_it_is(task: Path, tmp_path: Path) -> None:
+def test_ten_kills_at_random_points_leave_the_loss_curve_unchanged(task: Path, tmp_path: Path) -> None:
     long = "optim.epochs=10"
     kill_a_rank_again_and_again(task, tmp_path / "run", 10, 2, long)
     assert_undisturbed(task, tmp_path / "run", 3, SUMMED_IN_ANOTHER_ORDER, long)
@@ -233,7 +233,7 @@ def agents(task: Path, folder: Path, port: int, nodes: str) -> list[str]:
 
 
 @pytest.mark.timeout(400)
-def test_a_run_that_loses_a_node_for_good_goes_on_with_one_less(task: Path, tmp_path: Path) -> None:
+def test_a_run_that_loses_a_node_for_good_continues_with_one_less(task: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     words = agents(task, folder, free_port(), "1:2")
     with started(words, tmp_path / "first") as first:

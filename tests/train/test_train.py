@@ -166,7 +166,7 @@ STATES = {
 
 
 @pytest.mark.parametrize("name", STATES)
-def test_what_a_loss_carries_is_trained_logged_and_saved(name: str, tmp_path: Path) -> None:
+def test_the_state_and_parameters_of_a_loss_are_trained_logged_and_saved(name: str, tmp_path: Path) -> None:
     spec, expected = STATES[name]
     tree = write_task(tmp_path)
     tree["head"] |= {"loss": spec, "sample_rate": 0.5}
@@ -278,7 +278,7 @@ def test_a_rank_that_dies_or_hangs_is_named_by_the_others(task: Path, tmp_path: 
     assert "not heard from rank 1" in state(folder)["reason"]
 
 
-def test_a_rank_whose_main_thread_hangs_is_named_with_what_it_hangs_in(task: Path, tmp_path: Path) -> None:
+def test_a_rank_whose_main_thread_hangs_is_named_with_the_phase_it_hangs_in(task: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with two_ranks(task, folder, "data.workers=1") as (_, second):
         for worker in children(second.pid):  # the rank itself is well, and waits for its data for ever
