@@ -120,7 +120,7 @@ class OptimConfig(Section):
     power: float = Field(2.0, gt=0, description="power of the polynomial decay")
     warmup: float = Field(1.0, ge=0, description="epochs over which the learning rate rises linearly from zero")
     clip: float | None = Field(5.0, gt=0, description="largest norm of the backbone's gradient; null: no clipping")
-    head_lr_factor: float = Field(1.0, gt=0, description="learning rate of the head over that of the backbone")
+    head_lr_factor: float = Field(1.0, gt=0, description="ratio of the head's learning rate to the backbone's")
     unsampled_rows: Literal["frozen", "decayed"] = Field(
         "frozen", description="head rows without a gradient: unchanged, or exactly as under dense SGD"
     )

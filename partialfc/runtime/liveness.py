@@ -2,7 +2,7 @@
 
 A thread of every process writes a sign of life to the store each second, with the step and phase of the main thread.
 When a collective fails, the other ranks read these: a rank without new signs is dead, stopped or cut off; a rank that
-has fallen behind hangs. A rank that fails by itself leaves its reason in the store.
+has fallen behind hangs. A rank that fails on its own leaves its reason in the store.
 
 During evaluations and checkpoints, when collectives may take long, a lost rank would go unnoticed for an hour. So a
 second thread watches: rank 0 watches all ranks, the others watch rank 0, and all watch the store. It ends a process
@@ -57,7 +57,7 @@ class Liveness:
         self._watched = [other for other in (range(world_size) if rank == 0 else [0]) if other != rank]
         self._position = (0, 0)  # step and phase of this rank
         self._closed = threading.Event()
-        self._ending = False  # the main thread has noticed a failure by itself
+        self._ending = False  # the main thread has noticed a failure on its own
         self._failure: str | None = None
         self._signs: dict[int, str] = {}  # by watched rank
         self._rounds = 0  # of signing in

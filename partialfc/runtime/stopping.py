@@ -47,7 +47,7 @@ class StopCause:
 
     @classmethod
     def from_text(cls, text: str) -> StopCause:
-        """Read the content of a file ``stop``: anything, or nothing, may stand there."""
+        """Read the content of a file ``stop``, which may hold anything or nothing."""
         lines = [line.strip() for line in text.split("\n")]
         return cls(next((by for by in StoppedBy if f"stopped_by: {by}" in lines), StoppedBy.PERSON), lines[0])
 

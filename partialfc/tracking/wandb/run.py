@@ -225,7 +225,7 @@ class WandbRun:
 
     def _tell_end(self) -> None:
         assert self._process.stdin is not None
-        with contextlib.suppress(OSError):  # it has ended by itself
+        with contextlib.suppress(OSError):  # it has already ended
             self._process.stdin.write("end\n")
             self._process.stdin.close()
 
