@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Timings:
-    """Intervals and graces of a run, in seconds. The silence after which a rank is lost is a setting: ``run.timeout``."""
+    """Intervals and graces of a run, in seconds; the silence after which a rank is lost is ``run.timeout``."""
 
     sign_every: float = 1.0  # between a rank's signs of life
     heartbeat: float = 5.0  # between updates of state.json
