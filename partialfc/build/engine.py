@@ -18,11 +18,16 @@ def build_engine(module: nn.Module, config: Config, process: ProcessContext) -> 
     Raises:
         ConfigError: all parameters of the backbone are frozen, or the engine refuses its settings.
     """
-    if not any(parameter.requires_grad for parameter in module.parameters()):
-        raise ConfigError(f"model.name: {config.model.name} has no trainable parameter: all are frozen")
+    require_trainable(module, config)
     optimizer = build_backbone_optimizer(config, module, process.device)
     if config.engine.name == "deepspeed":
         from partialfc.engines.deepspeed import DeepSpeedEngine  # takes ten seconds to import
 
         return DeepSpeedEngine(module, optimizer, config, process)
     return DdpEngine(module, optimizer, config, process)
+
+
+def require_trainable(module: nn.Module, config: Config) -> None:
+    """Raise a ConfigError if all parameters of the backbone are frozen."""
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        raise ConfigError(f"model.name: {config.model.name} has no trainable parameter: all are frozen")

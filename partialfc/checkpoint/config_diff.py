@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from partialfc.models import BY_NAME
+from partialfc import config as configs
+from partialfc import models
 
 ChangeSeverity = Literal["harmless", "needs --force", "impossible"]
 
@@ -16,6 +17,7 @@ _SEVERITY: dict[str, ChangeSeverity] = {
     "run.seed": "needs --force",
     "data.workers": "harmless",
     "data.train": "harmless",  # a data set may move; its digest is compared
+    "data.num_classes": "harmless",  # compared with the data set, whose class table is compared
     "data.channels": "impossible",
     "data.image_size": "needs --force",
     "model": "impossible",
@@ -70,10 +72,13 @@ class Change:
 def config_changes(before: dict[str, Any], now: dict[str, Any]) -> list[Change]:
     """Return the keys whose values differ between two resolved configs, by name.
 
-    A key unknown to the version that wrote ``before`` counts as that version's behaviour.
+    A key unknown to the version that wrote ``before`` counts as that version's behaviour. A parameter that a loss or a backbone
+    is not given counts as its default.
     """
-    old, new = _flatten(_with_lacking_keys(before, now)), _flatten(now)
-    keys = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    before = _with_lacking_keys(before, now)
+    old, new = _flatten(_spelled_out(before)), _flatten(_spelled_out(now))
+    given = _flatten(before).keys() | _flatten(now).keys()
+    keys = sorted(key for key in given if old.get(key) != new.get(key))
     changes = [Change(key, old.get(key), new.get(key), _severity(key)) for key in keys]
     changes = [replace(change, severity="impossible") if _has_no_centers(change) else change for change in changes]
     harmless = [_is_alias(change) or _is_as_precise(change) for change in changes]
@@ -95,6 +100,18 @@ def _with_lacking_keys(before: dict[str, Any], now: dict[str, Any], prefix: str 
     return complete
 
 
+def _spelled_out(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a config in which equal runs are equal: parameters have their types, and no default is left out."""
+    head, model, optim = ({**config.get(section, {})} for section in ("head", "model", "optim"))
+    if isinstance(head.get("loss"), dict):
+        head["loss"] = configs.spelled_out(head["loss"])
+    if isinstance(model.get("options"), dict):
+        model["options"] = models.spelled_out(str(model.get("name")), model["options"])
+    if optim.get("head") == "same":
+        optim["head"] = optim.get("name")
+    return config | {"head": head, "model": model, "optim": optim}
+
+
 def _has_no_centers(change: Change) -> bool:
     """Return True for a center loss added or removed: its centers cannot be loaded, or would be lost."""
     return change.key.startswith("head.center_loss.") and None in (change.before, change.now)
@@ -103,7 +120,7 @@ def _has_no_centers(change: Change) -> bool:
 def _is_alias(change: Change) -> bool:
     """Return True for another name of the same backbone: r50 and iresnet50."""
     names = (change.before, change.now)
-    return change.key == "model.name" and len({id(BY_NAME.get(name, name)) for name in names}) == 1
+    return change.key == "model.name" and len({id(models.BY_NAME.get(name, name)) for name in names}) == 1
 
 
 def _is_as_precise(change: Change) -> bool:

@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
+from partialfc.cli.arguments import group
 from partialfc.tracking.console import console_progress, log
 
-app = typer.Typer(help="Inspect checkpoints, or merge one into a single file.", no_args_is_help=True)
+app = group("Inspect checkpoints, or merge one into a single file.")
 
 
 @app.command("inspect")

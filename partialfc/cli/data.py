@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
+from partialfc.cli.arguments import group
 from partialfc.tracking.console import console_progress, log
 
-app = typer.Typer(help="Make data sets.", no_args_is_help=True)
+app = group("Make data sets.")
 
 
 @app.command("glyphs")

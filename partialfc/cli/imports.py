@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
-from partialfc.cli.arguments import ConfigFile, Overrides
+from partialfc.cli.arguments import ConfigFile, Overrides, group
 
-app = typer.Typer(help="Import files that other tools have written.", no_args_is_help=True)
+app = group("Import files that other tools have written.")
 
 
 @app.command("weights")

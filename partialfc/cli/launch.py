@@ -8,10 +8,10 @@ from typing import Annotated
 
 import typer
 
-from partialfc.cli.arguments import ConfigFile, Force, Overrides
+from partialfc.cli.arguments import ConfigFile, Force, Overrides, group
 from partialfc.tracking.console import log
 
-app = typer.Typer(help="Start runs on many hosts, or as Slurm jobs.", no_args_is_help=True)
+app = group("Start runs on many hosts, or as Slurm jobs.")
 
 
 @app.command("slurm")

@@ -9,6 +9,7 @@ import typer
 
 import partialfc
 from partialfc.cli import checkpoint, data, imports, launch, runs
+from partialfc.cli.arguments import group
 from partialfc.cli.config import config_command
 from partialfc.cli.evaluate import evaluate_command
 from partialfc.cli.exits import FAILED, WRONG_USAGE, fail
@@ -17,12 +18,7 @@ from partialfc.cli.train import train_command
 from partialfc.errors import ConfigError, PartialFCError
 from partialfc.runtime.timings import Timings
 
-app = typer.Typer(
-    help="Train classifiers with very many classes, the classifier sharded over ranks.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+app = group("Train classifiers with very many classes, the classifier sharded over ranks.")
 app.command("train")(train_command)
 app.command("evaluate")(evaluate_command)
 app.command("config")(config_command)

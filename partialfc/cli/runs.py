@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
+from partialfc.cli.arguments import Group, group
 from partialfc.tracking.console import log
 
 
-class FolderOrCommand(TyperGroup):
+class FolderOrCommand(Group):
     """Group whose command ``list`` is optional: ``partialfc runs DIR`` is ``partialfc runs list DIR``."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -20,9 +20,7 @@ class FolderOrCommand(TyperGroup):
         return super().parse_args(ctx, args)
 
 
-app = typer.Typer(
-    help="Show the state of runs (partialfc runs DIR), or send one to W&B.", no_args_is_help=True, cls=FolderOrCommand
-)
+app = group("Show the state of runs (partialfc runs DIR), or send one to W&B.", FolderOrCommand)
 
 
 @app.command("list")

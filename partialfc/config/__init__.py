@@ -4,8 +4,10 @@ Imports ``models``, ``head``, ``losses`` and ``options``, to check their paramet
 and the rooms above may import it.
 """
 
+from partialfc.config.keys import describe_keys
 from partialfc.config.load import load_config, parse_config, require_num_classes, to_yaml, value_of
-from partialfc.config.objects import build_loss, build_sample_rate
+from partialfc.config.objects import build_loss, build_sample_rate, spelled_out
+from partialfc.config.reading import read_yaml
 from partialfc.config.schema import Config, EngineConfig, OptimConfig, TrackingConfig, WandbConfig
 
 __all__ = [
@@ -16,9 +18,12 @@ __all__ = [
     "WandbConfig",
     "build_loss",
     "build_sample_rate",
+    "describe_keys",
     "load_config",
     "parse_config",
+    "read_yaml",
     "require_num_classes",
+    "spelled_out",
     "to_yaml",
     "value_of",
 ]

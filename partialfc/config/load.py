@@ -6,14 +6,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from partialfc import models
+from partialfc.config.keys import section_of, type_at
 from partialfc.config.objects import build_loss, build_sample_rate
-from partialfc.config.schema import Config, EngineConfig
+from partialfc.config.reading import dump_yaml, read_value, read_yaml
+from partialfc.config.schema import Config, EngineConfig, OptimConfig
 from partialfc.errors import ConfigError
-from partialfc.options import describe_unknown
+from partialfc.options import describe_unknown, shorten
 
 
 def load_config(path: Path | str, overrides: Iterable[str] = ()) -> Config:
@@ -22,17 +23,17 @@ def load_config(path: Path | str, overrides: Iterable[str] = ()) -> Config:
     Raises:
         ConfigError: the file cannot be read, or a key is unknown, of the wrong type or out of range.
     """
-    try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except OSError as error:
-        raise ConfigError(f"cannot read the config {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    tree = read_yaml(Path(path), Config)
+    if tree is None:
+        tree = {}
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected sections such as `data:`, got {type(tree).__name__}")
+    given: dict[str, str] = {}
     for override in overrides:
-        _apply_override(tree, override)
-    return parse_config(tree)
+        _apply_override(tree, override, given)
+    config = parse_config(tree)
+    _check_length(config.optim)
+    return config
 
 
 def parse_config(tree: dict[str, Any]) -> Config:
@@ -65,6 +66,15 @@ def require_num_classes(config: Config, found: int) -> None:
         raise ConfigError(f"data.num_classes: {expected:,} expected, and {config.data.train} has {found:,}")
 
 
+def _check_length(optim: OptimConfig) -> None:
+    """Refuse a run that ends before its warm-up. A finished one may still be evaluated: a checkpoint's is not checked."""
+    if optim.warmup > optim.epochs:
+        raise ConfigError(
+            f"optim.warmup: {optim.warmup:g} epochs of warm-up are longer than the run, optim.epochs={optim.epochs:g}; "
+            "lower optim.warmup (0 for none), or raise optim.epochs"
+        )
+
+
 def _check_engine(engine: EngineConfig) -> None:
     on_deepspeed = engine.name == "deepspeed"
     if engine.deepspeed_config is not None and not on_deepspeed:
@@ -80,7 +90,7 @@ def _check_engine(engine: EngineConfig) -> None:
 
 def to_yaml(config: Config) -> str:
     """Return the resolved config as YAML, with every key; :func:`load_config` reads it back equal."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return dump_yaml(config.model_dump(mode="json"))
 
 
 def value_of(config: Config, key: str) -> Any:
@@ -98,34 +108,55 @@ def value_of(config: Config, key: str) -> Any:
     return value
 
 
-def _apply_override(tree: dict[str, Any], override: str) -> None:
+def _apply_override(tree: dict[str, Any], override: str, given: dict[str, str]) -> None:
+    """Put a value into the tree.
+
+    Args:
+        given: the override that each key of earlier ones came from; this one's are added.
+
+    Raises:
+        ConfigError: it is malformed, or would replace an earlier override.
+    """
     path, separator, text = override.partition("=")
-    if not separator or not path:
-        raise ConfigError(f"expected section.key=value, got {override!r}")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{override!r}: the value is not valid YAML: {error}") from error
-    *sections, key = path.split(".")
-    for section in sections:
-        if not isinstance(tree.get(section), dict):
+    names = path.split(".")
+    if not separator or not all(names):
+        raise ConfigError(f"expected section.key=value, got {shorten(override)}")
+    value = read_value(path, text, type_at(Config, names))
+    keys = _leaves(path, value)
+    for key, earlier in given.items():
+        if _is_below(key, path) or any(_is_below(new, key) for new in keys):
+            both = f"{shorten(earlier)} and {shorten(override)}"
+            raise ConfigError(f"{key}: given twice on the command line, {both}; keep one of them")
+    given |= dict.fromkeys(keys, override)
+    for depth, section in enumerate(names[:-1]):
+        if tree.get(section) is None:
             tree[section] = {}
         tree = tree[section]
-    tree[key] = value
+        if not isinstance(tree, dict):
+            raise ConfigError(f"{'.'.join(names[: depth + 1])}: expected a section, got {shorten(tree)}")
+    tree[names[-1]] = value
+
+
+def _leaves(path: str, value: Any) -> list[str]:
+    """Return the dotted keys of the values in ``value``."""
+    if not isinstance(value, dict) or not value:
+        return [path]
+    return [key for name, child in value.items() for key in _leaves(f"{path}.{name}", child)]
+
+
+def _is_below(key: str, section: str) -> bool:
+    return f"{key}.".startswith(f"{section}.")
 
 
 def _explain(problem: Any) -> str:
     where = ".".join(map(str, problem["loc"]))
     if problem["type"] == "extra_forbidden":
         return f"{where}: {describe_unknown(str(problem['loc'][-1]), _keys_at(problem['loc'][:-1]))}"
-    given = "" if problem["type"] == "missing" else f", got {problem['input']!r}"
-    return f"{where}: {problem['msg'][0].lower()}{problem['msg'][1:]}{given}"
+    given = "" if problem["type"] == "missing" else f", got {shorten(problem['input'])}"
+    message = problem["msg"].replace(" for <class 'pathlib.Path'>", "")
+    return f"{where}: {message[0].lower()}{message[1:]}{given}"
 
 
 def _keys_at(location: tuple[Any, ...]) -> list[str]:
-    section: Any = Config
-    for name in location:
-        field = section.model_fields[name]
-        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
-        section = next(kind for kind in candidates if isinstance(kind, type) and issubclass(kind, BaseModel))
-    return list(section.model_fields)
+    section = section_of(type_at(Config, [str(name) for name in location]))
+    return list(section.model_fields) if section else []

@@ -10,7 +10,7 @@ from partialfc.config.schema import HeadConfig, LossConfig
 from partialfc.errors import ConfigError
 from partialfc.head import LinearRate, StepRate
 from partialfc.head.sample_rate import SampleRate
-from partialfc.options import convert_like, describe_unknown
+from partialfc.options import convert_like, describe_unknown, with_defaults
 
 
 def build_loss(config: LossConfig) -> losses.Loss:
@@ -44,6 +44,17 @@ def _build_loss(where: str, tree: Any) -> losses.Loss:
         return kind(**options)
     except (ConfigError, TypeError) as error:
         raise ConfigError(f"{where} ({name}): {error}") from error
+
+
+def spelled_out(tree: dict[str, Any]) -> dict[str, Any]:
+    """Return a loss of a config with all its parameters, defaults included; one that is unknown as it is."""
+    kind = losses.BY_NAME.get(str(tree.get("name")))
+    if kind is None:
+        return tree
+    given = {option: value for option, value in tree.items() if option != "name"}
+    if isinstance(given.get("loss"), dict):
+        given["loss"] = spelled_out(given["loss"])
+    return {"name": tree["name"]} | with_defaults(kind, given)
 
 
 def build_sample_rate(head: HeadConfig, steps_per_epoch: int) -> SampleRate:

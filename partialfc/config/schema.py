@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from partialfc import losses
 
+_MANY = 10**10  # of steps or classes: more is a mistake, and some library's integers end not far above
+
 
 class Section(BaseModel):
     """Base of all sections."""
@@ -25,10 +27,10 @@ class RunConfig(Section):
 
     dir: Path = Field(Path("runs/run"), description="run folder: metrics, checkpoints, figures")
     seed: int = Field(0, ge=0, lt=2**31, description="seed of weights, sample order, augmentation and negatives")
-    timeout: float = Field(120.0, gt=0, description="seconds after which a silent rank ends the run")
-    skipped_in_a_row: int = Field(10, ge=1, description="skipped steps in a row that end the run")
+    timeout: float = Field(120.0, gt=0, le=1e6, description="seconds after which a silent rank ends the run")
+    skipped_in_a_row: int = Field(10, ge=1, le=_MANY, description="skipped steps in a row that end the run")
     restarts_without_progress: int = Field(
-        3, ge=0, description="automatic restarts in a row from the same step before the run is given up"
+        3, ge=0, le=_MANY, description="automatic restarts in a row from the same step before the run is given up"
     )
 
 
@@ -36,8 +38,10 @@ class DataConfig(Section):
     """Data set and loading."""
 
     train: Path = Field(description="data set folder with index.json")
-    num_classes: int | None = Field(None, ge=1, description="number of classes that the data set must have; null: any")
-    global_batch_size: int = Field(256, ge=1, description="samples per step, over all ranks")
+    num_classes: int | None = Field(
+        None, ge=1, le=_MANY, description="number of classes that the data set must have; null: any"
+    )
+    global_batch_size: int = Field(256, ge=1, le=1 << 24, description="samples per step, over all ranks")
     image_size: int = Field(32, ge=8, le=1024, description="pixels; images of other sizes are resized")
     channels: Literal[1, 3] = Field(1, description="1 grey, 3 RGB")
     augment: Literal["none", "light", "flip"] = Field(
@@ -69,7 +73,7 @@ class LossConfig(BaseModel):
 class CenterLossConfig(Section):
     """Center loss."""
 
-    weight: float = Field(0.003, ge=0, description="λ of L = L_s + λ·L_c")
+    weight: float = Field(0.003, ge=0, le=1e6, description="λ of L = L_s + λ·L_c")
     alpha: float = Field(0.5, ge=0, le=1, description="learning rate of the centers")
 
 
@@ -78,7 +82,7 @@ class SampleRateConfig(Section):
 
     schedule: Literal["steps", "linear"] = Field("linear", description="constant between epochs, or linear")
     rates: list[float] = Field([0.1, 1.0], min_length=2, description="sample rates, each in (0, 1]")
-    epochs: list[float] = Field(
+    epochs: list[Annotated[float, Field(ge=0, le=1e6)]] = Field(
         [0.0, 10.0], min_length=2, description="epochs at which the rates are reached; the first is 0"
     )
 
@@ -96,14 +100,16 @@ class HeadConfig(Section):
     matmul_precision: Literal["highest", "exact", "fast"] | None = Field(
         None, description="precision of logits and gradients; null: exact on NVIDIA GPUs from Ampere on, else highest"
     )
-    memory_budget_mb: float = Field(256.0, gt=0, description="MiB for the logits of a step")
+    memory_budget_mb: float = Field(
+        256.0, ge=1, le=1 << 24, description="MiB for the logits of a step; too few cost speed"
+    )
 
 
 class SpikeConfig(Section):
     """Definition of a loss spike."""
 
-    factor: float = Field(3.0, gt=1, description="a loss above this multiple of its running mean is a spike")
-    window: int = Field(100, ge=1, description="steps of the running mean")
+    factor: float = Field(3.0, gt=1, le=1e6, description="a loss above this multiple of its running mean is a spike")
+    window: int = Field(100, ge=1, le=_MANY, description="steps of the running mean")
 
 
 class OptimConfig(Section):
@@ -112,19 +118,21 @@ class OptimConfig(Section):
     name: Literal["sgd", "adamw"] = Field("sgd", description="SGD with momentum, or AdamW")
     head: Literal["same", "sgd", "adamw", "adagrad"] = Field("same", description="head optimizer; adagrad: row-wise")
     head_state_dtype: Literal["float32", "bfloat16"] = Field("float32", description="dtype of the head's moments")
-    lr: float = Field(0.1, ge=0, description="peak learning rate")
+    lr: float = Field(0.1, ge=0, le=1e30, description="peak learning rate")
     momentum: float = Field(0.9, ge=0, lt=1, description="momentum of both optimizers")
-    weight_decay: float = Field(5e-4, ge=0, description="weight decay of both optimizers")
-    epochs: float = Field(10.0, gt=0, description="length of the run; may be a fraction")
+    weight_decay: float = Field(5e-4, ge=0, le=1e6, description="weight decay of both optimizers")
+    epochs: float = Field(10.0, gt=0, le=1e6, description="length of the run; may be a fraction")
     schedule: Literal["constant", "cosine", "polynomial"] = Field("polynomial", description="decay after the warm-up")
-    power: float = Field(2.0, gt=0, description="power of the polynomial decay")
-    warmup: float = Field(1.0, ge=0, description="epochs over which the learning rate rises linearly from zero")
-    clip: float | None = Field(5.0, gt=0, description="largest norm of the backbone's gradient; null: no clipping")
-    head_lr_factor: float = Field(1.0, gt=0, description="ratio of the head's learning rate to the backbone's")
+    power: float = Field(2.0, gt=0, le=1e3, description="power of the polynomial decay")
+    warmup: float = Field(1.0, ge=0, le=1e6, description="epochs of the linear rise from zero; at most optim.epochs")
+    clip: float | None = Field(
+        5.0, gt=0, le=1e30, description="largest norm of the backbone's gradient; null: no clipping"
+    )
+    head_lr_factor: float = Field(1.0, gt=0, le=1e6, description="ratio of the head's learning rate to the backbone's")
     unsampled_rows: Literal["frozen", "decayed"] = Field(
         "frozen", description="head rows without a gradient: unchanged, or exactly as under dense SGD"
     )
-    accumulation: int = Field(1, ge=1, description="micro-batches into which a global batch is split")
+    accumulation: int = Field(1, ge=1, le=1 << 24, description="micro-batches into which a global batch is split")
     spike: SpikeConfig | None = Field(
         None, description="roll back to the last checkpoint after a loss spike, and continue with the next samples"
     )
@@ -159,16 +167,16 @@ class EvaluationConfig(Section):
     """Evaluation sets."""
 
     sets: list[Path] = Field([], description="folders: verification (with protocol.json) or samples of known classes")
-    every: int = Field(0, ge=0, description="steps between evaluations; 0: only at the end")
-    batch_size: int = Field(256, ge=1, description="images embedded at once per rank")
+    every: int = Field(0, ge=0, le=_MANY, description="steps between evaluations; 0: only at the end")
+    batch_size: int = Field(256, ge=1, le=1 << 24, description="images embedded at once per rank")
 
 
 class CheckpointConfig(Section):
     """Checkpoints, and resuming from them."""
 
-    every: int = Field(1000, ge=0, description="steps between checkpoints; 0: only at the end")
-    keep_last: int = Field(2, ge=1, description="number of newest checkpoints to keep")
-    keep_every: int = Field(0, ge=0, description="keep checkpoints at multiples of this step, too; 0: none")
+    every: int = Field(1000, ge=0, le=_MANY, description="steps between checkpoints; 0: only at the end")
+    keep_last: int = Field(2, ge=1, le=_MANY, description="number of newest checkpoints to keep")
+    keep_every: int = Field(0, ge=0, le=_MANY, description="keep checkpoints at multiples of this step, too; 0: none")
     asynchronous: bool = Field(True, description="write in the background, from a copy in host memory")
     grow: bool = Field(False, description="resume with new classes after those of the checkpoint")
     grow_init: Literal["random", "embedding"] = Field(
@@ -195,7 +203,7 @@ class WandbConfig(Section):
 class TrackingConfig(Section):
     """Metrics and where they go."""
 
-    log_every: int = Field(20, ge=1, description="steps between lines of metrics.jsonl")
+    log_every: int = Field(20, ge=1, le=_MANY, description="steps between lines of metrics.jsonl")
     metrics_port: int = Field(0, ge=0, le=65535, description="loopback port of /healthz and /metrics; 0: none")
     wandb: WandbConfig = Field(WandbConfig(), description="Weights & Biases, beside metrics.jsonl")
 

@@ -44,6 +44,8 @@ def read_index(folder: Path | str) -> dict[str, Any]:
         index = json.loads(path.read_bytes())
     except FileNotFoundError as error:
         raise DataError(f"{folder} is not a complete data set folder: {INDEX} is missing") from error
+    except NotADirectoryError as error:
+        raise DataError(f"{folder} is a file; expected a data set folder, which holds {INDEX}") from error
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
     if not isinstance(index, dict) or not isinstance(index.get("shardlist"), list):

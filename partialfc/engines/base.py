@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from partialfc.engines.state import BackboneState
-from partialfc.errors import MissingDependency
+from partialfc.errors import ConfigError, MissingDependency
 
 #: The dtype of a precision's autocast; None for float32 throughout.
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -110,6 +110,18 @@ class GradientWatch:
         """Return True, [] bool, if all gradients since the reset are finite."""
         assert self._largest is not None, "no gradient has been averaged in this step"
         return self._largest.isfinite()
+
+
+def require_used(module: nn.Module, is_used: Callable[[nn.Parameter], bool]) -> None:
+    """Raise a ConfigError if backward leaves out a trainable parameter: DDP waits for all of them before it averages."""
+    named = module.named_parameters()
+    unused = [name for name, parameter in named if parameter.requires_grad and not is_used(parameter)]
+    if unused:
+        some = ", ".join(unused[:8]) + (", …" if len(unused) > 8 else "")
+        raise ConfigError(
+            f"model.name: the forward pass does not use {len(unused)} trainable parameters, which have no "
+            f"gradient to average over ranks: {some}. Remove them, or freeze them (requires_grad_(False))"
+        )
 
 
 def require_compiler(device_type: str) -> None:

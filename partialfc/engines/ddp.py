@@ -14,10 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from partialfc.config import Config
-from partialfc.engines.base import DTYPES, GradientWatch, broadcast_buffers, require_compiler
+from partialfc.engines.base import DTYPES, GradientWatch, broadcast_buffers, require_compiler, require_used
 from partialfc.engines.loss_scale import LossScale
 from partialfc.engines.state import BackboneState, ReplicatedBackbone
-from partialfc.errors import ConfigError
 from partialfc.models.eval_mode import eval_mode
 from partialfc.runtime.process import ProcessContext
 
@@ -116,14 +115,7 @@ class DdpEngine:
 
     def _require_gradients(self) -> None:
         """Raise a ConfigError if a parameter has no gradient: DDP waits for all of them before it averages any."""
-        named = self.module.named_parameters()
-        unused = [name for name, parameter in named if parameter.requires_grad and parameter.grad is None]
-        if unused:
-            some = ", ".join(unused[:8]) + (", …" if len(unused) > 8 else "")
-            raise ConfigError(
-                f"model.name: the forward pass does not use {len(unused)} trainable parameters, which have no "
-                f"gradient to average over ranks: {some}. Remove them, or freeze them (requires_grad_(False))"
-            )
+        require_used(self.module, lambda parameter: parameter.grad is not None)
         self._gradients_checked = True
 
     def _gradients_stay_local(self) -> AbstractContextManager[None]:

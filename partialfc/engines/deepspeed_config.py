@@ -10,8 +10,10 @@ from typing import Any
 from partialfc.config import Config
 from partialfc.engines.loss_scale import LossScale
 from partialfc.errors import ConfigError
+from partialfc.files import read_json
 from partialfc.options import describe_unknown
 
+_MAX_BYTES = 1 << 20  # of a JSON
 _BUCKET = 50_000_000  # most gradient elements averaged at once; for a small backbone, an eighth of its elements
 
 _OFFLOADED_OPTIMIZER, _OFFLOADED_WEIGHTS = "zero_optimization.offload_optimizer", "zero_optimization.offload_param"
@@ -155,7 +157,7 @@ def _read(config: Config) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree = read_json(path, _MAX_BYTES)
     except OSError as error:
         raise ConfigError(f"engine.deepspeed_config: cannot read {path}: {error.strerror}") from error
     except ValueError as error:

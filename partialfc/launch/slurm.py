@@ -18,6 +18,26 @@ from partialfc.launch.scripts import script
 _SETTINGS = "# [settings of `partialfc launch slurm`]\n"
 _REQUEST = re.compile(r"(?:^#SBATCH .*\n)+", re.MULTILINE)
 _USAGE = re.compile(r"^#\n# Train on the nodes.*?(?=^set )", re.MULTILINE | re.DOTALL)
+_GPUS = re.compile(r"([A-Za-z][\w.-]*:)?[1-9]\d*(,[A-Za-z][\w.-]*:[1-9]\d*)*")
+_MEMORY = re.compile(r"\d+[KMGT]?", re.IGNORECASE)
+# The options of sbatch that a job script sets, with the letter that some have, and what to use instead.
+_OWN_OPTIONS = {
+    "job-name": ("J", "run.dir names the job"),
+    "nodes": ("N", "use --nodes"),
+    "ntasks-per-node": ("", "one task runs on a node, and starts a rank per GPU"),
+    "cpus-per-task": ("c", "use --cpus-per-task"),
+    "gpus-per-node": ("", "use --gpus-per-node"),
+    "mem": ("", "use --mem"),
+    "time": ("t", "use --time"),
+    "partition": ("p", "use --partition"),
+    "account": ("A", "use --account"),
+    "signal": ("", "use --warning-seconds; the script waits for USR1"),
+    "chdir": ("D", "the job works in the folder from which it is submitted"),
+    "output": ("o", "the job's output goes to the run folder"),
+    "requeue": ("", "the job is requeued until the training has ended"),
+    "no-requeue": ("", "the job is requeued until the training has ended"),
+    "open-mode": ("", "the output of all starts is kept"),
+}
 _TIME = re.compile(r"(?:(?P<days>\d+)-)?(?P<parts>\d+(?::\d+){0,2})|UNLIMITED|INFINITE", re.IGNORECASE)
 
 
@@ -51,6 +71,8 @@ class Request:
                 f"--time: a start of {limit:g} s would be warned before it begins, {self.warning_seconds} s before the "
                 "limit; raise --time, or lower --warning-seconds"
             )
+        _require(_GPUS, "gpus-per-node", self.gpus_per_node, "a number of GPUs, or kind:number")
+        _require(_MEMORY, "mem", self.mem, "memory such as 400G")
         given = {
             "job-name": name,
             "nodes": self.nodes,
@@ -152,10 +174,21 @@ def submit(path: Path) -> str:
     return done.stdout.strip().partition(";")[0]
 
 
+def _require(pattern: re.Pattern[str], option: str, value: str | None, expected: str) -> None:
+    """Refuse a value that sbatch would only refuse once it is submitted."""
+    if value is not None and not pattern.fullmatch(value):
+        raise ConfigError(f"--{option}: expected {expected}, got {value!r}")
+
+
 def _extra_option(option: str) -> str:
-    """Format an option for an #SBATCH line."""
+    """Format an option for an #SBATCH line. Of one that is there twice, Slurm takes the last without a word."""
     if not option.startswith("-") or "\n" in option:
         raise ConfigError(f"--sbatch: expected an option of sbatch such as --qos=high, got {option!r}")
+    given = re.split(r"[=\s]", option, maxsplit=1)[0]
+    for own, (letter, advice) in _OWN_OPTIONS.items():
+        is_own = f"--{own}".startswith(given) and given != "--gpus"  # sbatch takes abbreviations
+        if is_own or (letter and given.startswith(f"-{letter}")):
+            raise ConfigError(f"--sbatch={option}: the job script sets --{own} itself; {advice}")
     name, _, value = option.partition("=")
     if not name.startswith("--") or not value or re.fullmatch(r"""(["']).*\1""", value):
         return option

@@ -5,7 +5,7 @@ Imports torch, ``options`` and ``errors``. ``config`` and the rooms above may im
 
 from __future__ import annotations
 
-from partialfc.models.build import build, check, is_external, require_trust
+from partialfc.models.build import build, check, is_external, require_trust, spelled_out
 from partialfc.models.by_name import BY_NAME
 from partialfc.models.glyph_net import GlyphNet
 from partialfc.models.iresnet import IResNet
@@ -22,4 +22,5 @@ __all__ = [
     "check",
     "is_external",
     "require_trust",
+    "spelled_out",
 ]

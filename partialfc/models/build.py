@@ -11,7 +11,7 @@ from torch import nn
 from partialfc.errors import ConfigError
 from partialfc.models.by_name import BY_NAME
 from partialfc.models.external import build_by_path, build_timm, check_output
-from partialfc.options import convert_like, describe_unknown
+from partialfc.options import convert_like, describe_unknown, with_defaults
 
 _RESERVED = {
     "embedding_dim": "model.embedding_dim",
@@ -80,6 +80,13 @@ def check(name: str, options: Mapping[str, Any] | None = None, activation_checkp
         able = [other for other in BY_NAME if "activation_checkpointing" in _parameters(BY_NAME[other])]
         raise ConfigError(f"model.activation_checkpointing: {name} does not support it; {', '.join(able)} do")
     _converted(BY_NAME[name], options or {})
+
+
+def spelled_out(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a backbone with its defaults; of one that is not of this package as they are."""
+    if name not in BY_NAME:
+        return dict(options)
+    return {option: value for option, value in with_defaults(BY_NAME[name], options).items() if option not in _RESERVED}
 
 
 def require_trust(name: str, trusted: str | None, where: str) -> None:

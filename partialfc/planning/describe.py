@@ -5,7 +5,7 @@ from __future__ import annotations
 from partialfc.config import Config
 from partialfc.head import PartialFC
 from partialfc.head.sample_rate import SampleRate, largest_rate
-from partialfc.planning.memory import configured_head_memory
+from partialfc.planning.memory import configured_head_memory, slow_budget
 from partialfc.tracking.console import format_bytes
 
 
@@ -15,9 +15,11 @@ def describe_memory(config: Config, head: PartialFC) -> str:
     memory = configured_head_memory(config, head)
     classes = len(head.weight)
     step = memory.total(classes, rate, head.memory_budget_mb) - classes * memory.per_class
+    warning = slow_budget(config, classes)
     return (
         f"head memory: {memory.per_class:,} bytes per class, {format_bytes(classes * memory.per_class)} on rank 0; "
         f"a step at sample rate {rate:g} takes up to {format_bytes(step)} more"
+        + (f"\nWARNING: {warning}" if warning else "")
     )
 
 

@@ -8,17 +8,18 @@ import torch
 from torch import nn
 
 from partialfc import models
+from partialfc.build.engine import require_trainable
 from partialfc.build.head import build_head
 from partialfc.build.optimizers import build_head_optimizer
 from partialfc.config import Config, require_num_classes
 from partialfc.data.dataset import read_index
-from partialfc.engines.base import DTYPES
+from partialfc.engines.base import DTYPES, require_used
 from partialfc.engines.deepspeed_config import deepspeed_options, loss_scale
 from partialfc.errors import ConfigError
 from partialfc.head.partition import ClassPartition
 from partialfc.head.sample_rate import largest_rate
 from partialfc.planning.activation_memory import peak_activation_bytes
-from partialfc.planning.memory import backbone_memory, configured_head_memory
+from partialfc.planning.memory import backbone_memory, configured_head_memory, slow_budget
 from partialfc.tracking.console import format_bytes
 
 
@@ -55,6 +56,9 @@ def dry_run(config: Config, ranks: int) -> list[str]:
         lines.append(f"  {owner:<10}{part.name:<{width}}  {format_bytes(part.num_bytes):>11}  {part.note}".rstrip())
     note = "library workspaces, fragmentation and NCCL come on top"
     lines.append(f"  {'total':<10}{'':<{width}}  {format_bytes(total):>11}  {note}")
+    warning = slow_budget(config, ClassPartition(num_classes, ranks).range(0)[1])
+    if warning:
+        lines.append(f"WARNING: {warning}")
     named = {"data.train": config.data.train, "model.pretrained": config.model.pretrained}
     missing = [f"{key}={path}" for key, path in named.items() if path is not None and not path.exists()]
     return [*lines, f"not there yet: {', '.join(missing)}"] if missing else lines
@@ -76,7 +80,9 @@ def count_classes(config: Config) -> int:
 def _backbone_parts(config: Config, ranks: int) -> list[Part]:
     engine, dtype = config.engine, DTYPES[config.engine.precision]
     backbone = _build_without_memory(config)
+    require_trainable(backbone, config)
     parameters = sum(parameter.numel() for parameter in backbone.parameters())
+    trainable = sum(parameter.numel() for parameter in backbone.parameters() if parameter.requires_grad)
     zero_stage, bucket, weight_dtype = None, 0, torch.float32
     if engine.name == "deepspeed":
         loss_scale(config)
@@ -86,6 +92,7 @@ def _backbone_parts(config: Config, ranks: int) -> list[Part]:
     constant = backbone_memory(
         parameters,
         config.optim.name,
+        trainable=trainable,
         momentum=config.optim.momentum > 0,
         precision=engine.precision,
         zero_stage=zero_stage,
@@ -93,8 +100,11 @@ def _backbone_parts(config: Config, ranks: int) -> list[Part]:
     )
     batch = -(-config.data.global_batch_size // (ranks * config.optim.accumulation))
     peak = _activation_bytes(config, backbone, batch, weight_dtype)
+    if ranks > 1 and engine.name == "ddp":
+        require_used(backbone, lambda parameter: parameter.grad._version > 0)  # backward has added to it, in place
     parts = [Part("backbone", name, num_bytes) for name, num_bytes in constant.items()]
-    parts[0] = replace(parts[0], note=f"{parameters / 1e6:,.1f} M parameters")
+    frozen = f", {(parameters - trainable) / 1e6:,.1f} M of them frozen" if trainable < parameters else ""
+    parts[0] = replace(parts[0], note=f"{parameters / 1e6:,.1f} M parameters{frozen}")
     if engine.offload == "cpu":
         parts[-1] = replace(parts[-1], note="in host memory (engine.offload), not in the total", on_host=True)
     if bucket:

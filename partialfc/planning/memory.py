@@ -11,6 +11,7 @@ from partialfc.head.sample_rate import largest_rate
 
 HeadOptimizer = Literal["sgd", "adamw", "adagrad"]
 Precision = Literal["fp32", "bf16", "fp16"]
+_FEWEST_AT_ONCE = 256  # classes; the head takes as many at least, where the budget allows
 BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}
 
 
@@ -90,10 +91,27 @@ def configured_head_memory(config: Config, head: PartialFC) -> HeadMemory:
     )
 
 
+def slow_budget(config: Config, num_classes: int) -> str:
+    """Return a warning if ``head.memory_budget_mb`` holds few of a shard's classes at once; else an empty text."""
+    batch = -(-config.data.global_batch_size // config.optim.accumulation)
+    # Logits and their gradient of the whole batch; the classes' weights, copied and normalised.
+    bytes_per_class = 4 * (2 * batch + 3 * config.model.embedding_dim)
+    at_once = int(config.head.memory_budget_mb * 2**20 // bytes_per_class)
+    wanted = min(_FEWEST_AT_ONCE, num_classes)
+    if at_once >= wanted:
+        return ""
+    enough = -(-wanted * bytes_per_class // 2**20)
+    return (
+        f"head.memory_budget_mb={config.head.memory_budget_mb:g} holds the logits of about {max(1, at_once):,} classes at "
+        f"once; matrix products so small are slow: {enough} or more"
+    )
+
+
 def backbone_memory(
     parameters: int,
     optimizer: Literal["sgd", "adamw"] = "sgd",
     *,
+    trainable: int | None = None,
     momentum: bool = True,
     precision: Precision = "fp32",
     zero_stage: int | None = None,
@@ -103,12 +121,14 @@ def backbone_memory(
 
     Args:
         parameters: number of scalars.
+        trainable: number of those that are not frozen; default: all.
         zero_stage: 0 to 3 under DeepSpeed; None for DistributedDataParallel, whose weights and gradients are float32
             in any precision.
     """
     vectors = {"sgd": int(momentum), "adamw": 2}[optimizer]
+    trainable = parameters if trainable is None else trainable
     if zero_stage is None:
-        return {"weights": 4 * parameters, "gradients": 4 * parameters, "optimizer": 4 * vectors * parameters}
+        return {"weights": 4 * parameters, "gradients": 4 * trainable, "optimizer": 4 * vectors * trainable}
     width = 4 if precision == "fp32" else 2
     master = 4 if precision != "fp32" or zero_stage > 0 else 0  # ZeRO updates a float32 copy of its part
 
@@ -117,6 +137,6 @@ def backbone_memory(
 
     return {
         "weights": share(width * parameters, 3),
-        "gradients": share(width * parameters, 2),
-        "optimizer": share((master + 4 * vectors) * parameters, 1),
+        "gradients": share(width * trainable, 2),
+        "optimizer": share((master + 4 * vectors) * trainable, 1),
     }

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import yaml
-
 from partialfc.checkpoint.config_diff import config_changes
-from partialfc.config import Config
+from partialfc.config import Config, read_yaml
 from partialfc.errors import ConfigError
 from partialfc.runs.state import read_state
 
@@ -22,8 +20,8 @@ def finished_before(config: Config, force: bool = False) -> bool:
     if state is None or state.get("state") != "finished":
         return False
     try:
-        before = yaml.safe_load((config.run.dir / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+        before = read_yaml(config.run.dir / "config.yaml")
+    except ConfigError:
         before = None
     if isinstance(before, dict) and not config_changes(before, config.model_dump(mode="json")):
         return True

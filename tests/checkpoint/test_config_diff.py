@@ -50,7 +50,7 @@ def test_a_lacking_key_counts_as_what_its_version_did() -> None:
     severities = {change.key: (change.before, change.severity) for change in config_changes(before, now)}
     assert severities == {
         "engine.precision": ("fp32", "needs --force"),
-        "model.options.depth": (None, "needs --force"),
+        "model.options.depth": (12, "needs --force"),
         "optim.spike.factor": (None, "needs --force"),
         "optim.spike.window": (None, "needs --force"),
     }
@@ -75,7 +75,7 @@ def test_a_key_that_this_version_does_not_know_is_judged_by_its_section() -> Non
 def test_parameters_of_a_loss_are_not_keys_of_a_version() -> None:
     before, now = (resolved(head={"loss": {"name": "arcface"} | more}) for more in ({}, {"margin": 0.3}))
     assert [str(change) for change in config_changes(before, now)] == [
-        "head.loss.margin: None before, 0.3 now (needs --force)"
+        "head.loss.margin: 0.5 before, 0.3 now (needs --force)"
     ]
 
 
@@ -107,7 +107,7 @@ def test_another_engine_is_harmless_and_another_precision_is_not() -> None:
 
 
 def test_changes_are_judged_by_the_longest_prefix() -> None:
-    before = {"run": {"dir": "a", "seed": 1}, "head": {"loss": {"name": "arcface", "margin": 0.5}}, "optim": {"lr": 1}}
+    before = {"run": {"dir": "a", "seed": 1}, "head": {"loss": {"name": "arcface", "margin": 0.4}}, "optim": {"lr": 1}}
     now = {"run": {"dir": "b", "seed": 2}, "head": {"loss": {"name": "arcface"}}, "optim": {"lr": 1}}
     severities = {change.key: change.severity for change in config_changes(before, now)}
     assert severities == {"run.dir": "harmless", "run.seed": "needs --force", "head.loss.margin": "needs --force"}
@@ -159,3 +159,27 @@ def test_changes_allowed_in_a_resumed_run() -> None:
     ):
         (change,) = config_changes(names[before_name], names[now_name])
         assert change.severity == severity
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        ({"head": {"loss": {"name": "arcface"}}}, {"head": {"loss": {"name": "arcface", "margin": 0.5, "scale": 64}}}),
+        ({"head": {"loss": {"name": "arcface", "margin": "2e-1"}}}, {"head": {"loss": {"margin": 0.2}}}),
+        (
+            {"head": {"loss": {"name": "focal", "loss": {"name": "cosface"}}}},
+            {"head": {"loss": {"name": "focal", "gamma": 2.0, "loss": {"name": "cosface", "margin": "4e-1"}}}},
+        ),
+        ({"model": {"name": "vit_t"}}, {"model": {"name": "vit_t", "options": {"depth": 12, "mlp_ratio": "4"}}}),
+        ({"optim": {"lr": "2e-1"}}, {"optim": {"lr": 0.2}}),
+        ({"optim": {"name": "adamw"}}, {"optim": {"name": "adamw", "head": "adamw"}}),
+    ],
+)
+def test_another_notation_and_a_default_spelled_out_are_no_change(before: Any, now: Any) -> None:
+    assert config_changes(resolved(**before), resolved(**now)) == []
+    assert config_changes(resolved(**now), resolved(**before)) == []
+
+
+def test_a_number_of_classes_that_is_only_said_needs_no_force() -> None:
+    (change,) = config_changes(resolved(), resolved(data={"train": "x", "num_classes": 37}))
+    assert change.severity == "harmless"
