@@ -24,12 +24,12 @@ $(VENV)/.choice: FORCE
 	@mkdir -p $(VENV)
 	@echo "$(TORCH) $(PIP_ARGS)" | cmp -s - $@ || echo "$(TORCH) $(PIP_ARGS)" > $@
 
-$(VENV)/.train: pyproject.toml constraints.txt launch/install.sh $(VENV)/.choice
+$(VENV)/.train: pyproject.toml locks/train.txt launch/install.sh $(VENV)/.choice
 	@launch/install.sh "$(PYTHON)" "$(VENV)" "$(TORCH)" train "$(PIP_ARGS)"
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.train
-	@launch/install.sh "$(PYTHON)" "$(VENV)" "$(TORCH)" train,export,deepspeed,dev "$(PIP_ARGS)"
+$(VENV)/.dev: $(VENV)/.train locks/dev.txt
+	@launch/install.sh "$(PYTHON)" "$(VENV)" "$(TORCH)" dev "$(PIP_ARGS)"
 	@touch $@
 
 quickstart: $(VENV)/.train

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Create the virtual environment and install partialfc with some of its extras.
-#   launch/install.sh PYTHON VENV TORCH EXTRAS PIP_ARGS
+# Make the virtual environment and install partialfc with what locks/LOCK.txt names, the digest of each file checked.
+# torch is not in the locks: its build is the choice of whoever installs it.
+#   launch/install.sh PYTHON VENV TORCH LOCK PIP_ARGS
 set -euo pipefail
-python=$1 venv=$2 torch=$3 extras=$4
+python=$1 venv=$2 torch=$3 lock=$4
 read -ra pip_args <<<"${5:-}"
 
 stop() { printf 'error: %s\n' "$@" >&2; exit 1; }
@@ -29,19 +30,23 @@ sys.exit(not any(name.startswith("nvidia") for name in names))' "$plan"; then
         if ! command -v nvidia-smi >/dev/null; then
             echo "      This machine shows no NVIDIA GPU. For a CPU build, stop this (Ctrl-C) and name one, for example"
             echo "        make … PIP_ARGS='--extra-index-url URL-OF-AN-INDEX-WITH-CPU-BUILDS'"
-            echo "               (the page \"Get started\" of pytorch.org names it, under Compute Platform: CPU)"
+            echo "               (the page \"Get started\" of pytorch.org names it, under Compute Platform: CPU. Take one that you"
+            echo "               trust: pip takes the highest version that any index offers under a name, dependency confusion;"
+            echo "               digests protect what is locked, but not torch and its libraries)"
             echo "        make … TORCH=/path/to/torch-cpu.whl"
             echo "      Continuing in 10 seconds."
             sleep 10
         fi
     fi
+fi
+# Before torch, which then finds what it needs and brings only itself and its CUDA libraries.
+echo "installing the packages of locks/$lock.txt into $venv"
+"$venv/bin/pip" install --quiet --progress-bar on --no-deps --no-build-isolation --require-hashes \
+    "${pip_args[@]}" -r "locks/$lock.txt" || stop "pip could not install locks/$lock.txt: the lines above say why"
+if [ "$(cat "$venv/torch.txt" 2>/dev/null)" != "$torch ${5:-}" ]; then
     echo "installing $torch into $venv"
     "$venv/bin/pip" install --progress-bar on "${pip_args[@]}" "$torch" ||
         stop "pip could not install $torch; choose another with TORCH=…, or give pip arguments with PIP_ARGS=…"
     echo "$torch ${5:-}" >"$venv/torch.txt"
 fi
-echo "installing partialfc[$extras] into $venv"
-# The constraints pin the tested versions; the user may have chosen another torch.
-grep -v '^torch==' constraints.txt >"$venv/constraints.txt"
-"$venv/bin/pip" install --quiet --progress-bar on "${pip_args[@]}" -c "$venv/constraints.txt" -e ".[$extras]" ||
-    stop "pip could not install partialfc's dependencies: the lines above say which"
+"$venv/bin/pip" install --quiet --no-deps --no-build-isolation -e . || stop "pip could not install partialfc"

@@ -72,8 +72,8 @@ class Change:
 def config_changes(before: dict[str, Any], now: dict[str, Any]) -> list[Change]:
     """Return the keys whose values differ between two resolved configs, by name.
 
-    A key unknown to the version that wrote ``before`` counts as that version's behaviour. A parameter that a loss or a backbone
-    is not given counts as its default.
+    A key unknown to the version that wrote ``before`` counts as that version's behaviour, and a parameter that is not
+    given to a loss or a backbone as its default.
     """
     before = _with_lacking_keys(before, now)
     old, new = _flatten(_spelled_out(before)), _flatten(_spelled_out(now))

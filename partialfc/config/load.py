@@ -67,7 +67,7 @@ def require_num_classes(config: Config, found: int) -> None:
 
 
 def _check_length(optim: OptimConfig) -> None:
-    """Refuse a run that ends before its warm-up. A finished one may still be evaluated: a checkpoint's is not checked."""
+    """Refuse a run that ends before its warm-up. (A checkpoint of one may still be evaluated.)"""
     if optim.warmup > optim.epochs:
         raise ConfigError(
             f"optim.warmup: {optim.warmup:g} epochs of warm-up are longer than the run, optim.epochs={optim.epochs:g}; "

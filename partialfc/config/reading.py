@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -82,7 +82,9 @@ class _Loader(yaml.SafeLoader):
         hash_sign: character that stands for ``#`` in ``text``.
     """
 
-    yaml_implicit_resolvers: dict[str, Any] = {}  # none of SafeLoader's: dates, numbers of base 60, 1e-05 as a text
+    yaml_implicit_resolvers: ClassVar[
+        dict[str, Any]
+    ] = {}  # none of SafeLoader's: dates, numbers of base 60, 1e-05 as a text
 
     def __init__(self, text: str, hash_sign: str = "#") -> None:
         super().__init__(text)

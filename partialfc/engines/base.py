@@ -113,7 +113,7 @@ class GradientWatch:
 
 
 def require_used(module: nn.Module, is_used: Callable[[nn.Parameter], bool]) -> None:
-    """Raise a ConfigError if backward leaves out a trainable parameter: DDP waits for all of them before it averages."""
+    """Raise a ConfigError if backward leaves out a trainable parameter: DDP averages once it has all of them."""
     named = module.named_parameters()
     unused = [name for name, parameter in named if parameter.requires_grad and not is_used(parameter)]
     if unused:

@@ -102,8 +102,8 @@ def slow_budget(config: Config, num_classes: int) -> str:
         return ""
     enough = -(-wanted * bytes_per_class // 2**20)
     return (
-        f"head.memory_budget_mb={config.head.memory_budget_mb:g} holds the logits of about {max(1, at_once):,} classes at "
-        f"once; matrix products so small are slow: {enough} or more"
+        f"head.memory_budget_mb={config.head.memory_budget_mb:g} holds the logits of about {max(1, at_once):,} classes "
+        f"at once; matrix products so small are slow: {enough} or more"
     )
 
 

@@ -10,9 +10,7 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
-import yaml
-
-from partialfc.config import WandbConfig
+from partialfc.config import WandbConfig, read_yaml
 from partialfc.errors import DataError, PartialFCError
 from partialfc.files import FileLock
 from partialfc.runs.folder import LOCK
@@ -58,7 +56,7 @@ def _refuse_live_run(folder: Path) -> None:
 
 
 def _send(folder: Path) -> None:
-    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))  # other sections need not be valid
+    config = read_yaml(folder / "config.yaml")  # other sections need not be valid
     settings = WandbConfig.model_validate(config.get("tracking", {}).get("wandb", {}))
     options = client_options(folder, settings) | {"mode": "online", "limited": False, "system_metrics": False}
     with (folder / "wandb" / LOG).open("a") as log:

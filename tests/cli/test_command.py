@@ -10,13 +10,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 from typer.main import get_command
 
 import partialfc
 from partialfc.cli.main import app
+from partialfc.config import parse_config
+from partialfc.config.schema import SpikeConfig
 from tests.harness.running import run
 
-HEAVY = {"torch", "pydantic", "numpy", "yaml", "matplotlib", "wandb"}
+HEAVY = {"torch", "pydantic", "numpy", "yaml", "matplotlib", "wandb", "rich"}
 PRINT_HELP = """
 import json, sys
 from partialfc.cli.main import main
@@ -51,8 +54,32 @@ def test_help_imports_no_heavy_package() -> None:
     every = verbs(get_command(app))
     assert {("train",), ("launch", "torchrun"), ("runs", "sync")} <= set(every)
     every.remove(("launch", "torchrun"))  # passes --help on to the launcher
-    # Recent releases of typer import pydantic themselves once a command has parameters.
-    assert not (HEAVY - {"pydantic"}) & imported_by_help(every)
+    assert not HEAVY & imported_by_help(every)
+
+
+def test_config_lists_every_key_with_its_line_of_documentation() -> None:
+    done = python("-m", "partialfc", "config", "--keys")
+    assert done.returncode == 0, done.stderr
+    lines = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
+    config = parse_config({"data": {"train": "x"}, "head": {"sample_rate_schedule": {}, "center_loss": {}}})
+    config.optim.spike = SpikeConfig()
+    assert set(keys_of(config)) <= set(lines)
+    assert lines["optim.lr"].split(maxsplit=1) == ["0.1", "peak learning rate"]
+    assert lines["head.center_loss"].startswith("null ")
+    assert lines["engine.name"].endswith("torch alone, or DeepSpeed (ddp, deepspeed)")
+    for wrong in ((), ("c.yaml", "--keys")):
+        done = python("-m", "partialfc", "config", *wrong)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith("error: config ")
+
+
+def keys_of(section: BaseModel, prefix: str = "") -> list[str]:
+    """Return the dotted keys of all values of a config."""
+    found = []
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        found += keys_of(value, f"{prefix}{name}.") if isinstance(value, BaseModel) else [f"{prefix}{name}"]
+    return found
 
 
 @pytest.mark.parametrize("module", ["partialfc.launch.torchrun", "partialfc.tracking.wandb.client"])
