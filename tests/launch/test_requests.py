@@ -29,7 +29,7 @@ def test_memory_is_a_number_with_a_unit() -> None:
     for memory in ("0", "4000", "400G", "1t"):
         assert f"#SBATCH --mem={memory}\n" in script(mem=memory)
     for memory in ("lots", "400 G", "4.5G", "-1"):
-        with pytest.raises(ConfigError, match="^--mem: expected memory such as 400G, got"):
+        with pytest.raises(ConfigError, match=r"^--mem: expected memory such as 400G, got"):
             script(mem=memory)
 
 
