@@ -39,11 +39,13 @@ def train(bench: Bench, data: Path) -> dict[str, Any]:
     folder = bench.out / "trainer"
     shutil.rmtree(folder, ignore_errors=True)
     samples = json.loads((data / "index.json").read_text())["num_samples"]
+    epochs = (10 if bench.small else _STEPS) * _BATCH / samples
     settings = {
         "run.dir": folder,
         "data.train": data,
         "data.global_batch_size": _BATCH,
-        "optim.epochs": (10 if bench.small else _STEPS) * _BATCH / samples,
+        "optim.epochs": epochs,
+        "optim.warmup": min(0.25, epochs),
         "evaluation.sets": "[]",
         "tracking.log_every": 5 if bench.small else 20,
     }

@@ -139,7 +139,7 @@ def test_a_missing_compiler_is_said_before_the_run_begins(monkeypatch: pytest.Mo
 def test_a_backbone_of_every_family_trains_on_two_ranks_and_is_exported(name: str, short_task: Path) -> None:
     model = TINY_VIT if name == "vit_t" else {"name": name, "embedding_dim": 8}
     settings = yaml.safe_dump(model | {"activation_checkpointing": True}, default_flow_style=True, width=10_000).strip()
-    done = run(short_task, 2, f"model={settings}", "optim.lr=0.01", "optim.epochs=0.3")
+    done = run(short_task, 2, f"model={settings}", "optim.lr=0.01", "optim.epochs=0.3", "optim.warmup=0.3")
     assert done.returncode == 0, done.stderr
     folder = short_task.parent / "run"
     exported = export_module.export(folder)

@@ -49,7 +49,7 @@ def test_the_dry_run_prints_what_readme_shows(monkeypatch: pytest.MonkeyPatch) -
 
 def quick_start() -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the last train line and the results of the quick start, as README prints them."""
-    text = "\n".join(block("installing torch"))
+    text = "\n".join(block("installing the packages"))
     loss, cosine, rate = re.findall(
         r"^training .* loss ([\d.]+)  cos ([\d.]+)  ([\d,]+) images/s$", text, re.MULTILINE
     )[-1]
@@ -119,7 +119,9 @@ def test_the_quick_start_prints_what_readme_shows(tmp_path: Path) -> None:
     output = printed_by("-m", "partialfc", "data", "glyphs", *glyphs)
     launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "partialfc", "train")
     output += printed_by(*launcher, str(ROOT / "configs" / "quickstart.yaml"))
-    shown = [line for line in block("installing torch") if not re.match(r"installing|fetching|…|\w+ .*ETA", line)]
+    shown = [
+        line for line in block("installing the packages") if not re.match(r"installing|fetching|…|\w+ .*ETA", line)
+    ]
     printed = {without_numbers(line) for line in output.splitlines()}
     missing = [line for line in shown if without_numbers(line) not in printed]
     assert not missing, output

@@ -340,7 +340,7 @@ def test_a_run_starts_from_imported_weights(tmp_path: Path, ranks: int) -> None:
     again = partialfc(*arguments, ranks=ranks)
     assert again.returncode != 0
     assert "already holds checkpoints" in again.stderr
-    trained = run(config, 2, "optim.epochs=0.2")
+    trained = run(config, 2, "optim.epochs=0.2", "optim.warmup=0.2")
     assert trained.returncode != 0, "another length needs --force"
     trained = run(config, 2)
     assert trained.returncode == 0, trained.stderr

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -67,10 +68,18 @@ def partialfc(*words: Any, **options: Any) -> subprocess.CompletedProcess[str]:
 def begin(words: list[str], cold: bool = False, env: dict[str, str] | None = None, **options: Any) -> Process:
     """Start a command in the background; ``options`` are those of ``subprocess.Popen``."""
     env = ENVIRONMENT if env is None else env
+    words = _last_of_each_key(words)
     if cold or words[0] != sys.executable:
         return subprocess.Popen(words, env=env, text=True, **options)
     deepspeed = "engine.name=deepspeed" in words
     return warm.server(*_IMPORTED, *(_IMPORTED_BY_DEEPSPEED if deepspeed else ()))(words, env=env, **options)
+
+
+def _last_of_each_key(words: list[str]) -> list[str]:
+    """``words`` without the overrides that later ones replace, as a test's own settings do those that it shares."""
+    keys = [re.match(r"\w+(\.\w+)+=", word) for word in words]
+    names = [key[0] if key else None for key in keys]
+    return [word for place, word in enumerate(words) if names[place] is None or names[place] not in names[place + 1 :]]
 
 
 def finish(words: list[str], seconds: float = 120, ranks: int = 0, **options: Any) -> subprocess.CompletedProcess[str]:

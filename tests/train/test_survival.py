@@ -139,7 +139,7 @@ def slowed(script: Path, seconds: float) -> Path:
 def test_the_state_is_fresh_in_a_long_save_and_in_a_long_evaluation(task: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     script = slowed(tmp_path / "slow.py", seconds=3)
-    settings = ["evaluation.every=0", "optim.epochs=0.25", "checkpoint.asynchronous=false"]
+    settings = ["evaluation.every=0", "optim.epochs=0.25", "optim.warmup=0.25", "checkpoint.asynchronous=false"]
     words = [sys.executable, str(script), "train", str(task), f"run.dir={folder}", *settings]
     seen: dict[str, set[float]] = {"save": set(), "evaluation": set()}
     with started(words, tmp_path / "output") as process:
@@ -161,7 +161,13 @@ def test_a_rank_that_stops_in_a_save_or_an_evaluation_is_noticed_by_its_silence(
 ) -> None:
     folder = tmp_path / "run"
     script = slowed(tmp_path / "slow.py", seconds=2)
-    settings = ["evaluation.every=0", "optim.epochs=0.25", "checkpoint.asynchronous=false", "run.timeout=5"]
+    settings = [
+        "evaluation.every=0",
+        "optim.epochs=0.25",
+        "optim.warmup=0.25",
+        "checkpoint.asynchronous=false",
+        "run.timeout=5",
+    ]
     words = [*torchrun(2), str(script), "train", str(task), f"run.dir={folder}", *settings]
     begins = {"save": ".step-00000003.incomplete", "evaluation": "step-00000003"}[phase]
     with started(words, tmp_path / "output") as process:
@@ -189,7 +195,7 @@ def test_a_rank_that_dies_in_the_last_save_is_named_also_if_it_is_the_first(
 ) -> None:
     folder = tmp_path / "run"
     slow = slowed(tmp_path / "slow.py", seconds=3)
-    settings = [*SETTINGS, "optim.epochs=0.25", f"checkpoint.asynchronous={asynchronous}"]
+    settings = [*SETTINGS, "optim.epochs=0.25", "optim.warmup=0.25", f"checkpoint.asynchronous={asynchronous}"]
     words = [*torchrun(2), str(slow), "train", str(task), f"run.dir={folder}", *settings]
     with started(words, tmp_path / "output") as process:
         wait_until(lambda: (folder / "checkpoints" / ".step-00000003.incomplete").exists(), of=process)
