@@ -1,6 +1,6 @@
 """Configuration: the schema, loading from YAML and overrides, and the objects that a config names.
 
-Imports ``models``, ``head``, ``losses`` and ``options``, to check their parameters. ``runtime``, ``data``, ``tracking``
+Imports ``models``, ``head``, ``losses`` and ``options``, to check their parameters, and ``files``. ``runtime``, ``data``, ``tracking``
 and the rooms above may import it.
 """
 

@@ -12,7 +12,7 @@ from partialfc import models
 from partialfc.config.keys import section_of, type_at
 from partialfc.config.objects import build_loss, build_sample_rate
 from partialfc.config.reading import dump_yaml, read_value, read_yaml
-from partialfc.config.schema import Config, EngineConfig, OptimConfig
+from partialfc.config.schema import Config, EngineConfig
 from partialfc.errors import ConfigError
 from partialfc.options import describe_unknown, shorten
 
@@ -32,7 +32,7 @@ def load_config(path: Path | str, overrides: Iterable[str] = ()) -> Config:
     for override in overrides:
         _apply_override(tree, override, given)
     config = parse_config(tree)
-    _check_length(config.optim)
+    _check_run(config)
     return config
 
 
@@ -66,12 +66,17 @@ def require_num_classes(config: Config, found: int) -> None:
         raise ConfigError(f"data.num_classes: {expected:,} expected, and {config.data.train} has {found:,}")
 
 
-def _check_length(optim: OptimConfig) -> None:
-    """Refuse a run that ends before its warm-up. (A checkpoint of one may still be evaluated.)"""
+def _check_run(config: Config) -> None:
+    """Refuse what no run should begin with. (A checkpoint of such a run may still be evaluated.)"""
+    optim, budget = config.optim, config.head.memory_budget_mb
     if optim.warmup > optim.epochs:
         raise ConfigError(
             f"optim.warmup: {optim.warmup:g} epochs of warm-up are longer than the run, optim.epochs={optim.epochs:g}; "
             "lower optim.warmup (0 for none), or raise optim.epochs"
+        )
+    if budget < 1:
+        raise ConfigError(
+            f"head.memory_budget_mb: expected at least 1 MiB, got {budget:g}; less costs speed and saves nothing"
         )
 
 

@@ -101,7 +101,7 @@ class HeadConfig(Section):
         None, description="precision of logits and gradients; null: exact on NVIDIA GPUs from Ampere on, else highest"
     )
     memory_budget_mb: float = Field(
-        256.0, ge=1, le=1 << 24, description="MiB for the logits of a step; too few cost speed"
+        256.0, gt=0, le=1 << 24, description="MiB for the logits of a step; too few cost speed"
     )
 
 

@@ -21,7 +21,7 @@ def test_gpus_are_a_number_or_kinds_with_numbers(gpus: str) -> None:
 
 @pytest.mark.parametrize("gpus", ["eight", "", "0", "-1", "8.0", "a100", "a100:", "a100:x", "8 "])
 def test_any_other_request_for_gpus_is_refused(gpus: str) -> None:
-    with pytest.raises(ConfigError, match="^--gpus-per-node: expected a number of GPUs, or kind:number, got '"):
+    with pytest.raises(ConfigError, match=r"^--gpus-per-node: expected a number of GPUs, or kind:number, got '"):
         script(gpus_per_node=gpus)
 
 
