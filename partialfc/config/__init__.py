@@ -1,7 +1,7 @@
 """Configuration: the schema, loading from YAML and overrides, and the objects that a config names.
 
-Imports ``models``, ``head``, ``losses`` and ``options``, to check their parameters, and ``files``. ``runtime``, ``data``, ``tracking``
-and the rooms above may import it.
+Imports ``models``, ``head``, ``losses`` and ``options``, to check their parameters, and ``files``. ``runtime``,
+``data``, ``tracking`` and the rooms above may import it.
 """
 
 from partialfc.config.keys import describe_keys
