@@ -82,9 +82,8 @@ class _Loader(yaml.SafeLoader):
         hash_sign: character that stands for ``#`` in ``text``.
     """
 
-    yaml_implicit_resolvers: ClassVar[
-        dict[str, Any]
-    ] = {}  # none of SafeLoader's: dates, numbers of base 60, 1e-05 as a text
+    # None of SafeLoader's: it knows dates and numbers of base 60, and takes 1e-05 for a text.
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, text: str, hash_sign: str = "#") -> None:
         super().__init__(text)
@@ -103,23 +102,27 @@ class _Loader(yaml.SafeLoader):
             self.flatten_mapping(node)
             fields = getattr(section_of(schema), "model_fields", {})
             values = {}
-            for name, child in node.value:
-                annotation = fields[name.value].annotation if name.value in fields else None
-                values[name.value] = self.value(child, annotation, f"{key}.{name.value}".lstrip("."))
+            for name_node, child in node.value:
+                name = self._text(name_node)
+                annotation = fields[name].annotation if name in fields else None
+                values[name] = self.value(child, annotation, f"{key}.{name}".lstrip("."))
             return values
         if isinstance(node, yaml.SequenceNode):
             return [self.value(child, element_of(schema), key) for child in node.value]
         assert isinstance(node, yaml.ScalarNode)
-        node_is_null = node.tag == f"{_TAG}null" and not (node.value == "~" and not takes(schema, type(None)))
-        text = node.value.replace(self._hash_sign, "#")
-        if takes(schema, str, Path) and not node_is_null:
+        text = self._text(node)
+        is_null = node.tag == f"{_TAG}null" and (text != "~" or takes(schema, type(None)))
+        if takes(schema, str, Path) and not is_null:
             return _expanded(text, key) if takes(schema, Path) else text
         if node.tag == f"{_TAG}str":
             return text
         try:
             return self.construct_object(node)
         except ValueError as error:
-            raise ConfigError(f"{key}: expected a number, got {shorten(node.value)}") from error
+            raise ConfigError(f"{key}: expected a number, got {shorten(text)}") from error
+
+    def _text(self, node: yaml.ScalarNode) -> str:
+        return str(node.value).replace(self._hash_sign, "#")
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         """Compose the next node, within the bounds."""
