@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
@@ -83,7 +83,7 @@ class _Loader(yaml.SafeLoader):
     """
 
     # None of SafeLoader's: it knows dates and numbers of base 60, and takes 1e-05 for a text.
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  # an instance variable in types-PyYAML
 
     def __init__(self, text: str, hash_sign: str = "#") -> None:
         super().__init__(text)
@@ -127,7 +127,7 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         """Compose the next node, within the bounds."""
         event, before = self.peek_event(), self._size
-        anchor = getattr(event, "anchor", None)
+        anchor: Any = getattr(event, "anchor", None)
         is_alias = isinstance(event, yaml.AliasEvent)
         if is_alias and anchor in self.anchors and anchor not in self._size_of_anchor:
             raise _refusal(event, f"the anchor {anchor!r} holds itself")
@@ -198,7 +198,8 @@ class _Refusal(yaml.MarkedYAMLError):
     """YAML that is valid, and still not taken."""
 
 
-def _refusal(where: yaml.Node | yaml.Event, problem: str) -> _Refusal:
+def _refusal(where: Any, problem: str) -> _Refusal:
+    """Return an error at a node or an event."""
     return _Refusal(problem=problem, problem_mark=where.start_mark)
 
 

@@ -103,8 +103,9 @@ def _backbone_parts(config: Config, ranks: int) -> list[Part]:
     if ranks > 1 and engine.name == "ddp":
         require_used(backbone, lambda parameter: parameter.grad._version > 0)  # backward has added to it, in place
     parts = [Part("backbone", name, num_bytes) for name, num_bytes in constant.items()]
-    frozen = f", {(parameters - trainable) / 1e6:,.1f} M of them frozen" if trainable < parameters else ""
-    parts[0] = replace(parts[0], note=f"{parameters / 1e6:,.1f} M parameters{frozen}")
+    frozen = 1 - trainable / parameters
+    note = f"{parameters / 1e6:,.1f} M parameters" + (f", {frozen:.0%} of them frozen" if frozen > 0.005 else "")
+    parts[0] = replace(parts[0], note=note)
     if engine.offload == "cpu":
         parts[-1] = replace(parts[-1], note="in host memory (engine.offload), not in the total", on_host=True)
     if bucket:

@@ -137,7 +137,7 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("a: [\n", "line 2: not valid YAML: expected the node content"),
         ("\x00", "not valid YAML: unacceptable character"),
         ("#" + "x" * (1 << 20), "larger than 1,048,576 bytes"),
-        ("on: 1\n", "unknown name 'on'"),
+        (DATA + "on: 1\n", "unknown name 'on'"),
     ],
 )
 def test_an_odd_file_is_one_line(read: Any, text: str, words: str) -> None:

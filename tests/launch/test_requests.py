@@ -36,9 +36,9 @@ def test_memory_is_a_number_with_a_unit() -> None:
 @pytest.mark.parametrize(
     ("option", "advice"),
     [
-        ("--signal=B:TERM@60", "sets --signal itself; use --warning-seconds"),
-        ("--sig=B:TERM@60", "sets --signal itself"),
-        ("--signal B:TERM@60", "sets --signal itself"),
+        ("--signal=B:TERM@60", "--signal itself; use --warning-seconds"),
+        ("--sig=B:TERM@60", "--signal itself"),
+        ("--signal B:TERM@60", "--signal itself"),
         ("--time=5", "use --time"),
         ("-t5", "use --time"),
         ("-N 4", "use --nodes"),
