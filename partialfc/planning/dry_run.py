@@ -101,7 +101,7 @@ def _backbone_parts(config: Config, ranks: int) -> list[Part]:
     batch = -(-config.data.global_batch_size // (ranks * config.optim.accumulation))
     peak = _activation_bytes(config, backbone, batch, weight_dtype)
     if ranks > 1 and engine.name == "ddp":
-        require_used(backbone, lambda parameter: parameter.grad._version > 0)  # backward has added to it, in place
+        require_used(backbone, _has_gradient)
     parts = [Part("backbone", name, num_bytes) for name, num_bytes in constant.items()]
     frozen = 1 - trainable / parameters
     note = f"{parameters / 1e6:,.1f} M parameters" + (f", {frozen:.0%} of them frozen" if frozen > 0.005 else "")
@@ -111,6 +111,11 @@ def _backbone_parts(config: Config, ranks: int) -> list[Part]:
     if bucket:
         parts.append(Part("backbone", "averaging", bucket, "bucket of gradients averaged over ranks"))
     return [*parts, Part("backbone", "activations", peak, f"{batch} images, peak of forward and backward")]
+
+
+def _has_gradient(parameter: nn.Parameter) -> bool:
+    """Return True if backward has added to the gradient, in place, since it was made."""
+    return parameter.grad is not None and parameter.grad._version > 0
 
 
 def _build_without_memory(config: Config) -> nn.Module:
