@@ -9,15 +9,33 @@ from __future__ import annotations
 
 
 class PartialFCError(Exception):
-    """Base of all errors raised by partialfc."""
+    """Base of all errors raised by partialfc.
+
+    Attributes:
+        exit_code: of the command that this error ends: 1 failed, 2 starting it again cannot help.
+    """
+
+    exit_code = 1
 
 
 class ConfigError(PartialFCError, ValueError):
     """A config key or a command's option is unknown, of the wrong type, or out of range."""
 
+    exit_code = 2
+
 
 class DataError(PartialFCError):
-    """A data set is missing, incomplete, or does not match its index."""
+    """Data is missing, incomplete, or does not match its index."""
+
+
+class InvalidData(DataError):
+    """A data set that no run can read, however often it starts: missing, damaged, or at odds with its own index."""
+
+    exit_code = 2
+
+
+class DataUnavailable(DataError):
+    """Data could not be read this time: an I/O error, or a loader process that died. Starting again may help."""
 
 
 class MissingDependency(PartialFCError, ImportError):

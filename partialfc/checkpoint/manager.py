@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from partialfc import __version__
-from partialfc.checkpoint.class_table import CLASSES, check_class_table
+from partialfc.checkpoint.class_table import check_class_table
 from partialfc.checkpoint.config_diff import Change, config_changes
 from partialfc.checkpoint.folders import (
     latest_valid,
@@ -27,6 +27,7 @@ from partialfc.checkpoint.state import TrainingState
 from partialfc.checkpoint.writer import Saver
 from partialfc.config import Config
 from partialfc.data.dataset import TarDataset
+from partialfc.data.index import CLASSES
 from partialfc.data.order import samples_before, steps_per_epoch
 from partialfc.errors import ConfigError, DamagedCheckpoint, Diverged
 from partialfc.runs.folder import RunFolder
@@ -159,8 +160,6 @@ class Checkpoints:
 
     def _count_new_classes(self, path: Path, manifest: dict[str, Any]) -> int:
         """Return the number of classes added since the checkpoint; refuse any other difference between the classes."""
-        if manifest.get("data_digest") == self.dataset.digest:
-            return 0
         if CLASSES not in manifest["files"]:
             if manifest.get("num_classes") == self.dataset.num_classes:
                 return 0
@@ -168,7 +167,7 @@ class Checkpoints:
                 f"{path} has {manifest.get('num_classes')} classes and no {CLASSES} to compare with the "
                 f"{self.dataset.num_classes} classes of {self.dataset.folder}"
             )
-        before, now = path / CLASSES, self.dataset.folder / CLASSES
+        before, now = path / CLASSES, self.dataset.class_table
         return broadcast_from_rank0(lambda: check_class_table(before, now, self.config.checkpoint.grow))
 
     def _check_unchanged(self, path: Path, manifest: dict[str, Any], new_classes: int) -> None:
@@ -176,7 +175,8 @@ class Checkpoints:
         risky ones.
         """
         changes = config_changes(manifest.get("config", {}), self.config.model_dump(mode="json"))
-        if manifest.get("data_digest") != self.dataset.digest and not new_classes:
+        # Earlier versions wrote no digest where the index has none.
+        if manifest.get("data_digest") not in ("", self.dataset.digest) and not new_classes:
             change = Change("data.train", "another data set", str(self.config.data.train), "needs --force")
             changes = [other for other in changes if other.key != "data.train"] + [change]
         impossible = [str(change) for change in changes if change.severity == "impossible"]
@@ -214,7 +214,7 @@ class Checkpoints:
             "config": self.config.model_dump(mode="json"),
             "partialfc": __version__,
         }
-        table = self.dataset.folder / CLASSES
+        table = self.dataset.class_table
         extra = (table,) if table.exists() else ()
         self._saver.save(step_folder(self.folder, step), self.state.tensors(), manifest, extra)
 

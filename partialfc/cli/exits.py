@@ -31,7 +31,10 @@ def fail(error: Exception, code: int) -> NoReturn:
     """
     sys.stdout.flush()
     with contextlib.suppress(OSError, KeyError):
-        Path(os.environ["PARTIALFC_CODE_FILE"]).write_text(f"{code}\n{error}\n")
+        file = Path(os.environ["PARTIALFC_CODE_FILE"])
+        # Ranks that lose a rank to its bad data fail too, with a code that says less.
+        if not (file.exists() and file.read_text().startswith(f"{WRONG_USAGE}\n")):
+            file.write_text(f"{code}\n{error}\n")
     prefix = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
     print(f"{prefix}error: {error}", file=sys.stderr, flush=True)
     exit_now(code)

@@ -12,10 +12,10 @@ from partialfc.cli import checkpoint, data, imports, launch, runs
 from partialfc.cli.arguments import group
 from partialfc.cli.config import config_command
 from partialfc.cli.evaluate import evaluate_command
-from partialfc.cli.exits import FAILED, WRONG_USAGE, fail
+from partialfc.cli.exits import fail
 from partialfc.cli.export import export_command
 from partialfc.cli.train import train_command
-from partialfc.errors import ConfigError, PartialFCError
+from partialfc.errors import PartialFCError
 from partialfc.runtime.timings import Timings
 
 app = group("Train classifiers with very many classes, the classifier sharded over ranks.")
@@ -48,12 +48,10 @@ def options(
 def main(arguments: Sequence[str] | None = None, timings: Timings | None = None) -> None:
     """Run the command, with ``sys.argv`` by default, and end the process; ``timings`` are those of a training.
 
-    Exit codes: 0 finished, 1 failed (the last line says why), 2 wrong usage or config, 75 stopped on request with a
-    checkpoint written.
+    Exit codes: 0 finished, 1 failed (the last line says why), 2 wrong usage, config or data, 75 stopped on request with
+    a checkpoint written.
     """
     try:
         app(arguments, obj=timings)
-    except ConfigError as error:
-        fail(error, WRONG_USAGE)
     except PartialFCError as error:
-        fail(error, FAILED)
+        fail(error, error.exit_code)

@@ -6,15 +6,18 @@ share the part of their name before the first dot (the key): ``<key>.png`` and `
 
 from __future__ import annotations
 
+import os
 import posixpath
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from partialfc.errors import DataError
+from partialfc.errors import DataError, InvalidData
+from partialfc.files import open_regular
 
 BLOCK = 512
+MAX_NAME_BYTES = 256  # of a member: a prefix of 155, a slash, a name of 100
 END_OF_ARCHIVE = bytes(2 * BLOCK)
 IMAGE_EXTENSIONS = ("png", "jpg", "webp")
 _MAX_LABEL_BYTES = 20
@@ -69,23 +72,23 @@ def walk_members(path: Path) -> Iterator[Member]:
     """Yield the regular members of a tar, by seeking from header to header; nothing in the archive is trusted.
 
     Raises:
-        DataError: the archive is damaged or truncated, or holds links, devices, extended headers or names that lead out
-            of it.
+        OSError: the file cannot be read.
+        InvalidData: the archive is damaged or truncated, or holds links, devices, extended headers or names that lead
+            out of it.
     """
-    end = path.stat().st_size
-    with open(path, "rb") as file:
-        position = 0
+    with open_regular(path) as file:
+        end, position = os.fstat(file.fileno()).st_size, 0
         while position < end:
             file.seek(position)
             header = file.read(BLOCK)
             if header == bytes(len(header)) and header:
                 return
             if len(header) < BLOCK:
-                raise DataError(f"{path}: truncated: the header at byte {position} is cut off")
+                raise InvalidData(f"{path}: truncated: the header at byte {position} is cut off")
             member = _parse_header(header, position, path)
             position = member.offset + member.size + -member.size % BLOCK
             if member.offset + member.size > end:
-                raise DataError(
+                raise InvalidData(
                     f"{path}: truncated: member {member.name!r} reaches to byte {member.offset + member.size}, "
                     f"the file ends at {end}"
                 )
@@ -101,18 +104,18 @@ def _parse_header(header: bytes, position: int, path: Path) -> Member:
         name = header[0:100].split(b"\0", 1)[0].decode()
         prefix = header[345:500].split(b"\0", 1)[0].decode() if header[257:263] == b"ustar\0" else ""
     except ValueError as error:
-        raise DataError(f"{where}: not a tar header ({error})") from error
+        raise InvalidData(f"{where}: not a tar header ({error})") from error
     if checksum != sum(header) - sum(header[148:156]) + 8 * 32 or size < 0:
-        raise DataError(f"{where}: the checksum does not match; the file is damaged or not a tar archive")
+        raise InvalidData(f"{where}: the checksum does not match; the file is damaged or not a tar archive")
     if prefix:
         name = f"{prefix}/{name}"
     if header[156:157] not in (*_REGULAR, _DIRECTORY):
-        raise DataError(
+        raise InvalidData(
             f"{where}: member {name!r} is of type {header[156:157]!r}; only regular files are accepted "
             "(no links, devices or extended headers: write the archive as plain ustar)"
         )
     if name.startswith("/") or ".." in name.split("/") or not name:
-        raise DataError(f"{where}: member name {name!r} leads out of the archive")
+        raise InvalidData(f"{where}: member name {name!r} leads out of the archive")
     return Member(name, position + BLOCK, size)
 
 
@@ -120,9 +123,9 @@ def walk_samples(path: Path) -> Iterator[Sample]:
     """Yield the samples of a shard: consecutive members with one key, among them an image and a label.
 
     Raises:
-        DataError: a sample lacks its image or label, or as :func:`walk_members`.
+        InvalidData: a sample lacks its image or label, or as :func:`walk_members`.
     """
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         key, members = "", dict[str, Member]()
         for member in walk_members(path):
             folder, name = posixpath.split(member.name)
@@ -132,7 +135,7 @@ def walk_samples(path: Path) -> Iterator[Sample]:
                     yield _sample(key, members, file, path)
                 key, members = posixpath.join(folder, stem), {}
             if extension.lower() in members:
-                raise DataError(f"{path}: sample {key!r} has two members .{extension}")
+                raise InvalidData(f"{path}: sample {key!r} has two members .{extension}")
             members[extension.lower()] = member
         if members:
             yield _sample(key, members, file, path)
@@ -141,7 +144,7 @@ def walk_samples(path: Path) -> Iterator[Sample]:
 def _sample(key: str, members: dict[str, Member], file: BinaryIO, path: Path) -> Sample:
     images = [members[extension] for extension in (*IMAGE_EXTENSIONS, "jpeg") if extension in members]
     if len(images) != 1 or "cls" not in members:
-        raise DataError(
+        raise InvalidData(
             f"{path}: sample {key!r} needs one image ({', '.join(IMAGE_EXTENSIONS)}) and one .cls with its class id, "
             f"directly after one another; it has {', '.join('.' + extension for extension in members)}"
         )
@@ -150,5 +153,5 @@ def _sample(key: str, members: dict[str, Member], file: BinaryIO, path: Path) ->
     text = file.read(min(label.size, _MAX_LABEL_BYTES))
     # Decimal digits only: int() would also take "1_0", " 1" or other alphabets' digits.
     if label.size > _MAX_LABEL_BYTES or not text.strip().isdigit():
-        raise DataError(f"{path}: label of sample {key!r} must be a class id in decimal, got {text!r}")
+        raise InvalidData(f"{path}: label of sample {key!r} must be a class id in decimal, got {text!r}")
     return Sample(key, int(text), images[0].offset, images[0].size)

@@ -11,11 +11,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
+from partialfc.data.index import CLASSES, INDEX, content_digest
+from partialfc.data.offsets import OFFSETS
 from partialfc.data.tar import END_OF_ARCHIVE, IMAGE_EXTENSIONS, padding, ustar_header
 from partialfc.errors import DataError
 from partialfc.files import write_atomically
 
-INDEX, CLASSES, OFFSETS = "index.json", "classes.jsonl", "offsets.npz"
 UNFINISHED = ".unfinished"  # marks a folder in progress, which may be cleared and written again
 
 
@@ -98,7 +99,7 @@ class DatasetWriter:
         if largest >= len(lines):
             raise DataError(f"{len(lines)} classes were given to finish(), but a sample has label {largest}")
         table = "".join(f"{line}\n" for line in lines).encode()
-        digest = hashlib.sha256("".join(f"{shard['sha256']}\n" for shard in self._shards).encode() + table).hexdigest()
+        digest = content_digest((shard["sha256"] for shard in self._shards), [table])
         write_atomically(self.folder / CLASSES, table)
         index = {
             **(extra or {}),

@@ -314,7 +314,7 @@ def test_a_damaged_or_foreign_cache_is_rebuilt(tmp_path: Path, damage: Callable[
 def test_the_cache_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_folder(tmp_path / "d")
     expected = TarDataset(folder).keys
-    monkeypatch.setattr("partialfc.data.dataset.walk_samples", lambda path: pytest.fail("walked the shard again"))
+    monkeypatch.setattr("partialfc.data.offsets.walk_samples", lambda path: pytest.fail("walked the shard again"))
     assert TarDataset(folder).keys == expected
 
 
@@ -324,7 +324,7 @@ def test_a_read_only_folder_can_be_read(tmp_path: Path, monkeypatch: pytest.Monk
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError("read-only")
 
-    monkeypatch.setattr("partialfc.data.dataset.np.savez", refuse)  # as root, permissions would not stop anyone
+    monkeypatch.setattr("partialfc.data.offsets.np.savez", refuse)  # as root, permissions would not stop anyone
     assert TarDataset(folder).read(5) == png(5)
     assert not list(folder.glob("offsets*"))
 

@@ -306,8 +306,10 @@ def _write_closed_set(
 def _write_verification(
     folder: Path, drawn: Sequence[_Drawn], choice: Choice, spool: _Spool, source: dict[str, Any], progress: Progress
 ) -> None:
-    training = [design.name for design in drawn if not design.held_out]
-    held_out = [design.name for design in drawn if design.held_out]
+    # A design that has none of these characters has nothing to be compared.
+    shown = [design for design in drawn if np.isin(spool.codepoints(design.name), choice.held_out).any()]
+    training = [design.name for design in shown if not design.held_out]
+    held_out = [design.name for design in shown if design.held_out]
     protocol = {
         "unseen_characters": {"probe": training, "gallery": training},
         "unseen_font": {"probe": held_out, "gallery": training},
