@@ -16,6 +16,7 @@ _SEVERITY: dict[str, ChangeSeverity] = {
     "run": "harmless",
     "run.seed": "needs --force",
     "data.workers": "harmless",
+    "data.max_pixels": "harmless",  # an image is decoded as ever, or not at all
     "data.train": "harmless",  # a data set may move; its digest is compared
     "data.num_classes": "harmless",  # compared with the data set, whose class table is compared
     "data.channels": "impossible",
@@ -47,6 +48,7 @@ _SEVERITY: dict[str, ChangeSeverity] = {
 # The behaviour of versions that lack a key. Every key added since 0.1 has a line here, whatever its default today; a
 # key absent from both the checkpoint and this table counts as unchanged.
 BEFORE_KEY: dict[str, Any] = {
+    "data.max_pixels": 40_000_000,  # without a limit of their own; no number of a smaller image depends on it
     "model.options": {},
     "optim.spike": None,
     "engine.precision": "fp32",

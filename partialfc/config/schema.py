@@ -44,6 +44,12 @@ class DataConfig(Section):
     global_batch_size: int = Field(256, ge=1, le=1 << 24, description="samples per step, over all ranks")
     image_size: int = Field(32, ge=8, le=1024, description="pixels; images of other sizes are resized")
     channels: Literal[1, 3] = Field(1, description="1 grey, 3 RGB")
+    max_pixels: int = Field(
+        40_000_000,
+        ge=1,
+        le=178_956_970,
+        description="largest stored image; its decoding takes memory",
+    )
     augment: Literal["none", "light", "flip"] = Field(
         "light", description="light: random affine maps and noise; flip: random mirroring, usual for faces"
     )

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import signal
+import struct
+import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +15,7 @@ from typing import NamedTuple, Self
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
@@ -21,9 +24,11 @@ from partialfc.config import Config
 from partialfc.data.augment import augment_by_name, sample_rng, to_pixels
 from partialfc.data.dataset import TarDataset
 from partialfc.data.order import batch_indices, local_slice, steps_per_epoch
-from partialfc.errors import ConfigError, DataError
+from partialfc.errors import ConfigError, DataUnavailable, InvalidData, PartialFCError
 
 _MODES = {1: "L", 3: "RGB"}
+# The largest encodings of a pixel and of all else: four channels of 16 bits uncompressed; colour profiles and texts.
+_MAX_PIXEL_BYTES, _MAX_HEADER_BYTES = 8, 16 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +38,7 @@ class LoaderSettings:
     global_batch_size: int  # samples of a training step, over all ranks
     image_size: int  # pixels; images of another size are resized
     channels: int  # 1 grey, 3 RGB; images are converted
+    max_pixels: int = 40_000_000  # of an image as it is stored; a larger one is an error
     augment: str = "none"  # none, light or flip; an evaluation never augments
     seed: int = 0
     micro_batches: int = 1  # equal parts of each training batch, to be taken one after the other
@@ -43,7 +49,7 @@ class LoaderSettings:
     def __post_init__(self) -> None:
         if self.channels not in _MODES:
             raise ConfigError(f"channels must be 1 or 3, got {self.channels}")
-        for name in ("global_batch_size", "image_size", "micro_batches"):
+        for name in ("global_batch_size", "image_size", "max_pixels", "micro_batches"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
 
@@ -55,6 +61,7 @@ class LoaderSettings:
             global_batch_size=data.global_batch_size,
             image_size=data.image_size,
             channels=data.channels,
+            max_pixels=data.max_pixels,
             augment=data.augment,
             seed=config.run.seed,
             micro_batches=config.optim.accumulation,
@@ -73,8 +80,11 @@ class Batch(NamedTuple):
     indices: Tensor  # [b] int64, sample indices of the data set; -1 where padded
 
 
-class StepDataset(Dataset[Batch]):
-    """Batches by step: item i is this rank's batch of step ``start_step + i``, the same in any process."""
+class StepDataset(Dataset[Batch | PartialFCError]):
+    """Batches by step: item i is this rank's batch of step ``start_step + i``, the same in any process.
+
+    An error is an item too: raised in a loader process, it would arrive as the text of that process's traceback.
+    """
 
     def __init__(self, dataset: TarDataset, settings: LoaderSettings, start_step: int, total_steps: int) -> None:
         self.dataset, self.settings = dataset, settings
@@ -84,9 +94,18 @@ class StepDataset(Dataset[Batch]):
     def __len__(self) -> int:
         return max(0, self.total_steps - self.start_step)
 
-    def __getitem__(self, i: int) -> Batch:
+    def __getitem__(self, i: int) -> Batch | PartialFCError:
         if not 0 <= i < len(self):
             raise IndexError(i)
+        try:
+            return self._load(i)
+        except PartialFCError as error:
+            return error
+        except Exception as error:
+            traceback.print_exc()  # here it says where; what travels is one line
+            return DataUnavailable(f"batch of step {self.start_step + i + 1}: {_in_one_line(error)}")
+
+    def _load(self, i: int) -> Batch:
         settings, samples, step = self.settings, self.dataset.num_samples, self.start_step + i
         epoch = step // steps_per_epoch(samples, settings.global_batch_size)
         indices = batch_indices(
@@ -102,22 +121,25 @@ class StepDataset(Dataset[Batch]):
         labels = np.full(len(indices), -1, dtype=np.int64)
         for slot, index in enumerate(indices.tolist()):
             if index >= 0:
-                image = decode(self.dataset, index, settings.image_size, settings.channels)
+                image = decode(self.dataset, index, settings)
                 images[slot] = self.augment(image, sample_rng(settings.seed, epoch, index))
                 labels[slot] = self.dataset.labels[index]
         return Batch(step, torch.from_numpy(images), torch.from_numpy(labels), torch.from_numpy(indices))
 
 
-def build_loader(dataset: TarDataset, settings: LoaderSettings, start_step: int, total_steps: int) -> DataLoader[Batch]:
-    """Return a loader that yields a :class:`Batch` for every step from ``start_step`` to ``total_steps`` - 1.
+def build_loader(
+    dataset: TarDataset, settings: LoaderSettings, start_step: int, total_steps: int
+) -> DataLoader[Batch | PartialFCError]:
+    """Return a loader of a :class:`Batch` for every step from ``start_step`` to ``total_steps`` - 1; :func:`running`
+    iterates over it.
 
     The batches do not depend on ``settings.workers``; those of all ranks together do not depend on the world size.
 
     Raises:
         ConfigError: ``settings.augment`` is unknown.
-        DataError: the data set holds no samples; or, when iterating, a sample cannot be decoded.
+        InvalidData: the data set holds no samples.
     """
-    _require_samples(dataset)
+    require_samples(dataset)
     # batch_size=None: an item is a whole batch, so workers pass a few large tensors instead of many small ones.
     return DataLoader(
         StepDataset(dataset, settings, start_step, total_steps),
@@ -129,17 +151,40 @@ def build_loader(dataset: TarDataset, settings: LoaderSettings, start_step: int,
 
 
 @contextmanager
-def running(loader: DataLoader[Batch]) -> Iterator[Iterator[Batch]]:
+def running(loader: DataLoader[Batch | PartialFCError]) -> Iterator[Iterator[Batch]]:
     """Iterate over a loader inside the context; end its processes on leaving it, also after an exception.
 
     The workers ignore SIGTERM, with which Python ends the children of an exiting process: it would wait forever.
+
+    Raises:
+        InvalidData: when iterating, a sample cannot be decoded.
+        DataUnavailable: when iterating, a shard cannot be read, or a loader process has died.
     """
-    batches = iter(loader)
+    items = iter(loader)
     try:
-        yield batches
+        yield _raise_errors(items)
     finally:
-        if isinstance(batches, _MultiProcessingDataLoaderIter):
-            batches._shutdown_workers()  # else it lives as long as the traceback that refers to it
+        if isinstance(items, _MultiProcessingDataLoaderIter):
+            items._shutdown_workers()  # else it lives as long as the traceback that refers to it
+
+
+def _raise_errors(items: Iterator[Batch | PartialFCError]) -> Iterator[Batch]:
+    while True:
+        try:
+            item = next(items, None)
+        except (RuntimeError, OSError, EOFError) as error:  # a process was killed, or shared memory is full
+            raise DataUnavailable(
+                f"loading failed: {_in_one_line(error)}; is the memory full, or /dev/shm? Lower data.workers"
+            ) from error
+        if isinstance(item, PartialFCError):
+            raise item
+        if item is None:
+            return
+        yield item
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def evaluation_batches(
@@ -155,9 +200,10 @@ def evaluation_batches(
         indices: int64 [b], images: float32 [b, channels, image_size, image_size] in [-1, 1]; the last b may be smaller.
 
     Raises:
-        DataError: the data set holds no samples; or, when iterating, a sample cannot be decoded.
+        InvalidData: the data set holds no samples; or, when iterating, a sample cannot be decoded.
+        DataUnavailable: when iterating, a shard cannot be read.
     """
-    _require_samples(dataset)
+    require_samples(dataset)
     samples = np.arange(*local_slice(dataset.num_samples, settings.rank, settings.world_size), dtype=np.int64)
     return sample_batches(dataset, samples, settings, batch_size)
 
@@ -168,32 +214,51 @@ def sample_batches(
     """Iterate over ``samples [n]`` in their order, without augmentation; yields as :func:`evaluation_batches` does."""
     for start in range(0, len(samples), batch_size):
         indices = samples[start : start + batch_size]
-        images = [decode(dataset, index, settings.image_size, settings.channels) for index in indices.tolist()]
+        images = [decode(dataset, index, settings) for index in indices.tolist()]
         pixels = [to_pixels(image) for image in images]
         yield torch.from_numpy(indices), torch.from_numpy(np.stack(pixels))
 
 
-def decode(dataset: TarDataset, index: int, image_size: int, channels: int) -> Image.Image:
+def decode(dataset: TarDataset, index: int, settings: LoaderSettings) -> Image.Image:
     """Return sample ``index`` as a grey (1 channel) or RGB (3 channels) image of ``image_size`` pixels a side.
 
     Raises:
-        DataError: it cannot be decoded; the message names shard, key and index.
+        InvalidData: it cannot be decoded or is too large; the message names shard, key and index.
+        DataUnavailable: its shard cannot be read.
     """
+    image_size, most = settings.image_size, settings.max_pixels
+    if dataset.num_bytes(index) > most * _MAX_PIXEL_BYTES + _MAX_HEADER_BYTES:
+        raise InvalidData(
+            f"{dataset.describe(index)} has {dataset.num_bytes(index):,} bytes, more than an image of "
+            f"data.max_pixels={most:,} pixels can have"
+        )
     data = dataset.read(index)
     try:
-        # Untrusted data: Pillow may use only these decoders.
-        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as encoded:
-            image = encoded.convert(_MODES[channels])
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{dataset.describe(index)} cannot be decoded: {error}") from error
+        # Untrusted data: Pillow may use only these decoders, and none before the size is known.
+        with _no_warning_of_size(), Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as encoded:
+            if encoded.width * encoded.height > most:
+                raise InvalidData(
+                    f"{dataset.describe(index)} has {encoded.width:,} × {encoded.height:,} pixels, more than "
+                    f"data.max_pixels={most:,}"
+                )
+            image = encoded.convert(_MODES[settings.channels])
+    except UnidentifiedImageError as error:
+        raise InvalidData(f"{dataset.describe(index)} cannot be decoded: not a PNG, JPEG or WebP image") from error
+    except (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
+        raise InvalidData(f"{dataset.describe(index)} cannot be decoded: {_in_one_line(error)}") from error
     if image.size != (image_size, image_size):
         image = image.resize((image_size, image_size), Image.Resampling.BILINEAR, reducing_gap=2.0)
     return image
 
 
-def _require_samples(dataset: TarDataset) -> None:
+def _no_warning_of_size() -> warnings.catch_warnings[None]:
+    return warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning)
+
+
+def require_samples(dataset: TarDataset) -> None:
+    """Raise InvalidData if a data set is empty."""
     if dataset.num_samples < 1:
-        raise DataError(f"{dataset.folder} holds no samples")
+        raise InvalidData(f"{dataset.folder} holds no samples")
 
 
 def _start_worker(worker: int) -> None:
