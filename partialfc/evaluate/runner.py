@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,16 @@ from torch import nn
 from partialfc.config import Config
 from partialfc.data.dataset import TarDataset
 from partialfc.data.loader import LoaderSettings, evaluation_batches
-from partialfc.errors import ConfigError, DataError
 from partialfc.evaluate.embed import embed
 from partialfc.evaluate.figures import draw_roc
 from partialfc.evaluate.identification import nearest_classes
-from partialfc.evaluate.verification import Scores, read_protocols, score_pairs
+from partialfc.evaluate.sets import open_set, require_different_names, training_ids
+from partialfc.evaluate.verification import Scores, score_pairs
 from partialfc.files import write_atomically
 from partialfc.head import PartialFC
+from partialfc.runtime.collectives import broadcast_from_rank0
 from partialfc.runtime.process import ProcessContext
-from partialfc.tracking.console import console_progress, no_progress
+from partialfc.tracking.console import console_progress, log, no_progress
 
 FARS = (1e-2, 1e-3, 1e-4, 1e-5)
 
@@ -30,29 +32,34 @@ FARS = (1e-2, 1e-3, 1e-4, 1e-5)
 class Evaluation:
     """Evaluates a network on all sets of a config.
 
-    A set with ``protocol.json`` is for verification. Any other is for identification, with labelled samples of the
-    training classes: ``accuracy`` is the share of samples whose own class has the highest logit.
+    A set with ``protocol.json`` is for verification. Any other is for identification, with labelled samples of training
+    classes: ``accuracy`` is the share of samples whose own class has the highest logit.
 
     Raises:
-        DataError: a set is missing or incomplete, or its classes are not those of the training set.
+        InvalidData: a set is missing, incomplete or empty, or its protocol compares nothing.
         ConfigError: the results of two sets have the same name.
     """
 
-    def __init__(self, config: Config, num_classes: int) -> None:
+    def __init__(self, config: Config) -> None:
         self.config = config
-        self.sets = [(folder, TarDataset(folder)) for folder in config.evaluation.sets]
-        names: list[str] = []
-        for folder, dataset in self.sets:
-            protocols = read_protocols(folder)[0] if _is_verification(folder) else []
-            names += [protocol.name for protocol in protocols] or [folder.name]
-            if not protocols and dataset.num_classes != num_classes:
-                raise DataError(
-                    f"evaluation set {folder} has {dataset.num_classes} classes, but the training set {num_classes}; "
-                    "a set without protocol.json must hold samples of the training classes"
-                )
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ConfigError(f"evaluation.sets: two sets give results called {', '.join(twice)}; rename one of them")
+        self.sets = [open_set(folder) for folder in config.evaluation.sets]
+        require_different_names(self.sets)
+
+    def match_classes(self, num_classes: int, class_table: Path | None) -> None:
+        """Find the classes of the sets for identification among the training classes, by name. A collective.
+
+        Args:
+            num_classes: of the training set.
+            class_table: of the training set; None: there is none, and class ids must do.
+
+        Raises:
+            InvalidData: on every rank, if a class of a set is not in the training set, or a class table is damaged.
+        """
+        for found in self.sets:
+            if not found.protocols:
+                table, count = found.dataset.class_table, found.dataset.num_classes
+                find = partial(training_ids, table, count, class_table, num_classes)
+                found.class_ids = broadcast_from_rank0(find)
 
     def run(self, backbone: nn.Module, head: PartialFC, process: ProcessContext, name: str) -> dict[str, Any] | None:
         """Return all results, e.g. ``{"unseen_font": {"tar_at_far": {"0.001": 0.9}, …}}``. A collective.
@@ -69,20 +76,19 @@ class Evaluation:
 
         results: dict[str, Any] = {}
         curves: dict[str, Scores] = {}
-        for folder, dataset in self.sets:
-            embeddings = self._embed(backbone, dataset, process, interrupted)
+        for found in self.sets:
+            embeddings = self._embed(backbone, found.dataset, process, interrupted)
             if process.agree_to_stop():
                 return None
-            labels = torch.from_numpy(dataset.labels).to(process.device)
-            if not _is_verification(folder):
-                correct = nearest_classes(head, embeddings) == labels
-                results[folder.name] = {"accuracy": float(correct.double().mean()), "samples": len(labels)}
+            if found.class_ids is not None:
+                ids = torch.from_numpy(found.class_ids[found.dataset.labels]).to(process.device)
+                correct = nearest_classes(head, embeddings) == ids
+                results[found.folder.name] = {"accuracy": float(correct.double().mean()), "samples": len(ids)}
                 continue
             embeddings = nn.functional.normalize(embeddings)
-            protocols, look_alikes = read_protocols(folder)
-            designs = [key.partition("-")[2] for key in dataset.keys]
-            for protocol in protocols:
-                scores = score_pairs(embeddings, labels, designs, protocol, look_alikes, interrupted)
+            labels = torch.from_numpy(found.dataset.labels).to(process.device)
+            for protocol in found.protocols:
+                scores = score_pairs(embeddings, labels, found.designs, protocol, found.look_alikes, interrupted)
                 if process.agree_to_stop():
                     return None
                 curves[protocol.name], results[protocol.name] = scores, _summarize(scores)
@@ -114,11 +120,13 @@ class Evaluation:
         if curves:
             points = {protocol: scores.roc_points() for protocol, scores in curves.items()}
             write_atomically(folder / f"roc-{name}.json", json.dumps(points) + "\n")
-            draw_roc(curves, folder / f"roc-{name}.png", f"{self.config.run.dir.name}, {name}")
+            self._draw(curves, folder / f"roc-{name}.png", f"{self.config.run.dir.name}, {name}")
 
-
-def _is_verification(folder: Path) -> bool:
-    return (folder / "protocol.json").exists()
+    def _draw(self, curves: dict[str, Scores], path: Path, title: str) -> None:
+        try:
+            draw_roc(curves, path, title)
+        except Exception as error:  # the numbers are written; a figure is no reason to end a run
+            log(f"WARNING: {path} cannot be drawn: {type(error).__name__}: {error}")
 
 
 def _summarize(scores: Scores) -> dict[str, Any]:
@@ -135,8 +143,11 @@ def _summarize(scores: Scores) -> dict[str, Any]:
 
 def describe_results(results: dict[str, Any]) -> list[str]:
     """Return a readable line for each protocol or set."""
-    lines = []
-    for name, found in results.items():
-        tar = "  ".join(f"TAR {value:.4f} at FAR {far}" for far, value in found.get("tar_at_far", {}).items())
-        lines.append(f"{name}: " + (tar or f"accuracy {found['accuracy']:.4f}"))
-    return lines
+    return [f"{name}: {_describe(found)}" for name, found in results.items()]
+
+
+def _describe(found: dict[str, Any]) -> str:
+    if "accuracy" in found:
+        return f"accuracy {found['accuracy']:.4f}"
+    rates = [f"TAR {value:.4f} at FAR {far}" for far, value in found["tar_at_far"].items()]
+    return "  ".join(rates) or f"no TAR: {found['impostor_pairs']} impostor pairs are too few for FAR {max(FARS):g}"

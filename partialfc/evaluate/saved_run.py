@@ -12,10 +12,11 @@ from partialfc.build.head import build_head
 from partialfc.checkpoint.folders import latest_valid, step_folders
 from partialfc.checkpoint.state import TrainingState
 from partialfc.config import parse_config
+from partialfc.data.index import CLASSES
 from partialfc.engines.state import ReplicatedBackbone
 from partialfc.errors import ConfigError, DamagedCheckpoint, DataError
 from partialfc.evaluate.runner import Evaluation, describe_results
-from partialfc.runtime.collectives import broadcast_from_rank0
+from partialfc.runtime.collectives import broadcast_from_rank0, run_alike
 from partialfc.runtime.process import joined
 from partialfc.tracking.console import log
 
@@ -50,7 +51,9 @@ def evaluate(run: Path, sets: Sequence[Path] = (), model: str | None = None) -> 
         config.evaluation.sets = list(sets) or config.evaluation.sets
         if not config.evaluation.sets:
             raise ConfigError(f"the config of {run} names no evaluation.sets; give one: --set FOLDER")
-        evaluation = Evaluation(config, manifest["num_classes"])
+        table = path / CLASSES if CLASSES in manifest["files"] else None
+        evaluation = run_alike(lambda: Evaluation(config))
+        evaluation.match_classes(manifest["num_classes"], table)
         models.require_trust(config.model.name, model, f"{path}")
         backbone = build_backbone(config, process)
         head = build_head(config, manifest["num_classes"], device=process.device)

@@ -7,11 +7,9 @@ any number of pairs fits and ranks add up their counts; a threshold is a bin's e
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -19,19 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from partialfc.errors import DataError
+from partialfc.evaluate.protocol import Protocol
 
 _BINS = 1 << 20
 _ROWS = 256  # probes compared at once
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """Pairs to compare: every sample of a probe design with every sample of a gallery design."""
-
-    name: str
-    probe: frozenset[str]
-    gallery: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -85,24 +74,6 @@ class Scores:
         return {"far": far[chosen].tolist(), "tar": tar[chosen].tolist()}
 
 
-def read_protocols(folder: Path) -> tuple[list[Protocol], list[tuple[int, int]]]:
-    """Return the protocols of a verification set, and the pairs of classes that are neither genuine nor impostor.
-
-    Raises:
-        DataError: protocol.json is missing or malformed.
-    """
-    path = folder / "protocol.json"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        look_alikes = [(int(a), int(b)) for a, b in content.pop("look_alikes", [])]
-        protocols = [
-            Protocol(name, frozenset(sides["probe"]), frozenset(sides["gallery"])) for name, sides in content.items()
-        ]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise DataError(f"{path} is not a verification protocol: {type(error).__name__}: {error}") from error
-    return protocols, look_alikes
-
-
 def score_pairs(
     embeddings: Tensor,
     labels: Tensor,
@@ -122,13 +93,9 @@ def score_pairs(
         interrupted: called now and then; once it returns True, the rest is skipped and the result is useless.
     """
     device = embeddings.device
-    probes = torch.tensor([i for i, design in enumerate(designs) if design in protocol.probe], device=device)
-    gallery = torch.tensor([i for i, design in enumerate(designs) if design in protocol.gallery], device=device)
+    is_probe, is_gallery = (torch.from_numpy(side).to(device) for side in protocol.sides(designs))
+    probes, gallery = is_probe.nonzero()[:, 0], is_gallery.nonzero()[:, 0]
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    is_probe = torch.zeros(len(embeddings), dtype=torch.bool, device=device)
-    is_probe[probes.long()] = True
-    is_gallery = torch.zeros_like(is_probe)
-    is_gallery[gallery.long()] = True
     left_out = _pair_codes(look_alikes, labels)
     genuine = torch.zeros(_BINS, dtype=torch.int64, device=device)
     impostors = torch.zeros_like(genuine)

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.planner import ReadItem
 
 from partialfc import __version__, models
-from partialfc.checkpoint.class_table import CLASSES
 from partialfc.checkpoint.reader import stored_tensors
 from partialfc.checkpoint.row_planner import RowLoadPlanner
 from partialfc.config import Config, parse_config
+from partialfc.data.class_table import require_class_table
+from partialfc.data.index import CLASSES
 from partialfc.errors import ConfigError, DataError, ExportFailed, MissingDependency
 from partialfc.exchange.reading import find_checkpoint, map_file, read_into, reserve
 from partialfc.tracking.console import Advance, Progress, no_progress
@@ -76,6 +77,7 @@ def export(
     Raises:
         ConfigError: ``out`` holds something else, or ``model`` is missing.
         DamagedCheckpoint: there is no valid checkpoint.
+        InvalidData: its class table is damaged, or has another number of classes than its head.
         ExportFailed: the ONNX file and the backbone compute different embeddings.
         DataError: ``out`` cannot be written.
         MissingDependency: an exporter is not installed.
@@ -86,6 +88,8 @@ def export(
     out = out or (run if run != checkpoint else run.parent.parent) / "export"
     if out.exists() and not (out / ABOUT).exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} holds something that is not an export; choose another --out")
+    if (checkpoint / CLASSES).exists():  # which earlier versions took as it was
+        require_class_table(checkpoint / CLASSES, manifest["num_classes"])
     config = parse_config(manifest["config"])
     models.require_trust(config.model.name, model, f"{checkpoint}")
     backbone = _read_backbone(checkpoint, config)

@@ -1,5 +1,5 @@
 """Memory of a run, predicted before it starts.
 
-Imports ``build``, ``engines``, ``data``, ``tracking.console``, ``config``, ``models`` and ``head``. ``train`` and the
-rooms above may import it.
+Imports ``evaluate``, ``build``, ``engines``, ``data``, ``tracking.console``, ``config``, ``models`` and ``head``.
+``train`` and the rooms above may import it.
 """

@@ -12,10 +12,12 @@ from partialfc.build.engine import require_trainable
 from partialfc.build.head import build_head
 from partialfc.build.optimizers import build_head_optimizer
 from partialfc.config import Config, require_num_classes
-from partialfc.data.dataset import read_index
+from partialfc.data.class_table import require_class_table
+from partialfc.data.index import CLASSES, checked_digest, find_shards, read_index
 from partialfc.engines.base import DTYPES, require_used
 from partialfc.engines.deepspeed_config import deepspeed_options, loss_scale
 from partialfc.errors import ConfigError
+from partialfc.evaluate.runner import Evaluation
 from partialfc.head.partition import ClassPartition
 from partialfc.head.sample_rate import largest_rate
 from partialfc.planning.activation_memory import peak_activation_bytes
@@ -38,6 +40,7 @@ def dry_run(config: Config, ranks: int) -> list[str]:
     """Build backbone, head and optimizers without memory, as rank 0 of ``ranks``, and return a table of their memory.
 
     Raises:
+        InvalidData: the training set exists, and it or an evaluation set is missing files or damaged.
         ConfigError: a run would not start with this config, as far as is known without ranks and devices, or the number
             of classes is unknown.
     """
@@ -59,22 +62,34 @@ def dry_run(config: Config, ranks: int) -> list[str]:
     warning = slow_budget(config, ClassPartition(num_classes, ranks).range(0)[1])
     if warning:
         lines.append(f"WARNING: {warning}")
-    named = {"data.train": config.data.train, "model.pretrained": config.model.pretrained}
-    missing = [f"{key}={path}" for key, path in named.items() if path is not None and not path.exists()]
+    named = [("data.train", config.data.train), ("model.pretrained", config.model.pretrained)]
+    named += [("evaluation.sets", folder) for folder in config.evaluation.sets]
+    missing = [f"{key}={path}" for key, path in named if path is not None and not path.exists()]
     return [*lines, f"not there yet: {', '.join(missing)}"] if missing else lines
 
 
 def count_classes(config: Config) -> int:
-    """Return the number of classes of the data set or, where it does not exist yet, of the config."""
-    if (config.data.train / "index.json").exists():
-        found: int = read_index(config.data.train)["num_classes"]
-        require_num_classes(config, found)
-        return found
+    """Return the number of classes of the data set, which is checked, or of the config where it does not exist yet."""
+    if config.data.train.exists():
+        return _check_data(config)
     if config.data.num_classes is None:
         raise ConfigError(
             f"data.train: {config.data.train} does not exist; set data.num_classes to the number of its classes"
         )
     return config.data.num_classes
+
+
+def _check_data(config: Config) -> int:
+    """Check the training set, all but the inside of its shards, and the evaluation sets; return the class count."""
+    folder = config.data.train
+    index = read_index(folder)
+    num_classes: int = index["num_classes"]
+    require_num_classes(config, num_classes)
+    find_shards(folder, index)
+    checked_digest(folder, index)
+    require_class_table(folder / CLASSES, num_classes)
+    Evaluation(config).match_classes(num_classes, folder / CLASSES)
+    return num_classes
 
 
 def _backbone_parts(config: Config, ranks: int) -> list[Part]:

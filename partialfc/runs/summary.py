@@ -24,6 +24,8 @@ def summarize(run: Path) -> str:
         label = name.replace("_", " ")
         if "accuracy" in found:
             rows.append((f"{label}: accuracy", f"{found['accuracy']:.4f}  ({found['samples']:,} samples)"))
+        if found.get("tar_at_far") == {}:
+            rows.append((f"{label}: no TAR", f"{found.get('impostor_pairs')} impostor pairs are too few"))
         for far, tar in found.get("tar_at_far", {}).items():
             if float(far) <= 1e-3:
                 rows.append((f"{label}: TAR at FAR {far}", f"{tar:.4f}"))

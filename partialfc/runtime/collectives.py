@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
-from partialfc.errors import CheckpointFailed
+from partialfc.errors import CheckpointFailed, PartialFCError
 
 Group = dist.ProcessGroup | None
 T = TypeVar("T")
@@ -33,6 +33,27 @@ def broadcast_from_rank0(work: Callable[[], T]) -> T:
     """
     result: T = _broadcast(_try_on_rank0(work))
     return result
+
+
+def run_alike(work: Callable[[], T]) -> T:
+    """Run ``work``, which holds no collective, on every rank and return this rank's own result. A collective.
+
+    Raises:
+        PartialFCError: on every rank, the one of the lowest rank on which ``work`` failed; it names the rank, unless
+            all ranks have failed alike.
+    """
+    result, error = None, None
+    try:
+        result = work()
+    except PartialFCError as found:
+        error = found
+    errors = all_gather_object(error)
+    failed = {rank: other for rank, other in enumerate(errors) if other is not None}
+    if error is not None and len(failed) == len(errors) and len(set(map(str, errors))) == 1:
+        raise error
+    for rank, other in failed.items():
+        raise type(other)(f"rank {rank}: {other}")
+    return cast(T, result)
 
 
 def run_on_all_ranks(work: Callable[[], Any], group: Group = None) -> list[Any]:

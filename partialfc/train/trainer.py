@@ -16,8 +16,9 @@ from partialfc.build.optimizers import build_head_optimizer
 from partialfc.checkpoint.manager import Checkpoints
 from partialfc.checkpoint.state import TrainingState
 from partialfc.config import Config, require_num_classes
+from partialfc.data.class_table import require_class_table
 from partialfc.data.dataset import TarDataset
-from partialfc.data.loader import Batch, LoaderSettings, build_loader, running
+from partialfc.data.loader import Batch, LoaderSettings, build_loader, require_samples, running
 from partialfc.engines.base import Engine
 from partialfc.errors import ConfigError, Diverged, Interrupted, PartialFCError, RankLost
 from partialfc.evaluate.runner import Evaluation
@@ -27,7 +28,7 @@ from partialfc.head.random import RandomStream, stream_key
 from partialfc.runs.folder import RunFolder, lock_folder
 from partialfc.runs.restarts import GivenUp, count_restarts
 from partialfc.runs.state import record_failure
-from partialfc.runtime.collectives import broadcast_from_rank0, run_on_rank0
+from partialfc.runtime.collectives import broadcast_from_rank0, run_alike, run_on_rank0
 from partialfc.runtime.process import ProcessContext, automatic_restarts
 from partialfc.tracking.console import console_progress, no_progress
 from partialfc.train.finished import finished_before
@@ -59,17 +60,18 @@ class StepResult:
 
 
 class Trainer:
-    """Trains the run that a config describes, as one of its ranks.
+    """Trains the run that a config describes, as one of its ranks. A collective.
 
     Raises:
-        ConfigError, DataError: before anything is written.
+        ConfigError, DataError: before anything is written; on all ranks, if it is the data's.
     """
 
     def __init__(self, config: Config, process: ProcessContext, force: bool = False) -> None:
         self.config, self.process, self.force = config, process, force
-        self.dataset = TarDataset(config.data.train, console_progress if process.is_first else no_progress)
-        require_num_classes(config, self.dataset.num_classes)
-        self.evaluation = Evaluation(config, self.dataset.num_classes)
+        run_alike(self._open_data)
+        table, num_classes = self.dataset.class_table, self.dataset.num_classes
+        run_on_rank0(lambda: require_class_table(table, num_classes))
+        self.evaluation.match_classes(num_classes, table)
         self.schedule = Schedule(config, self.dataset.num_samples)
 
         torch.manual_seed(config.run.seed)
@@ -91,6 +93,13 @@ class Trainer:
         self.step = 0
         self.skipped_steps = self.skipped_in_a_row = 0
         self.training_seconds = 0.0  # of this attempt, without evaluations and checkpoints
+
+    def _open_data(self) -> None:
+        """Open the data sets, without the other ranks."""
+        self.dataset = TarDataset(self.config.data.train, console_progress if self.process.is_first else no_progress)
+        require_samples(self.dataset)
+        require_num_classes(self.config, self.dataset.num_classes)
+        self.evaluation = Evaluation(self.config)
 
     # --- a run --------------------------------------------------------------------------------------------------------
 

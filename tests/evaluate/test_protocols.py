@@ -16,7 +16,8 @@ from partialfc import DataError, PartialFC, losses
 from partialfc.evaluate.embed import embed
 from partialfc.evaluate.figures import draw_roc
 from partialfc.evaluate.identification import nearest_classes
-from partialfc.evaluate.verification import Protocol, Scores, read_protocols, score_pairs
+from partialfc.evaluate.protocol import Protocol, read_protocols
+from partialfc.evaluate.verification import Scores, score_pairs
 from tests.harness.ranks import Ranks
 
 PROTOCOLS = [

@@ -226,8 +226,8 @@ def test_a_finished_run_is_not_trained_again(task: Path, finished: dict[int, Pat
     ("overrides", "code", "words"),
     [
         (["optim.lrr=1"], 2, "optim.lrr: unknown name 'lrr'; did you mean 'lr'?"),
-        (["data.train=/nowhere"], 1, "/nowhere"),
-        (["evaluation.sets=[/nowhere]"], 1, "/nowhere"),
+        (["data.train=/nowhere"], 2, "/nowhere"),
+        (["evaluation.sets=[/nowhere]"], 2, "/nowhere"),
     ],
 )
 def test_mistakes_end_with_their_code_and_one_line(
