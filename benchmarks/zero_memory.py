@@ -98,7 +98,7 @@ def worker(number: int, arguments: argparse.Namespace, engine: dict[str, object]
     for step in range(3):
         runner.begin_step(1e-4)
         for part in range(2):
-            embeddings = runner.forward(images)
+            embeddings = runner.forward(images, 4 * arguments.ranks)
             runner.backward(embeddings, torch.randn(2, 512), last=part == 1)
             del embeddings
             if step == 2:

@@ -10,7 +10,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from partialfc import models
 from partialfc.config import Config
+from partialfc.data.order import BatchOrder, local_share
+from partialfc.engines.batch_norm import BatchNormModes
 from partialfc.errors import ConfigError
+from partialfc.models.eval_mode import eval_mode
 from partialfc.runtime.process import ProcessContext
 
 Switch = Literal[True, False, "auto"]
@@ -38,6 +41,33 @@ def build_backbone(config: Config, process: ProcessContext) -> nn.Module:
     if _on(model.channels_last, process.device.type):
         backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in torch's stubs
     return backbone
+
+
+def check_batches(config: Config, backbone: nn.Module, order: BatchOrder, process: ProcessContext) -> None:
+    """Check that ``backbone`` can be trained with the batches that ranks and micro-batches leave of a global batch.
+
+    Raises:
+        ConfigError: they are too small for batch normalisation; or a rank has no image of some, for which the
+            backbone's code fails.
+    """
+    parts, ranks = config.optim.accumulation, process.world_size
+    share = local_share(order.batch_size, parts, ranks)
+    BatchNormModes(backbone).require_statistics(share, local_share(order.batch_size, parts, 1))
+    last = order.steps_per_epoch - 1
+    sizes = [size for step in (0, last) for size in order.micro_batch_samples(order.first_step + step, parts)]
+    if min(sizes) > share * (ranks - 1):
+        return  # each rank has an image of each
+    images = torch.empty(0, config.data.channels, *[config.data.image_size] * 2, device=process.device)
+    try:
+        with eval_mode(backbone), torch.no_grad():
+            backbone(images)
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ConfigError(
+            f"model.name: {config.model.name} fails for a batch without images ({reason}), which is what "
+            f"rank {ranks - 1} has where {min(sizes)} images are left for {ranks} ranks. Write x.flatten(1) for "
+            "x.view(len(x), -1) there, use fewer ranks, or set data.last_batch=drop"
+        ) from error
 
 
 def uses_sync_batchnorm(switch: Switch, device_type: str, world_size: int) -> bool:

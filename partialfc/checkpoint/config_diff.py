@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel
 
 from partialfc import config as configs
 from partialfc import models
+from partialfc.config import Config
+
+SectionT = TypeVar("SectionT", bound=BaseModel)
 
 ChangeSeverity = Literal["harmless", "needs --force", "impossible"]
 
@@ -49,6 +54,7 @@ _SEVERITY: dict[str, ChangeSeverity] = {
 # key absent from both the checkpoint and this table counts as unchanged.
 BEFORE_KEY: dict[str, Any] = {
     "data.max_pixels": 40_000_000,  # without a limit of their own; no number of a smaller image depends on it
+    "data.last_batch": "keep",
     "model.options": {},
     "optim.spike": None,
     "engine.precision": "fp32",
@@ -87,6 +93,28 @@ def config_changes(before: dict[str, Any], now: dict[str, Any]) -> list[Change]:
     return [
         replace(change, severity="harmless") if so else change for change, so in zip(changes, harmless, strict=True)
     ]
+
+
+def as_begun(config: Config, before: dict[str, Any]) -> Config:
+    """Return the config of a run that was begun with the resolved config ``before``: what its version did where it had
+    no key is kept, unless the key is set now.
+    """
+    for key, value in BEFORE_KEY.items():
+        *sections, name = key.split(".")
+        config = _kept(config, sections, name, value, before)
+    return config
+
+
+def _kept(section: SectionT, path: list[str], name: str, value: Any, before: Any) -> SectionT:
+    """Return ``section`` with ``value`` at ``path`` and ``name``, unless it is set there, or was a key before."""
+    if not isinstance(before, dict):
+        return section
+    if path:
+        inner, *rest = path
+        kept = _kept(getattr(section, inner), rest, name, value, before.get(inner, {}))
+        return section.model_copy(update={inner: kept}) if kept is not getattr(section, inner) else section
+    is_kept = name not in before and name not in section.model_fields_set
+    return section.model_copy(update={name: value}) if is_kept else section
 
 
 def _with_lacking_keys(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> dict[str, Any]:

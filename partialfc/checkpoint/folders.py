@@ -33,6 +33,15 @@ def step_folders(folder: Path) -> list[Path]:
     return sorted(found, key=step_of, reverse=True)
 
 
+def config_of_run(run: Path) -> dict[str, Any] | None:
+    """Return the config that the newest readable checkpoint of a run was written with, resolved; None if none."""
+    for checkpoint in step_folders(run / "checkpoints"):
+        with suppress(DamagedCheckpoint):
+            config: dict[str, Any] = read_manifest(checkpoint).get("config", {})
+            return config
+    return None
+
+
 def latest_valid(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     """Return the newest checkpoint in ``folder`` whose files all match their digests, and its manifest; or None.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from partialfc import __version__
 from partialfc.checkpoint.class_table import check_class_table
-from partialfc.checkpoint.config_diff import Change, config_changes
+from partialfc.checkpoint.config_diff import BEFORE_KEY, Change, config_changes
 from partialfc.checkpoint.folders import (
     latest_valid,
     prune,
@@ -28,7 +28,7 @@ from partialfc.checkpoint.writer import Saver
 from partialfc.config import Config
 from partialfc.data.dataset import TarDataset
 from partialfc.data.index import CLASSES
-from partialfc.data.order import samples_before, steps_per_epoch
+from partialfc.data.order import BatchOrder
 from partialfc.errors import ConfigError, DamagedCheckpoint, Diverged
 from partialfc.runs.folder import RunFolder
 from partialfc.runtime.collectives import broadcast_from_rank0, run_on_rank0
@@ -49,6 +49,8 @@ class Checkpoints:
     """Writes and resumes from the checkpoints of a run; every rank has one.
 
     Args:
+        order: the batches of the run if it began today; :meth:`resume` sets the attribute to those that follow the
+            checkpoint.
         evaluating: provides the backbone in evaluation mode, as an engine does.
         force: resume despite config changes that change results.
     """
@@ -58,16 +60,18 @@ class Checkpoints:
         config: Config,
         process: ProcessContext,
         dataset: TarDataset,
+        order: BatchOrder,
         state: TrainingState,
         evaluating: Callable[[], AbstractContextManager[nn.Module]],
         force: bool = False,
     ) -> None:
         self.config, self.process, self.dataset, self.state, self.force = config, process, dataset, state, force
+        self.order = order
         self._evaluating = evaluating
         self.folder = config.run.dir / "checkpoints"
         keep = config.checkpoint
         self._saver = Saver(keep.asynchronous, lambda: prune(self.folder, keep.keep_last, keep.keep_every))
-        self._other_samples = 0  # samples seen in earlier data sets, beyond as many steps of this one
+        self._other_samples = 0  # samples seen in other data sets or batches, beyond those of this order
         self._newest_step = -1  # loaded, written or being written
         self._complete_step = -1  # loaded or written
         self._rolled_back = (-1, 0)  # step of the checkpoint, number of times
@@ -106,7 +110,8 @@ class Checkpoints:
         if new_classes:
             self._start_new_classes(num_classes)
         samples: int = manifest["samples"]
-        self._other_samples = samples - self._samples_before(step)
+        self.order = self._order_after(step, manifest)
+        self._other_samples = samples - self.order.samples_before(step)
         return ResumePoint(step, samples, manifest.get("counts", {}))
 
     def roll_back(self, step: int, most: int) -> str | None:
@@ -147,8 +152,18 @@ class Checkpoints:
             if self.process.is_first:
                 log(f"set aside, since its steps will be repeated: {place}")
 
-    def _samples_before(self, step: int) -> int:
-        return samples_before(step, self.dataset.num_samples, self.config.data.global_batch_size)
+    def _order_after(self, step: int, manifest: dict[str, Any]) -> BatchOrder:
+        """Return the batches that follow a checkpoint: the next one, or with other batches the rest of the epoch."""
+        data, loader = manifest.get("config", {}).get("data", {}), manifest.get("loader", {})
+        size = data.get("global_batch_size", self.order.batch_size)
+        last_batch = data.get("last_batch", BEFORE_KEY["data.last_batch"])
+        if (size, last_batch) == (self.order.batch_size, self.order.last_batch):
+            return replace(self.order, first_step=loader.get("first_step", 0))
+        order = self.order.continued(step, loader.get("epoch", 0), loader.get("batch", 0) * size)
+        if self.process.is_first:
+            epoch, batch = order.place(step)
+            log(f"the batches have changed; training goes on at epoch {epoch + batch / order.steps_per_epoch:.4g}")
+        return order
 
     def _start_new_classes(self, first: int) -> None:
         how = self.config.checkpoint.grow_init
@@ -200,12 +215,12 @@ class Checkpoints:
         if step == self._newest_step:
             return
         self._newest_step = step
-        epoch, batch = divmod(step, steps_per_epoch(self.dataset.num_samples, self.config.data.global_batch_size))
+        epoch, batch = self.order.place(step)
         manifest = {
             "step": step,
-            "samples": self._other_samples + self._samples_before(step),
+            "samples": self._other_samples + self.order.samples_before(step),
             "counts": counts or {},
-            "loader": {"epoch": epoch, "batch": batch},
+            "loader": {"epoch": epoch, "batch": batch, "first_step": self.order.first_step},
             # Every random number is a function of the seed and of step, class, sample or rank: there is no other state.
             "rng": {"seed": self.config.run.seed, "step": step},
             "num_classes": self.dataset.num_classes,

@@ -6,10 +6,10 @@ import inspect
 from typing import Any
 
 from partialfc import losses
-from partialfc.config.schema import HeadConfig, LossConfig
+from partialfc.config.schema import HeadConfig, LossConfig, SampleRateConfig
 from partialfc.errors import ConfigError
 from partialfc.head import LinearRate, StepRate
-from partialfc.head.sample_rate import SampleRate
+from partialfc.head.sample_rate import DelayedRate, SampleRate
 from partialfc.options import convert_like, describe_unknown, with_defaults
 
 
@@ -57,8 +57,11 @@ def spelled_out(tree: dict[str, Any]) -> dict[str, Any]:
     return {"name": tree["name"]} | with_defaults(kind, given)
 
 
-def build_sample_rate(head: HeadConfig, steps_per_epoch: int) -> SampleRate:
+def build_sample_rate(head: HeadConfig, steps_per_epoch: int, first_step: int = 0) -> SampleRate:
     """Build the sample rate that a config describes.
+
+    Args:
+        first_step: the step that begins its first epoch; may be negative.
 
     Raises:
         ConfigError: rates or epochs are out of range, or do not match each other.
@@ -67,11 +70,16 @@ def build_sample_rate(head: HeadConfig, steps_per_epoch: int) -> SampleRate:
     if rate is None:
         return head.sample_rate
     try:
-        starts = [round(epoch * steps_per_epoch) for epoch in rate.epochs]
-        if rate.schedule == "steps":
-            return StepRate(rate.rates, starts)
-        if len(rate.rates) != 2 or len(starts) != 2 or starts[0] != 0:
-            raise ConfigError(f"linear takes two rates and two epochs, the first 0, got {rate.rates} and {rate.epochs}")
-        return LinearRate(rate.rates[0], rate.rates[1], starts[1])
+        schedule = _rate_schedule(rate, steps_per_epoch)
     except ConfigError as error:
         raise ConfigError(f"head.sample_rate_schedule: {error}") from error
+    return DelayedRate(schedule, first_step) if first_step else schedule
+
+
+def _rate_schedule(rate: SampleRateConfig, steps_per_epoch: int) -> StepRate | LinearRate:
+    starts = [round(epoch * steps_per_epoch) for epoch in rate.epochs]
+    if rate.schedule == "steps":
+        return StepRate(rate.rates, starts)
+    if len(rate.rates) != 2 or len(starts) != 2 or starts[0] != 0:
+        raise ConfigError(f"linear takes two rates and two epochs, the first 0, got {rate.rates} and {rate.epochs}")
+    return LinearRate(rate.rates[0], rate.rates[1], starts[1])

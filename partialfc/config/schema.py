@@ -42,6 +42,9 @@ class DataConfig(Section):
         None, ge=1, le=_MANY, description="number of classes that the data set must have; null: any"
     )
     global_batch_size: int = Field(256, ge=1, le=1 << 24, description="samples per step, over all ranks")
+    last_batch: Literal["drop", "keep", "wrap"] = Field(
+        "drop", description="end of an epoch that fills no batch: left out, a short batch, or filled from its beginning"
+    )
     image_size: int = Field(32, ge=8, le=1024, description="pixels; images of other sizes are resized")
     channels: Literal[1, 3] = Field(1, description="1 grey, 3 RGB")
     max_pixels: int = Field(

@@ -23,7 +23,7 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from partialfc.config import Config
 from partialfc.data.augment import augment_by_name, sample_rng, to_pixels
 from partialfc.data.dataset import TarDataset
-from partialfc.data.order import batch_indices, local_slice, steps_per_epoch
+from partialfc.data.order import BatchOrder, local_slice
 from partialfc.errors import ConfigError, DataUnavailable, InvalidData, PartialFCError
 
 _MODES = {1: "L", 3: "RGB"}
@@ -35,12 +35,10 @@ _MAX_PIXEL_BYTES, _MAX_HEADER_BYTES = 8, 16 << 20
 class LoaderSettings:
     """Settings of a rank's loader; the ranks of a run differ in ``rank`` only."""
 
-    global_batch_size: int  # samples of a training step, over all ranks
     image_size: int  # pixels; images of another size are resized
     channels: int  # 1 grey, 3 RGB; images are converted
     max_pixels: int = 40_000_000  # of an image as it is stored; a larger one is an error
     augment: str = "none"  # none, light or flip; an evaluation never augments
-    seed: int = 0
     micro_batches: int = 1  # equal parts of each training batch, to be taken one after the other
     workers: int = 0  # decoding processes of this rank; 0 decodes in the training process
     rank: int = 0
@@ -49,7 +47,7 @@ class LoaderSettings:
     def __post_init__(self) -> None:
         if self.channels not in _MODES:
             raise ConfigError(f"channels must be 1 or 3, got {self.channels}")
-        for name in ("global_batch_size", "image_size", "max_pixels", "micro_batches"):
+        for name in ("image_size", "max_pixels", "micro_batches"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
 
@@ -58,12 +56,10 @@ class LoaderSettings:
         """Return the settings of a run, on one of its ranks."""
         data = config.data
         return cls(
-            global_batch_size=data.global_batch_size,
             image_size=data.image_size,
             channels=data.channels,
             max_pixels=data.max_pixels,
             augment=data.augment,
-            seed=config.run.seed,
             micro_batches=config.optim.accumulation,
             workers=data.workers,
             rank=rank,
@@ -72,12 +68,14 @@ class LoaderSettings:
 
 
 class Batch(NamedTuple):
-    """This rank's part of a global batch: always b = ceil(global batch size / world size) samples."""
+    """This rank's samples of a global batch, micro-batch by micro-batch; there may be none."""
 
     step: int
-    images: Tensor  # [b, channels, image_size, image_size] float32 in [-1, 1]; zeros where padded
-    labels: Tensor  # [b] int64; -1 where padded
-    indices: Tensor  # [b] int64, sample indices of the data set; -1 where padded
+    images: Tensor  # [n, channels, image_size, image_size] float32 in [-1, 1]
+    labels: Tensor  # [n] int64
+    indices: Tensor  # [n] int64, of the data set
+    counts: list[int]  # samples of each micro-batch on this rank; their sum is n
+    counts_of_all_ranks: list[int]  # samples of each micro-batch over all ranks; none is 0
 
 
 class StepDataset(Dataset[Batch | PartialFCError]):
@@ -86,8 +84,10 @@ class StepDataset(Dataset[Batch | PartialFCError]):
     An error is an item too: raised in a loader process, it would arrive as the text of that process's traceback.
     """
 
-    def __init__(self, dataset: TarDataset, settings: LoaderSettings, start_step: int, total_steps: int) -> None:
-        self.dataset, self.settings = dataset, settings
+    def __init__(
+        self, dataset: TarDataset, settings: LoaderSettings, order: BatchOrder, start_step: int, total_steps: int
+    ) -> None:
+        self.dataset, self.settings, self.order = dataset, settings, order
         self.augment = augment_by_name(settings.augment)
         self.start_step, self.total_steps = start_step, total_steps
 
@@ -106,29 +106,26 @@ class StepDataset(Dataset[Batch | PartialFCError]):
             return DataUnavailable(f"batch of step {self.start_step + i + 1}: {_in_one_line(error)}")
 
     def _load(self, i: int) -> Batch:
-        settings, samples, step = self.settings, self.dataset.num_samples, self.start_step + i
-        epoch = step // steps_per_epoch(samples, settings.global_batch_size)
-        indices = batch_indices(
-            step,
-            samples,
-            settings.global_batch_size,
-            settings.seed,
-            settings.rank,
-            settings.world_size,
-            settings.micro_batches,
-        )
-        images = np.zeros((len(indices), settings.channels, *[settings.image_size] * 2), dtype=np.float32)
-        labels = np.full(len(indices), -1, dtype=np.int64)
+        settings, order, step = self.settings, self.order, self.start_step + i
+        epoch, _ = order.place(step)
+        parts = order.local_indices(step, settings.rank, settings.world_size, settings.micro_batches)
+        indices = np.concatenate(parts)
+        images = np.empty((len(indices), settings.channels, *[settings.image_size] * 2), dtype=np.float32)
         for slot, index in enumerate(indices.tolist()):
-            if index >= 0:
-                image = decode(self.dataset, index, settings)
-                images[slot] = self.augment(image, sample_rng(settings.seed, epoch, index))
-                labels[slot] = self.dataset.labels[index]
-        return Batch(step, torch.from_numpy(images), torch.from_numpy(labels), torch.from_numpy(indices))
+            image = decode(self.dataset, index, settings)
+            images[slot] = self.augment(image, sample_rng(order.seed, epoch, index))
+        return Batch(
+            step,
+            torch.from_numpy(images),
+            torch.from_numpy(np.asarray(self.dataset.labels[indices], dtype=np.int64)),
+            torch.from_numpy(indices),
+            [len(part) for part in parts],
+            order.micro_batch_samples(step, settings.micro_batches),
+        )
 
 
 def build_loader(
-    dataset: TarDataset, settings: LoaderSettings, start_step: int, total_steps: int
+    dataset: TarDataset, settings: LoaderSettings, order: BatchOrder, start_step: int, total_steps: int
 ) -> DataLoader[Batch | PartialFCError]:
     """Return a loader of a :class:`Batch` for every step from ``start_step`` to ``total_steps`` - 1; :func:`running`
     iterates over it.
@@ -142,7 +139,7 @@ def build_loader(
     require_samples(dataset)
     # batch_size=None: an item is a whole batch, so workers pass a few large tensors instead of many small ones.
     return DataLoader(
-        StepDataset(dataset, settings, start_step, total_steps),
+        StepDataset(dataset, settings, order, start_step, total_steps),
         batch_size=None,
         num_workers=settings.workers,
         pin_memory=torch.cuda.is_available(),

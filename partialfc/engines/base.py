@@ -33,8 +33,12 @@ class Engine(Protocol):
     def begin_step(self, lr: float) -> None:
         """Prepare a step, before its first forward pass."""
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Return the embeddings [b, D] float32 of images [b, C, H, W]."""
+    def forward(self, images: Tensor, images_of_all_ranks: int) -> Tensor:
+        """Return the embeddings [b, D] float32 of images [b, C, H, W]. A collective.
+
+        b differs between ranks, and may be 0: that rank takes part without influence. Batch normalisation treats fewer
+        than two images as :class:`BatchNormModes` says.
+        """
 
     def backward(self, embeddings: Tensor, gradient: Tensor, last: bool) -> None:
         """Add a micro-batch's gradients, given the gradient of its embeddings [b, D]. The ``last`` micro-batch of a
@@ -72,7 +76,7 @@ def broadcast_buffers(buffers: list[Tensor]) -> None:
     """Copy batch statistics from rank 0, which checkpoints hold, to all ranks, as DistributedDataParallel does before
     each step. A collective.
     """
-    buffers = [buffer for buffer in buffers if buffer.is_floating_point()]  # counts of batches are equal anyway
+    buffers = [buffer for buffer in buffers if buffer.is_floating_point()]  # nobody reads how many batches there were
     if not buffers or not dist.is_initialized() or dist.get_world_size() == 1:
         return
     flat = torch.cat([buffer.flatten().float() for buffer in buffers])

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from partialfc.config import Config
 from partialfc.engines.base import DTYPES, GradientWatch, broadcast_buffers, require_compiler, require_used
+from partialfc.engines.batch_norm import BatchNormModes
 from partialfc.engines.loss_scale import LossScale
 from partialfc.engines.state import BackboneState, ReplicatedBackbone
 from partialfc.models.eval_mode import eval_mode
@@ -34,6 +35,7 @@ class DdpEngine:
         self.module, self.optim, self.device = module, config.optim, process.device
         self.dtype = DTYPES[precision]
         self.loss_scale = LossScale() if precision == "fp16" else None
+        self._batch_norm = BatchNormModes(module)
         self._local_gradient = GradientWatch()
         self._wrapped: nn.Module = module
         if process.world_size > 1:
@@ -57,7 +59,8 @@ class DdpEngine:
         if self._buffers:  # the forward pass changes statistics; a skipped step must not
             torch._foreach_copy_(self._buffers_before, self._buffers)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, images_of_all_ranks: int) -> Tensor:
+        self._batch_norm.choose(len(images), images_of_all_ranks)
         with self._autocast():
             return self._wrapped(images).float()
 

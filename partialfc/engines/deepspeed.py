@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 
 from partialfc.config import Config
 from partialfc.engines.base import DTYPES, GradientWatch, broadcast_buffers, require_compiler
+from partialfc.engines.batch_norm import BatchNormModes
 from partialfc.engines.deepspeed_config import deepspeed_options, loss_scale
 from partialfc.engines.state import WEIGHTS, BackboneState, ReplicatedBackbone
 from partialfc.engines.zero_state import Zero0State, Zero3State, Zero12State, ZeroState
@@ -61,6 +62,7 @@ class DeepSpeedEngine:
         self.loss_scale = loss_scale(config) if config.engine.precision == "fp16" else None
         self._alone, self._offloads = process.world_size == 1, config.engine.offload == "cpu"
         self._weightless = _without_weights(module)
+        self._batch_norm = BatchNormModes(module)
         self._local_gradient = GradientWatch()
         self._with_gradient: Tensor | None = None  # a parameter that has a gradient in this step
         for parameter in module.parameters():
@@ -105,7 +107,8 @@ class DeepSpeedEngine:
             broadcast_buffers(self._buffers)
             torch._foreach_copy_(self._buffers_before, self._buffers)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, images_of_all_ranks: int) -> Tensor:
+        self._batch_norm.choose(len(images), images_of_all_ranks)
         self._engine.set_gradient_accumulation_boundary(False)  # backward sets it
         embeddings: Tensor = self._engine(images)
         return embeddings.float()

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from partialfc.config import Config
+from partialfc.data.order import local_share
 from partialfc.engines.loss_scale import LossScale
 from partialfc.errors import ConfigError
 from partialfc.files import read_json
@@ -146,9 +147,8 @@ def _equal(value: Any, expected: Any) -> bool:
 
 
 def _micro_batch(config: Config, world_size: int) -> int:
-    """Return the samples of a micro-batch per rank, padding included."""
-    of_all_ranks = -(-config.data.global_batch_size // config.optim.accumulation)
-    return -(-of_all_ranks // world_size)
+    """Return the most samples of a micro-batch on a rank."""
+    return local_share(config.data.global_batch_size, config.optim.accumulation, world_size)
 
 
 def _read(config: Config) -> dict[str, Any]:

@@ -64,6 +64,24 @@ class LinearRate:
         return f"LinearRate({self.start:g}, {self.end:g}, {self.steps})"
 
 
+class DelayedRate:
+    """A rate that begins at ``first_step``, which may be negative, instead of at step 0."""
+
+    def __init__(self, rate: Callable[[int], float], first_step: int) -> None:
+        self.rate, self.first_step = rate, first_step
+
+    def __call__(self, step: int) -> float:
+        return self.rate(step - self.first_step)
+
+    @property
+    def largest(self) -> float:
+        """The largest rate of all steps."""
+        return largest_rate(self.rate)
+
+    def __repr__(self) -> str:
+        return f"{self.rate!r} from step {self.first_step} on"
+
+
 def check_rates(rates: Sequence[float]) -> None:
     """Raise ConfigError unless all ``rates`` lie in (0, 1]."""
     for rate in rates:

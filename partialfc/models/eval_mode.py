@@ -10,10 +10,11 @@ from torch import nn
 
 @contextmanager
 def eval_mode(module: nn.Module) -> Iterator[nn.Module]:
-    """Put ``module`` into evaluation mode inside the context, then restore its own mode."""
-    was_training = module.training
+    """Put ``module`` into evaluation mode inside the context, then restore the mode of each of its parts."""
+    modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
         yield module
     finally:
-        module.train(was_training)
+        for part, training in modes:
+            part.training = training

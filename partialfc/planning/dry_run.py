@@ -14,7 +14,9 @@ from partialfc.build.optimizers import build_head_optimizer
 from partialfc.config import Config, require_num_classes
 from partialfc.data.class_table import require_class_table
 from partialfc.data.index import CLASSES, checked_digest, find_shards, read_index
+from partialfc.data.order import BatchOrder, local_share
 from partialfc.engines.base import DTYPES, require_used
+from partialfc.engines.batch_norm import BatchNormModes
 from partialfc.engines.deepspeed_config import deepspeed_options, loss_scale
 from partialfc.errors import ConfigError
 from partialfc.evaluate.runner import Evaluation
@@ -88,6 +90,7 @@ def _check_data(config: Config) -> int:
     find_shards(folder, index)
     checked_digest(folder, index)
     require_class_table(folder / CLASSES, num_classes)
+    BatchOrder.from_config(config, index["num_samples"])
     Evaluation(config).match_classes(num_classes, folder / CLASSES)
     return num_classes
 
@@ -113,7 +116,8 @@ def _backbone_parts(config: Config, ranks: int) -> list[Part]:
         zero_stage=zero_stage,
         world_size=ranks,
     )
-    batch = -(-config.data.global_batch_size // (ranks * config.optim.accumulation))
+    batch = local_share(config.data.global_batch_size, config.optim.accumulation, ranks)
+    BatchNormModes(backbone).require_statistics(batch, batch)
     peak = _activation_bytes(config, backbone, batch, weight_dtype)
     if ranks > 1 and engine.name == "ddp":
         require_used(backbone, _has_gradient)
@@ -154,13 +158,6 @@ def _activation_bytes(config: Config, backbone: nn.Module, batch: int, weight_dt
     shape = (batch, config.data.channels, config.data.image_size, config.data.image_size)
     try:
         return peak_activation_bytes(backbone, shape, weight_dtype, DTYPES[config.engine.precision])
-    except ValueError as error:
-        if batch > 1 or "more than 1 value per channel" not in str(error):
-            raise
-        raise ConfigError(
-            "data.global_batch_size: batch normalisation needs at least 2 images, but a rank has 1 at a time; "
-            "use a larger batch, fewer ranks or a smaller optim.accumulation"
-        ) from error
     except RuntimeError as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise ConfigError(

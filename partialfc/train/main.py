@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from partialfc.checkpoint.config_diff import as_begun
+from partialfc.checkpoint.folders import config_of_run
 from partialfc.config import Config
 from partialfc.runs.summary import summarize
 from partialfc.runtime.collectives import broadcast_from_rank0
@@ -32,6 +34,9 @@ def train(config: Config, force: bool = False, timings: Timings = DEFAULT_TIMING
     require_wandb(config.tracking.wandb)
     group_of_one = config.engine.name == "deepspeed"
     with joined(config.run.dir, config.run.timeout, group_of_one, timings) as process:
+        before = broadcast_from_rank0(lambda: config_of_run(config.run.dir))
+        if before is not None and config.checkpoint.resume == "auto":
+            config = as_begun(config, before)
         # One answer for all ranks: another process may finish the run meanwhile.
         if broadcast_from_rank0(lambda: finished_before(config, force)):
             if process.is_first:

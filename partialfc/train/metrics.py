@@ -70,7 +70,7 @@ class TrainMetrics:
         self.samples += samples
         return {
             "step": step,
-            "epoch": round(step / self._schedule.steps_per_epoch, 4),
+            "epoch": round(self._schedule.epoch(step), 4),
             "samples": self.samples,
             **means,
             "active_rows": int(active),

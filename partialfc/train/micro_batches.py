@@ -5,17 +5,28 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from partialfc.data.loader import Batch
 from partialfc.head import HeadOutput
 
 
-def micro_batches(images: Tensor, labels: Tensor, parts: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the ``parts`` slices of a batch, all of one size, as the loader has laid them out."""
-    size = len(labels) // parts
-    for part in range(parts):
-        rows = slice(part * size, (part + 1) * size)
-        yield images[rows], labels[rows]
+def micro_batches(batch: Batch, device: torch.device) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """Yield, on ``device``, images [n, C, H, W] and labels [n] of each micro-batch, and its images over all ranks."""
+    images = batch.images.to(device, non_blocking=True).split(batch.counts)
+    labels = batch.labels.to(device, non_blocking=True).split(batch.counts)
+    yield from zip(images, labels, batch.counts_of_all_ranks, strict=True)
+
+
+def padded(embeddings: Tensor, labels: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Return embeddings [size, D] and labels [size], the missing ones zeros with label -1: ranks exchange equal parts,
+    and the head would take the first batch of a start, which may be a short one, for the largest.
+    """
+    missing = size - len(labels)
+    if not missing:
+        return embeddings, labels
+    return F.pad(embeddings, (0, 0, 0, missing)), F.pad(labels, (0, missing), value=-1)
 
 
 def merge_outputs(outputs: list[tuple[HeadOutput, Tensor]]) -> HeadOutput:

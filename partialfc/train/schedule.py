@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from partialfc.config import Config
-from partialfc.data.order import steps_per_epoch
+from partialfc.data.order import BatchOrder
 
 
 def lr_factor(step: int, total_steps: int, warmup_steps: int, schedule: str, power: float = 2.0) -> float:
@@ -26,20 +26,32 @@ def lr_factor(step: int, total_steps: int, warmup_steps: int, schedule: str, pow
 
 
 class Schedule:
-    """Length of a run in steps, and learning rate and samples of each step (0-based)."""
+    """Length of a run in steps, and what follows from a step's number (0-based).
 
-    def __init__(self, config: Config, num_samples: int) -> None:
-        self._optim, self._num_samples = config.optim, num_samples
-        self._batch_size = config.data.global_batch_size
-        self.steps_per_epoch = steps_per_epoch(num_samples, self._batch_size)
-        self.total_steps = max(1, round(config.optim.epochs * self.steps_per_epoch))
-        self.warmup_steps = min(round(config.optim.warmup * self.steps_per_epoch), self.total_steps)
+    Attributes:
+        order: batches and epochs; set once more when a run goes on with other batches than it began with.
+    """
+
+    def __init__(self, config: Config, order: BatchOrder) -> None:
+        self._optim, self.order = config.optim, order
+
+    @property
+    def total_steps(self) -> int:
+        """Number of the step with which the run ends."""
+        return self.order.first_step + self._length
+
+    def epoch(self, step: int) -> float:
+        """Return the epochs that are done before ``step``."""
+        return (step - self.order.first_step) / self.order.steps_per_epoch
 
     def lr(self, step: int) -> float:
         """Return the backbone's learning rate in ``step``."""
         optim = self._optim
-        return optim.lr * lr_factor(step, self.total_steps, self.warmup_steps, optim.schedule, optim.power)
+        warmup_steps = min(round(optim.warmup * self.order.steps_per_epoch), self._length)
+        done = step - self.order.first_step
+        return optim.lr * lr_factor(done, self._length, warmup_steps, optim.schedule, optim.power)
 
-    def batch_samples(self, step: int) -> int:
-        """Return the samples in the global batch of ``step``; the last batch of an epoch may be short."""
-        return min(self._batch_size, self._num_samples - step % self.steps_per_epoch * self._batch_size)
+    @property
+    def _length(self) -> int:
+        """Steps that ``optim.epochs`` take with the batches of today."""
+        return max(1, round(self._optim.epochs * self.order.steps_per_epoch))

@@ -132,7 +132,7 @@ def find_faults(
     """Return the root causes of a skipped step: NaN on one rank soon reaches all of them. A collective.
 
     Args:
-        indices: of this rank's samples [b], micro-batch by micro-batch; -1 where padded.
+        indices: of this rank's samples [n], micro-batch by micro-batch.
     """
     mine, any_rank = decision.flags[process.rank], decision.any_rank
     what, at_fault = None, torch.ones_like(indices, dtype=torch.bool)
@@ -149,7 +149,7 @@ def find_faults(
         what = f"NaN or Inf in the {where}"
     faults = []
     if what:
-        found = indices[at_fault & (indices >= 0)].tolist()
+        found = indices[at_fault].tolist()
         faults = [Fault(process.rank, what, [dataset.key(index) for index in found[:_MOST_SHOWN]], len(found))]
     of_all_ranks = [fault for faults in all_gather_object(faults) for fault in faults]
     where = "the loss itself" if StepFlags.LOSS in any_rank else "the mean of the ranks' gradients"

@@ -9,16 +9,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from partialfc.build.backbone import build_backbone
+from partialfc.build.backbone import build_backbone, check_batches
 from partialfc.build.engine import build_engine
 from partialfc.build.head import build_head
 from partialfc.build.optimizers import build_head_optimizer
 from partialfc.checkpoint.manager import Checkpoints
 from partialfc.checkpoint.state import TrainingState
-from partialfc.config import Config, require_num_classes
+from partialfc.config import Config, build_sample_rate, require_num_classes
 from partialfc.data.class_table import require_class_table
 from partialfc.data.dataset import TarDataset
 from partialfc.data.loader import Batch, LoaderSettings, build_loader, require_samples, running
+from partialfc.data.order import BatchOrder, local_share
 from partialfc.engines.base import Engine
 from partialfc.errors import ConfigError, Diverged, Interrupted, PartialFCError, RankLost
 from partialfc.evaluate.runner import Evaluation
@@ -34,7 +35,7 @@ from partialfc.tracking.console import console_progress, no_progress
 from partialfc.train.finished import finished_before
 from partialfc.train.loss_spikes import SpikeRule
 from partialfc.train.metrics import TrainMetrics
-from partialfc.train.micro_batches import merge_outputs, micro_batches
+from partialfc.train.micro_batches import merge_outputs, micro_batches, padded
 from partialfc.train.phase_clock import PhaseClock
 from partialfc.train.pretrained import start_pretrained
 from partialfc.train.run_log import RunLog
@@ -72,18 +73,20 @@ class Trainer:
         table, num_classes = self.dataset.class_table, self.dataset.num_classes
         run_on_rank0(lambda: require_class_table(table, num_classes))
         self.evaluation.match_classes(num_classes, table)
-        self.schedule = Schedule(config, self.dataset.num_samples)
+        order = BatchOrder.from_config(config, self.dataset.num_samples)
+        self.schedule = Schedule(config, order)
+        self.local_share = local_share(order.batch_size, config.optim.accumulation, process.world_size)
 
         torch.manual_seed(config.run.seed)
         self.backbone = build_backbone(config, process)
+        check_batches(config, self.backbone, order, process)
         start_pretrained(config, self.backbone)
         self.engine: Engine = build_engine(self.backbone, config, process)
         # "propagate": a rank with NaN or Inf gets as far as the check of the step, where all ranks agree to skip it.
-        steps_per_epoch = self.schedule.steps_per_epoch
-        self.head = build_head(config, self.dataset.num_classes, steps_per_epoch, process.device, "propagate")
+        self.head = build_head(config, self.dataset.num_classes, order.steps_per_epoch, process.device, "propagate")
         self.head_optimizer = build_head_optimizer(config, self.head)
         state = TrainingState(self.engine.state, self.head, self.head_optimizer)
-        self.checkpoints = Checkpoints(config, process, self.dataset, state, self.engine.evaluating, force)
+        self.checkpoints = Checkpoints(config, process, self.dataset, order, state, self.engine.evaluating, force)
         spike = config.optim.spike
         self.spike_rule = SpikeRule(spike.factor, spike.window) if spike else None
 
@@ -133,6 +136,8 @@ class Trainer:
         """Continue from the newest checkpoint of the run folder, if there is one. A collective."""
         point = self.checkpoints.resume()
         self.step, self.metrics.samples = point.step, point.samples
+        self.schedule.order = order = self.checkpoints.order
+        self.head.sample_rate = build_sample_rate(self.config.head, order.steps_per_epoch, order.first_step)
         self.skipped_steps = point.counts.get("skipped_steps", 0)
         self.engine.load_counts(point.counts.get("engine", {}))
         if self.spike_rule and "spikes" in point.counts:
@@ -192,7 +197,7 @@ class Trainer:
         settings = LoaderSettings.from_config(self.config, self.process.rank, self.process.world_size)
         began = time.monotonic()
         progress = console_progress if self.process.is_first else no_progress
-        loader = build_loader(self.dataset, settings, first_step, total_steps)
+        loader = build_loader(self.dataset, settings, self.schedule.order, first_step, total_steps)
         with progress("training", total_steps - first_step) as advance, running(loader) as batches:
             self.clock.start()
             for batch in batches:
@@ -227,20 +232,18 @@ class Trainer:
 
     def train_step(self, batch: Batch) -> StepResult:
         """Train on this rank's part of a global batch: all ranks apply the step, or all skip it."""
-        lr, parts = self.schedule.lr(self.step), self.config.optim.accumulation
+        lr = self.schedule.lr(self.step)
         self.engine.begin_step(lr)
         _set_lr(self.head_optimizer, lr)
         # The backbone's random numbers (dropout) are a function of the step: a resumed run draws the same.
         torch.manual_seed(stream_key(self.config.run.seed, RandomStream.BACKBONE, self.step, self.process.rank) % 2**63)
-        images = batch.images.to(self.process.device, non_blocking=True)
-        labels = batch.labels.to(self.process.device, non_blocking=True)
-        samples = self.schedule.batch_samples(batch.step)
+        parts, samples = len(batch.counts), sum(batch.counts_of_all_ranks)
         check, outputs = StepCheck(self.process.device), []
-        for part, (some_images, some_labels) in enumerate(micro_batches(images, labels, parts), start=1):
-            embeddings = self.engine.forward(some_images)
+        for part, (images, labels, of_all_ranks) in enumerate(micro_batches(batch, self.process.device), start=1):
+            embeddings = self.engine.forward(images, of_all_ranks)
             self.clock.end("forward")
             head_input = embeddings.detach().requires_grad_()
-            out = self.head(head_input, some_labels)
+            out = self.head(*padded(head_input, labels, self.local_share))
             share = out.num_samples / samples  # weighted by it, micro-batches add up to the large batch
             (out.loss * share).backward()
             self.clock.end("head")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from partialfc.checkpoint.config_diff import BEFORE_KEY, config_changes
+from partialfc.checkpoint.config_diff import BEFORE_KEY, as_begun, config_changes
 from partialfc.config import parse_config
 
 VERSIONS = sorted((Path(__file__).parents[1] / "fixtures" / "checkpoints").glob("*/*/checkpoints/*/manifest.json"))
@@ -49,12 +49,27 @@ def test_a_lacking_key_counts_as_what_its_version_did() -> None:
         before = without(before, key)
     severities = {change.key: (change.before, change.severity) for change in config_changes(before, now)}
     assert severities == {
+        "data.last_batch": ("keep", "needs --force"),
         "engine.precision": ("fp32", "needs --force"),
         "model.options.depth": (12, "needs --force"),
         "optim.spike.factor": (None, "needs --force"),
         "optim.spike.window": (None, "needs --force"),
     }
-    assert config_changes(before, resolved(model=vit)) == []
+    assert config_changes(before, kept(before, model=vit)) == []
+
+
+def kept(before: dict[str, Any], **sections: Any) -> dict[str, Any]:
+    """The resolved config of a run that was begun with ``before``."""
+    return as_begun(parse_config({"data": {"train": "x"}, **sections}), before).model_dump(mode="json")
+
+
+@pytest.mark.parametrize("rule", ["drop", "keep", "wrap"])
+def test_a_run_keeps_what_its_version_did_unless_the_key_is_set(rule: str) -> None:
+    old, new = without(resolved(), "data.last_batch"), resolved(data={"train": "x", "last_batch": rule})
+    assert kept(old)["data"] == resolved()["data"] | {"last_batch": "keep"}
+    assert kept(old, data={"train": "x", "last_batch": rule})["data"]["last_batch"] == rule
+    assert kept(new)["data"]["last_batch"] == "drop", "a key that the run was begun with"
+    assert kept({})["data"]["last_batch"] == "keep"
 
 
 def test_a_key_of_an_optional_section_may_be_lacking() -> None:
@@ -93,7 +108,7 @@ def _lacking(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> l
 @pytest.mark.parametrize("manifest", VERSIONS, ids=lambda path: "-".join(path.parts[-5:-3]))
 def test_each_key_newer_than_a_released_version_says_what_that_version_did(manifest: Path) -> None:
     before = json.loads(manifest.read_text())["config"]
-    parsed = parse_config(before).model_dump(mode="json")
+    parsed = as_begun(parse_config(before), before).model_dump(mode="json")
     assert [key for key in _lacking(before, parsed) if key not in BEFORE_KEY] == []
     assert config_changes(before, parsed) == []
 

@@ -217,7 +217,7 @@ def test_new_classes_point_at_the_mean_of_their_samples(
     dataset = TarDataset(trained.parent / "more")
     torch.manual_seed(0)
     backbone = GlyphNet(32, 1, 16).eval()
-    settings = LoaderSettings(global_batch_size=300, image_size=16, channels=1)
+    settings = LoaderSettings(image_size=16, channels=1)
     batches = evaluation_batches(dataset, settings, batch_size=300)
     with torch.no_grad():
         embeddings = torch.cat([backbone(images) for _, images in batches])

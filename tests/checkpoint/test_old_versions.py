@@ -7,17 +7,20 @@ import importlib.util
 import json
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+import yaml
 from safetensors.torch import load_file
 
-from tests.harness.running import lines, partialfc
+from tests.harness.running import finish, lines, partialfc
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "checkpoints"
+PADDED_RUN = FIXTURES.parents[1] / "harness" / "padded_run.py"
 RUNS = sorted(str(path.parent.relative_to(FIXTURES)) for path in FIXTURES.glob("*/*/expected.json"))
 
 
@@ -53,10 +56,18 @@ def start(*words: str, ranks: int = 1) -> subprocess.CompletedProcess[str]:
     return done
 
 
-def train(folder: Path, data: str, *overrides: str, ranks: int) -> subprocess.CompletedProcess[str]:
-    """Resume a copied run with its own config, and check that it finishes."""
-    paths = [f"run.dir={folder}", f"data.train={folder.parent / data}"]
-    done = start("train", str(folder / "config.yaml"), *paths, *overrides, ranks=ranks)
+def train(
+    folder: Path, data: str, *overrides: str, ranks: int, padded: bool = True
+) -> subprocess.CompletedProcess[str]:
+    """Resume a copied run with its own config, and check that it finishes.
+
+    Args:
+        padded: let its backbone see the padding of short batches, as the old versions did.
+    """
+    program = [str(PADDED_RUN)] if padded else ["-m", "partialfc"]
+    words = ["train", str(folder / "config.yaml"), f"run.dir={folder}", f"data.train={folder.parent / data}"]
+    done = finish([sys.executable, *program, *words, *overrides], ranks=ranks if ranks > 1 else 0)
+    assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads((folder / "state.json").read_text())["state"] == "finished"
     return done
 
@@ -108,6 +119,35 @@ def test_a_run_finishes_as_the_old_version_would(tmp_path: Path, run: str, ranks
     assert f"({checkpoint}, written on " in train(folder, "data", ranks=ranks).stdout
     assert lines(folder, "train")[-1]["step"] == expected_of(run)["total_steps"]
     check_lines(folder, run, expected_of(run)["resumed"][str(ranks)])
+
+
+@pytest.mark.parametrize("run", runs("0.1/ddp"))
+def test_a_run_keeps_its_short_batches_though_new_ones_drop_them(tmp_path: Path, run: str) -> None:
+    needs_deepspeed(run)
+    folder = copied(run, tmp_path)
+    expected = expected_of(run)["resumed"]["2"]
+    done = train(folder, "data", ranks=2, padded=False)
+    assert "changed since the checkpoint: data.last_batch" not in done.stdout
+    assert yaml.safe_load((folder / "config.yaml").read_text())["data"]["last_batch"] == "keep"
+    found = lines(folder, "train")[expected_of(run)["step"] :]
+    assert [line["samples"] for line in found] == [line["samples"] for line in expected]
+    assert [line["lr"] for line in found] == pytest.approx([line["lr"] for line in expected])
+    whole = [line["step"] for line in found].index(10)  # where no batch is short yet
+    losses = [[line["loss"] for line in each] for each in (found, expected)]
+    assert losses[0][:whole] == pytest.approx(losses[1][:whole], rel=1e-5)
+    assert losses[0][whole] != pytest.approx(losses[1][whole], rel=1e-5), "padding counted in batch statistics"
+
+
+def test_short_batches_are_dropped_from_an_old_run_only_by_force(tmp_path: Path) -> None:
+    folder = copied("0.1/uce", tmp_path)
+    words = ["train", folder / "config.yaml", f"run.dir={folder}", f"data.train={tmp_path}/data"]
+    refused = partialfc(*words, "data.last_batch=drop")
+    assert refused.returncode == 2, refused.stdout + refused.stderr
+    assert "data.last_batch: 'keep' before, 'drop' now (needs --force)" in refused.stderr
+    start(*map(str, words), "data.last_batch=drop", "--force")
+    found = lines(folder, "train")
+    assert found[-1]["samples"] - found[6]["samples"] == 8 * (len(found) - 7), "whole batches only"
+    assert found[-1]["epoch"] == 3
 
 
 @pytest.mark.slow

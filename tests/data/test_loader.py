@@ -15,6 +15,7 @@ from PIL import Image
 from partialfc.data.augment import LIGHT, Augment, augment_by_name, background, sample_rng, to_pixels
 from partialfc.data.dataset import DatasetWriter, TarDataset
 from partialfc.data.loader import Batch, LoaderSettings, build_loader, evaluation_batches, running
+from partialfc.data.order import BatchOrder
 from partialfc.errors import ConfigError, DataError
 
 NUM_SAMPLES, BATCH = 23, 10
@@ -37,21 +38,16 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> TarDataset:
     return TarDataset(folder)
 
 
-def batches(data: TarDataset, **changes: Any) -> list[Batch]:
-    arguments = {
-        "global_batch_size": BATCH,
-        "image_size": 16,
-        "channels": 1,
-        "augment": "light",
-        "seed": 3,
-        "rank": 0,
-        "world_size": 1,
-        "workers": 0,
-        "start_step": 0,
-        "total_steps": 7,
-    } | changes
-    start, total = arguments.pop("start_step"), arguments.pop("total_steps")
-    with running(build_loader(data, LoaderSettings(**arguments), start, total)) as found:
+def order_of(data: TarDataset, **changes: Any) -> BatchOrder:
+    arguments = {"num_samples": data.num_samples, "batch_size": BATCH, "last_batch": "keep", "seed": 3}
+    return BatchOrder(**arguments | changes)
+
+
+def batches(
+    data: TarDataset, start_step: int = 0, total_steps: int = 7, order: BatchOrder | None = None, **changes: Any
+) -> list[Batch]:
+    settings = LoaderSettings(**{"image_size": 16, "channels": 1, "augment": "light"} | changes)
+    with running(build_loader(data, settings, order or order_of(data), start_step, total_steps)) as found:
         return list(found)
 
 
@@ -65,12 +61,13 @@ def assert_equal(a: Batch, b: Batch) -> None:
     assert torch.equal(a.indices, b.indices)
     assert torch.equal(a.labels, b.labels)
     assert torch.equal(a.images, b.images)
+    assert (a.counts, a.counts_of_all_ranks) == (b.counts, b.counts_of_all_ranks)
 
 
 def test_batches_have_the_promised_form(data: TarDataset, reference: list[Batch]) -> None:
     assert [batch.step for batch in reference] == list(range(7))
     for batch in reference:
-        assert batch.images.shape == (BATCH, 1, 16, 16)
+        assert batch.images.shape == (len(batch.indices), 1, 16, 16)
         assert (batch.images.dtype, batch.labels.dtype, batch.indices.dtype) == (
             torch.float32,
             torch.int64,
@@ -78,15 +75,13 @@ def test_batches_have_the_promised_form(data: TarDataset, reference: list[Batch]
         )
         assert batch.images.min() >= -1
         assert batch.images.max() <= 1
-        there = batch.indices >= 0
-        assert batch.labels[there].tolist() == data.labels[batch.indices[there].numpy()].tolist()
-        assert (batch.labels[~there] == -1).all()
-        assert (batch.images[~there] == 0).all()
-        assert (batch.images[there].flatten(1).std(1) > 0).all()
+        assert batch.labels.tolist() == data.labels[batch.indices.numpy()].tolist()
+        assert (batch.images.flatten(1).std(1) > 0).all(), "images of the data set, and no others"
+        assert batch.counts == batch.counts_of_all_ranks == [len(batch.labels)]
     # 23 samples in batches of 10: steps 2 and 5 end an epoch with 3 samples.
-    assert [int((batch.indices >= 0).sum()) for batch in reference] == [10, 10, 3, 10, 10, 3, 10]
+    assert [len(batch.indices) for batch in reference] == [10, 10, 3, 10, 10, 3, 10]
     epoch = torch.cat([batch.indices for batch in reference[:3]])
-    assert sorted(epoch[epoch >= 0].tolist()) == list(range(NUM_SAMPLES))
+    assert sorted(epoch.tolist()) == list(range(NUM_SAMPLES))
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -101,17 +96,8 @@ def test_spawned_workers_change_nothing(
     data: TarDataset, reference: list[Batch], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data.read(0)  # a file is open, and must not travel
-    settings = LoaderSettings(
-        global_batch_size=BATCH,
-        image_size=16,
-        channels=1,
-        augment="light",
-        seed=3,
-        rank=0,
-        world_size=1,
-        workers=1,
-    )
-    loader = build_loader(data, settings, start_step=0, total_steps=2)
+    settings = LoaderSettings(image_size=16, channels=1, augment="light", workers=1)
+    loader = build_loader(data, settings, order_of(data), start_step=0, total_steps=2)
     loader.multiprocessing_context = "spawn"
     for a, b in zip(list(loader), reference[:2], strict=True):
         assert_equal(a, b)
@@ -124,13 +110,10 @@ def test_the_ranks_together_see_the_global_batch_pixel_for_pixel(
     shares = [batches(data, rank=rank, world_size=world_size, workers=rank == 1) for rank in range(world_size)]
     for step, alone in enumerate(reference):
         here = [share[step] for share in shares]
-        assert {len(batch.labels) for batch in here} == {-(-BATCH // world_size)}
-        together = Batch(step, *(torch.cat([batch[field] for batch in here]) for field in (1, 2, 3)))
-        there = together.indices >= 0
-        kept = alone.indices >= 0
-        assert torch.equal(together.indices[there], alone.indices[kept])
-        assert torch.equal(together.labels[there], alone.labels[kept])
-        assert torch.equal(together.images[there], alone.images[kept])
+        assert max(len(batch.labels) for batch in here) <= -(-BATCH // world_size)
+        assert [batch.counts_of_all_ranks for batch in here] == [alone.counts] * world_size
+        fields = [torch.cat([getattr(batch, name) for batch in here]) for name in ("images", "labels", "indices")]
+        assert_equal(Batch(step, *fields, alone.counts, alone.counts), alone)
 
 
 def test_batches_from_any_step_on_are_those_of_an_uninterrupted_run(data: TarDataset, reference: list[Batch]) -> None:
@@ -142,13 +125,11 @@ def test_batches_from_any_step_on_are_those_of_an_uninterrupted_run(data: TarDat
 def test_augmentation_differs_between_epochs_and_seeds_and_not_otherwise(data: TarDataset) -> None:
     def images_by_index(**changes: Any) -> dict[int, torch.Tensor]:
         found = batches(data, total_steps=3, **changes)
-        return {
-            int(i): image for batch in found for i, image in zip(batch.indices, batch.images, strict=True) if i >= 0
-        }
+        return {int(i): image for batch in found for i, image in zip(batch.indices, batch.images, strict=True)}
 
-    first, again = images_by_index(), images_by_index(global_batch_size=9)
+    first, again = images_by_index(), images_by_index(order=order_of(data, batch_size=9))
     assert all(torch.equal(first[i], again[i]) for i in first)
-    other_seed = images_by_index(seed=4)
+    other_seed = images_by_index(order=order_of(data, seed=4))
     assert not any(torch.equal(first[i], other_seed[i]) for i in first)
     second_epoch = {int(i): x for b in batches(data)[3:6] for i, x in zip(b.indices, b.images, strict=True)}
     assert not any(torch.equal(first[i], second_epoch[i]) for i in first)
@@ -177,10 +158,10 @@ def test_a_sample_that_cannot_be_decoded_is_named(tmp_path: Path, content: bytes
 
 
 def test_an_exception_leaves_no_loader_process_behind(data: TarDataset) -> None:
-    settings = LoaderSettings(global_batch_size=BATCH, image_size=16, channels=1, workers=1)
+    settings = LoaderSettings(image_size=16, channels=1, workers=1)
 
     def fail_after_a_step() -> None:
-        with running(build_loader(data, settings, 0, 7)) as found:
+        with running(build_loader(data, settings, order_of(data), 0, 7)) as found:
             assert next(found).step == 0
             assert multiprocessing.active_children()
             raise KeyError("in a step")
@@ -191,18 +172,18 @@ def test_an_exception_leaves_no_loader_process_behind(data: TarDataset) -> None:
 
 
 def test_wrong_arguments_are_refused_before_the_first_batch(data: TarDataset) -> None:
-    for changes in ({"channels": 2}, {"augment": "heavy"}, {"global_batch_size": 0}, {"image_size": 0}):
+    for changes in ({"channels": 2}, {"augment": "heavy"}, {"micro_batches": 0}, {"image_size": 0}):
         with pytest.raises(ConfigError):
             batches(data, **changes)
     with pytest.raises(ConfigError):
-        LoaderSettings(global_batch_size=BATCH, image_size=16, channels=2)
+        LoaderSettings(image_size=16, channels=2)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4, 30])
 def test_evaluation_shows_every_sample_once_in_order(data: TarDataset, world_size: int) -> None:
     seen = list[int]()
     for rank in range(world_size):
-        settings = LoaderSettings(global_batch_size=BATCH, image_size=16, channels=1, rank=rank, world_size=world_size)
+        settings = LoaderSettings(image_size=16, channels=1, rank=rank, world_size=world_size)
         for indices, images in evaluation_batches(data, settings, batch_size=4):
             assert images.shape == (len(indices), 1, 16, 16)
             assert images.dtype == torch.float32

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from partialfc.data.order import batch_indices, epoch_permutation, local_slice, mix, steps_per_epoch
+from partialfc.data.order import BatchOrder, epoch_permutation, local_slice, mix
+from partialfc.errors import ConfigError, DataError
 
 REGRESSION_10 = [2, 4, 1, 0, 3, 9, 7, 6, 8, 5]
 REGRESSION_1000003 = [263121, 173281, 570102, 393590, 466311]
@@ -57,7 +60,8 @@ def test_the_order_never_changes_between_releases() -> None:
     first = np.arange(5, dtype=np.int64)
     assert epoch_permutation(first, 1_000_003, 42, 7).tolist() == REGRESSION_1000003
     assert epoch_permutation(first, 10**12, 2**63 + 1, 3).tolist() == REGRESSION_TRILLION
-    assert batch_indices(3, 10, 4, 0, 1, 2).tolist() == REGRESSION_BATCH
+    (part,) = BatchOrder(num_samples=10, batch_size=4, last_batch="keep").local_indices(3, 1, 2)
+    assert part.tolist() == REGRESSION_BATCH
 
 
 def test_epochs_and_seeds_shuffle_differently_and_look_random() -> None:
@@ -95,23 +99,64 @@ def test_the_slices_of_all_ranks_cover_the_global_batch_once(batch: int, world_s
     assert max(stop - start for start, stop in slices) == -(-batch // world_size)
 
 
-@given(st.integers(1, 100), st.integers(1, 40), st.integers(0, 12), st.integers(1, 7), SEEDS)
-@settings(max_examples=100, deadline=None)
+RULES = st.sampled_from(["drop", "keep", "wrap"])
+
+
+@given(st.integers(1, 100), st.integers(1, 40), st.integers(0, 12), st.integers(1, 7), st.integers(1, 5), RULES, SEEDS)
+@settings(max_examples=150, deadline=None)
 def test_the_global_batch_is_the_same_for_every_world_size(
-    num_samples: int, batch: int, step: int, world_size: int, seed: int
+    num_samples: int, batch: int, step: int, world_size: int, parts: int, rule: Any, seed: int
 ) -> None:
-    alone = batch_indices(step, num_samples, batch, seed, 0, 1)
-    shares = [batch_indices(step, num_samples, batch, seed, rank, world_size) for rank in range(world_size)]
-    assert {len(share) for share in shares} == {-(-batch // world_size)}
-    together = np.concatenate(shares)
-    assert together[together >= 0].tolist() == alone[alone >= 0].tolist()
+    batch = min(batch, num_samples) if rule == "drop" else batch
+    order = BatchOrder(num_samples=num_samples, batch_size=batch, last_batch=rule, seed=seed)
+    (alone,) = order.local_indices(step, 0, 1)
+    assert len(alone) == order.batch_samples(step)
+    shares = [order.local_indices(step, rank, world_size, parts) for rank in range(world_size)]
+    sizes = order.micro_batch_samples(step, parts)
+    assert min(sizes) > 0
+    assert [sum(map(len, part)) for part in zip(*shares, strict=True)] == sizes
+    together = [index for part in zip(*shares, strict=True) for share in part for index in share.tolist()]
+    assert together == alone.tolist()
 
 
-@pytest.mark.parametrize("batch", [1, 3, 7, 10, 64])
-def test_an_epoch_shows_every_sample_once_and_pads_its_last_batch(batch: int) -> None:
+@pytest.mark.parametrize("batch", [1, 3, 7, 10, 23, 64])
+@pytest.mark.parametrize("rule", ["drop", "keep", "wrap"])
+def test_an_epoch_shows_what_its_rule_says(batch: int, rule: Any) -> None:
+    if rule == "drop" and batch == 64:
+        return
     num_samples, epoch = 23, 2
-    steps = steps_per_epoch(num_samples, batch)
-    seen = np.concatenate([batch_indices(epoch * steps + i, num_samples, batch, 9, 0, 1) for i in range(steps)])
-    assert len(seen) == steps * batch
-    assert (seen[num_samples:] == -1).all()
-    assert sorted(seen[:num_samples].tolist()) == list(range(num_samples))
+    order = BatchOrder(num_samples=num_samples, batch_size=batch, last_batch=rule, seed=9)
+    first = epoch * order.steps_per_epoch
+    steps = range(first, first + order.steps_per_epoch)
+    seen = [index for step in steps for index in order.local_indices(step, 0, 1)[0].tolist()]
+    whole = permutation(num_samples, 9, epoch).tolist()
+    length = {"drop": 23 // batch * batch, "keep": 23, "wrap": -(-23 // batch) * batch}[rule]
+    assert seen == (whole * (1 + length // num_samples))[:length]
+    assert order.samples_before(steps.stop) - order.samples_before(first) == order.samples_per_epoch == length
+    assert sum(order.batch_samples(step) for step in steps) == length
+
+
+def test_a_batch_that_no_epoch_fills_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"data\.global_batch_size: 24 samples, and the data set has 23: .*drop"):
+        BatchOrder(num_samples=23, batch_size=24)
+    with pytest.raises(ConfigError, match="got 0"):
+        BatchOrder(num_samples=23, batch_size=0)
+    with pytest.raises(DataError, match="no samples"):
+        BatchOrder(num_samples=0, batch_size=4, last_batch="keep")
+
+
+@given(st.integers(10, 200), st.integers(1, 10), st.integers(1, 10), st.integers(0, 60), RULES)
+@settings(max_examples=150, deadline=None)
+def test_other_batches_go_on_at_the_same_sample(num_samples: int, old: int, new: int, step: int, rule: Any) -> None:
+    before = BatchOrder(num_samples=num_samples, batch_size=old, last_batch=rule)
+    epoch, batch = before.place(step)
+    after = BatchOrder(num_samples=num_samples, batch_size=new, last_batch=rule).continued(step, epoch, batch * old)
+    now_epoch, now_batch = after.place(step)
+    if now_epoch == epoch:
+        assert 0 <= batch * old - now_batch * new < new, "fewer than a batch repeat, and none is left out"
+    else:  # what is left of the epoch fills no batch
+        assert rule == "drop"
+        assert (now_epoch, now_batch) == (epoch + 1, 0)
+        assert num_samples - batch * old < new + num_samples % new
+    if old == new:
+        assert after == before

@@ -29,6 +29,22 @@ def normalized(embedding_dim: int, channels: int, image_size: int) -> nn.Module:
     )
 
 
+class Viewing(nn.Module):
+    """Its code takes any batch but an empty one, for which -1 has no meaning."""
+
+    def __init__(self, embedding_dim: int, numbers: int) -> None:
+        super().__init__()
+        self.net = nn.Linear(numbers, embedding_dim)
+
+    def forward(self, images: Tensor) -> Tensor:
+        embeddings: Tensor = self.net(images.view(len(images), -1))
+        return embeddings
+
+
+def viewing(embedding_dim: int, channels: int, image_size: int) -> nn.Module:
+    return Viewing(embedding_dim, channels * image_size**2)
+
+
 class First(nn.Module):
     """A network whose first parameter has one element, which only one rank can hold, or is unused."""
 

@@ -39,7 +39,7 @@ def write_task(folder: Path) -> dict[str, Any]:
     (folder / "verification" / "protocol.json").write_text(json.dumps(protocol))
     return {
         "run": {"dir": str(folder / "run"), "seed": 3, "timeout": 60},
-        "data": {"train": str(folder / "train"), "global_batch_size": 20, "image_size": 16},
+        "data": {"train": str(folder / "train"), "global_batch_size": 20, "last_batch": "keep", "image_size": 16},
         "model": {"embedding_dim": 32},
         "head": {
             "loss": {"name": "arcface", "scale": 16, "margin": 0.1},

@@ -167,7 +167,7 @@ def test_a_skipped_step_leaves_no_trace_in_batch_statistics_their_count_included
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
     for skipped in (True, False):
         engine.begin_step(0.1)
-        embeddings = engine.forward(torch.randn(8, 4))
+        embeddings = engine.forward(torch.randn(8, 4), 8)
         engine.backward(embeddings, torch.ones_like(embeddings), last=True)
         engine.finish_backward()
         if skipped:
