@@ -47,8 +47,6 @@ def test_statistics_come_from_two_images_or_more() -> None:
         if count < 2:
             torch.testing.assert_close(embeddings, expected)
         else:
-            first = backbone[1](images[:count].flatten(1)) if count == 0 else None
-            assert first is None
             assert embeddings.mean(0).abs().max() < 1e-5, "normalised over these images"
 
 
@@ -93,8 +91,5 @@ def test_the_only_image_of_a_last_batch_trains_weights_and_no_statistics(task: P
     assert done.returncode == 0, done.stdout + done.stderr
     before, after = (backbone_of(folder / "checkpoints" / f"step-{step:08d}") for step in (1, 2))
     unchanged = {name for name in before if torch.equal(before[name], after[name])}
-    buffers = {
-        name for name in before if name.rpartition(".")[2] in ("running_mean", "running_var", "num_batches_tracked")
-    }
-    assert unchanged == buffers
+    assert unchanged == {name for name in before if "running_" in name or "num_batches" in name}
     assert before["backbone.2.running_mean"].abs().max() > 0, "the first batch has statistics"

@@ -38,7 +38,7 @@ def settings_of(batch: int, parts: int) -> list[str]:
 
 
 def _gradients(group: Any, config_file: Path, folder: Path, batch: int, parts: int, step: int) -> dict[str, Any]:
-    """One training step of a rank: its backbone's averaged gradient, its shard's, the loss, and how many rows it saw."""
+    """One training step of a rank: the gradients of backbone and shard, the loss, and the images that it saw."""
     process = ProcessContext(group.rank(), MOST_RANKS, torch.device("cpu"), StopRequest(None))
     config = load_config(config_file, [f"run.dir={folder}", *settings_of(batch, parts)])
     trainer = Trainer(config, process)
@@ -185,7 +185,7 @@ def test_what_follows_the_epoch_follows_it_with_other_batches_too() -> None:
     )
     before = BatchOrder(num_samples=100, batch_size=10)
     for size in (5, 20, 50):
-        after = BatchOrder(num_samples=100, batch_size=size).continued(12, *(1, 20))
+        after = BatchOrder(num_samples=100, batch_size=size).continued(12, 1, 20)
         assert after.place(12) == (1, 20 // size)
         now, then = Schedule(config, after), Schedule(config, before)
         assert now.epoch(12) == (1 + 20 // size * size / 100)
