@@ -76,7 +76,7 @@ RUNS: dict[str, tuple[Leg, ...]] = {
     "stopped and resumed": (
         Leg(settings=(*CARRYING, "optim.epochs=1", "optim.warmup=0"), stop=True),
         Leg(settings=(*CARRYING, "optim.epochs=1", "optim.warmup=0")),
-        Leg(settings=(*CARRYING, "optim.epochs=2", "optim.warmup=0"), ranks=0, force=True),  # now 24 steps
+        Leg(settings=(*CARRYING, "optim.epochs=2", "optim.warmup=0"), ranks=0, force=True),  # now 28 steps
     ),
 }
 
@@ -208,11 +208,11 @@ def tensor_digests(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def write_task(folder: Path) -> str:
-    """Write training images of 37 classes, a verification set of others, and known ones; return a digest of all."""
+    """Write training images of 35 classes, a verification set of others, and known ones; return a digest of all."""
     found = hashlib.sha256()
     for part, classes, samples, seed, first in (
-        ("train", 37, 6, 1, 0),
-        ("known", 37, 2, 2, 0),
+        ("train", 35, 8, 1, 0),  # whole batches: versions differ in what they make of the rest
+        ("known", 35, 2, 2, 0),
         ("verification", 12, 6, 3, 500),
     ):
         found.update(write_set(folder / part, classes, samples, seed, first).encode())
