@@ -64,8 +64,8 @@ UNEVEN = [
     (10, 1, 0, [[3], [3], [3], [1]]),
     (5, 1, 0, [[2], [2], [1], [0]]),
     (10, 1, 22, [[2], [0], [0], [0]]),
-    (73, 4, 0, [[5, 5, 5, 5], [5, 5, 5, 5], [5, 5, 5, 1], [4, 4, 4, 5]]),
-    (73, 4, 3, [[1], [1], [1], [0]]),
+    (73, 4, 0, [[5, 5, 5, 5], [5, 5, 5, 5], [5, 5, 5, 5], [4, 4, 4, 1]]),
+    (73, 4, 3, [[3], [0], [0], [0]]),
 ]
 
 
@@ -184,15 +184,14 @@ def test_what_follows_the_epoch_follows_it_with_other_batches_too() -> None:
         }
     )
     before = BatchOrder(num_samples=100, batch_size=10)
-    for size in (5, 20, 50):
+    for size in (5, 20):
         after = BatchOrder(num_samples=100, batch_size=size).continued(12, 1, 20)
         assert after.place(12) == (1, 20 // size)
         now, then = Schedule(config, after), Schedule(config, before)
-        assert now.epoch(12) == (1 + 20 // size * size / 100)
-        assert now.total_steps - 12 == -(-280 // size) or size == 50
+        assert now.epoch(12) == then.epoch(12) == 1.2
+        assert now.total_steps - 12 == 280 // size
         rates = [build_sample_rate(config.head, order.steps_per_epoch, order.first_step) for order in (before, after)]
-        for epoch in (1.5, 1.9, 2.0, 3.5):
+        for epoch in (1.4, 1.8, 2.0, 3.6):
             steps = [round(order.first_step + epoch * order.steps_per_epoch) for order in (before, after)]
-            if size < 50:
-                assert now.lr(steps[1]) == pytest.approx(then.lr(steps[0]))
+            assert now.lr(steps[1]) == pytest.approx(then.lr(steps[0]))
             assert [rate(step) for rate, step in zip(rates, steps, strict=True)] == [0.1 if epoch < 2 else 1.0] * 2  # type: ignore[operator]
