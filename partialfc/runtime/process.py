@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from partialfc.errors import CheckpointFailed, PartialFCError, RankLost
+from partialfc.runtime.agreement import require_same_over, software
 from partialfc.runtime.collectives import all_gather_object
 from partialfc.runtime.liveness import Liveness
 from partialfc.runtime.rendezvous import fresh_store
@@ -35,6 +37,7 @@ class ProcessContext:
     stop: StopRequest
     liveness: Liveness | None = None
     timeout: timedelta = LONG_TIMEOUT
+    hosts: list[str] = field(default_factory=lambda: [socket.gethostname()])  # by rank
     timings: Timings = DEFAULT_TIMINGS
     #: Called by the main thread, now and then, while it works outside the training steps.
     on_progress: list[Callable[[], None]] = field(default_factory=list)
@@ -128,8 +131,12 @@ def joined(
 
     Args:
         run_folder: where the file ``stop`` may appear; None: only signals ask to stop.
-        timeout: seconds of silence after which another rank counts as lost.
+        timeout: seconds of silence after which another rank, or the store by which the ranks join, counts as lost.
         group_of_one: give a single process a process group too; DeepSpeed needs one.
+
+    Raises:
+        ConfigError: on all ranks, if their software differs.
+        RankLost: the ranks have not found each other.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     on_gpu = torch.cuda.is_available()
@@ -149,12 +156,18 @@ def joined(
                 dist.destroy_process_group()
         return
     stop = StopRequest(run_folder if os.environ["RANK"] == "0" else None)
-    store, rank, world_size = fresh_store(LONG_TIMEOUT)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=LONG_TIMEOUT)
+    facts = software(device)
+    store, rank, world_size = fresh_store(LONG_TIMEOUT, timeout)
+    with _connecting():
+        # Before the group: ranks with another version, or with another kind of device, may not even form one.
+        require_same_over(store, rank, world_size, facts)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=LONG_TIMEOUT)
     process = ProcessContext(rank, world_size, device, stop, timings=timings)
     with stop.listening():  # only now: until all ranks are there, a launcher's SIGTERM should end the process
         try:
-            process.liveness = Liveness(rank, world_size, timeout, stop, process.abort, timings)
+            with _connecting():
+                process.liveness = Liveness(rank, world_size, timeout, stop, process.abort, timings)
+                process.hosts = all_gather_object(socket.gethostname())
             try:
                 yield process
             except Exception as error:  # an error before training; the trainer explains its own
@@ -165,6 +178,15 @@ def joined(
             if process.liveness:
                 process.liveness.close()
             dist.destroy_process_group()
+
+
+@contextmanager
+def _connecting() -> Iterator[None]:
+    """Raise what goes wrong with the store or a connection as RankLost: the launcher, or a rank, has gone meanwhile."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RankLost(f"the ranks cannot connect to each other: {str(error).splitlines()[0]}") from error
 
 
 def under_torchrun() -> bool:
