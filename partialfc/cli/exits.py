@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 from pathlib import Path
 from typing import NoReturn
+
+from partialfc.files import write_atomically
 
 FAILED = 1
 WRONG_USAGE = 2
@@ -27,14 +28,27 @@ def exit_now(code: int) -> NoReturn:
 def fail(error: Exception, code: int) -> NoReturn:
     """Print an error as one line and end with ``code``.
 
-    torchrun does not pass on exit codes, so code and message also go to the file named by ``PARTIALFC_CODE_FILE``.
+    torchrun does not pass on exit codes, and restarts whatever fails. So a launcher names a file in
+    ``PARTIALFC_CODE_FILE``, for the code and the message, and once it holds :data:`WRONG_USAGE` ranks end as if all were
+    well.
     """
     sys.stdout.flush()
-    with contextlib.suppress(OSError, KeyError):
-        file = Path(os.environ["PARTIALFC_CODE_FILE"])
-        # Ranks that lose a rank to its bad data fail too, with a code that says less.
-        if not (file.exists() and file.read_text().startswith(f"{WRONG_USAGE}\n")):
-            file.write_text(f"{code}\n{error}\n")
+    told = _tell_launcher(error, code)
     prefix = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
     print(f"{prefix}error: {error}", file=sys.stderr, flush=True)
-    exit_now(code)
+    exit_now(0 if told == WRONG_USAGE else code)
+
+
+def _tell_launcher(error: Exception, code: int) -> int | None:
+    """Leave an error in the launcher's file and return the code that the file holds; None if there is no such file.
+
+    Wrong usage stays there: ranks that lose a rank to its bad data fail too, with a code that says less.
+    """
+    try:
+        file = Path(os.environ["PARTIALFC_CODE_FILE"])
+        if file.exists() and file.read_text().partition("\n")[0] == str(WRONG_USAGE):
+            return WRONG_USAGE
+        write_atomically(file, f"{code}\n{error}\n")
+    except (OSError, KeyError):
+        return None
+    return code

@@ -6,6 +6,7 @@ Nothing in the folder is trusted.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,11 @@ class TarDataset:
     def keys(self) -> list[str]:
         """The keys of all samples."""
         return [self.key(i) for i in range(self.num_samples)]
+
+    def keys_and_labels(self) -> Iterator[memoryview]:
+        """Yield the keys and labels of all samples as bytes, for a digest."""
+        for array in (self._offsets.key_bytes, self._offsets.key_ends, self.labels):
+            yield memoryview(array)
 
     def describe(self, i: int) -> str:
         """Describe sample ``i`` for messages: shard, key and index."""

@@ -2,10 +2,12 @@
 
   launch/torchrun.sh CONFIG [key=value …] [--force]
 
-  0 finished · 1 failed · 2 wrong usage or config · 75 stopped on request with a checkpoint written: start it again
+  0 finished · 1 failed · 2 wrong usage, config or data, which no restart mends · 75 stopped on request, with a
+  checkpoint if there was anything to write: start it again
 
 TERM, USR1 and INT ask the run to stop. (Send them here, not to torchrun: USR1 kills it without its workers, and 30
-seconds after TERM it kills its workers, with or without a checkpoint.)
+seconds after TERM it kills its workers, with or without a checkpoint.) A start that has not begun to train within 30
+seconds of them is ended, and at once by a second INT.
 
 One host:    NPROC=8 launch/torchrun.sh configs/….yaml
 Many hosts:  the same command on each, with NNODES=4 RDZV_ENDPOINT=first-host:29400
@@ -27,6 +29,7 @@ Settings are environment variables:
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import socket
@@ -46,6 +49,9 @@ from partialfc.runtime.stopping import STOP_FILE, StopCause, StoppedBy
 
 _SELF = "launch/torchrun.sh"
 _POLL = 0.2  # seconds
+_BEGIN_WITHIN = 30.0  # seconds after a signal; a start that trains by then stops by itself, with a checkpoint
+_END_WITHIN = 10.0  # seconds; torchrun ends by itself when all ranks have
+_KNOWN_WITHIN = 60.0  # seconds; a cluster may start the endpoint's host at the same time
 
 
 @dataclass(frozen=True)
@@ -108,11 +114,15 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.name = ""  # of the last signal, without SIG
+        self.first = math.inf  # time.monotonic() at the first one
+        self.interrupts = 0  # number of SIGINT
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._receive)
 
     def _receive(self, number: int, _: FrameType | None) -> None:
         self.name = signal.Signals(number).name.removeprefix("SIG")
+        self.first = min(self.first, time.monotonic())
+        self.interrupts += number == signal.SIGINT
 
 
 class Start:
@@ -129,32 +139,57 @@ class Start:
         self._run, self._own_state, self._code_file = run, own_state, code_file
         self._attempt_before = self._state().get("attempt")
         self._request = ""  # content of the stop file that this process has written
+        self._given_up = False  # asked to stop before it had begun, and ended
 
     def wait(self, torchrun: subprocess.Popen[bytes], signals: StopSignals) -> int:
         """Wait until torchrun has ended and return its exit code. Signals are passed on as requests to stop."""
-        announced = False
+        announced, began, refused = False, time.monotonic(), math.inf
         while (code := torchrun.poll()) is None:
             if signals.name and not announced:
                 print(f"{_SELF}: got {signals.name}; asking the run to stop", flush=True)
                 announced = True
             if signals.name and not self._request and self._takes_requests():
                 self._leave_request(signals.name)
+            now = time.monotonic()
+            if signals.name and not self._has_begun():
+                patience = max(signals.first, began) + _BEGIN_WITHIN
+                self._given_up = signals.interrupts > 1 or now > patience
+            if self._refusal():
+                refused = min(refused, now)
+            if self._given_up or now > refused + _END_WITHIN:
+                _end(torchrun)
             time.sleep(_POLL)
         return code
 
     def exit_code(self, torchrun_code: int, stopped: int) -> int:
         """Return the exit code of the launch: torchrun's own does not distinguish failures from requests to stop."""
+        refusal = self._refusal()
+        if refusal:
+            print(f"error: {refusal}", file=sys.stderr, flush=True)
+            return 2
         ended = None
         if self._has_begun():
             ended = self._state().get("state")
         elif torchrun_code == 0:  # the run had finished before
             ended = _read_json(self._run / "state.json").get("state")
-        if ended in ("finished", "preempted"):
-            return 0 if ended == "finished" else stopped
+        if ended == "finished":
+            return 0
+        if ended == "preempted" or self._given_up:
+            return stopped
+        _, reason = self._rank_error()
+        if reason:  # said before, but torchrun has printed a report since
+            print(f"error: {reason}", file=sys.stderr, flush=True)
+        return 1
+
+    def _refusal(self) -> str:
+        """Return the error of a rank that no restart mends."""
+        code, reason = self._rank_error()
+        return reason if code == "2" else ""
+
+    def _rank_error(self) -> tuple[str, str]:
+        """Return the code and the message that a rank has left, both empty if none has."""
         code, _, reason = _read_text(self._code_file).partition("\n")
-        if reason.strip():  # printed before, but a report of torchrun's has followed
-            print(f"error: {reason.splitlines()[0]}", file=sys.stderr, flush=True)
-        return 2 if code == "2" else 1
+        return code, (reason.strip().splitlines() or [""])[0]
 
     def remove_request(self) -> None:
         """Remove a request that came too late, so that it does not stop the next start."""
@@ -188,6 +223,12 @@ def launch(arguments: Sequence[str], settings: Settings, signals: StopSignals) -
         return _usage_error(f"NNODES={settings.nnodes} needs RDZV_ENDPOINT=host:port")
     if not settings.stopped.isdecimal():
         return _usage_error(f"STOPPED={settings.stopped}: expected an exit code")
+    if settings.rdzv_endpoint and not settings.single_host:
+        problem = _wait_for_host(settings.rdzv_endpoint, signals)
+        if problem:
+            return _usage_error(f"RDZV_ENDPOINT={settings.rdzv_endpoint}: {problem}")
+        if signals.name:
+            return int(settings.stopped)
     # Before any rank starts: an error in the config is then reported once, not by every rank of every restart.
     overrides = [word for word in arguments if word != "--force"]
     command = [sys.executable, "-m", "partialfc", "config", *overrides, "--get", "run.dir"]
@@ -215,6 +256,42 @@ def launch(arguments: Sequence[str], settings: Settings, signals: StopSignals) -
             return start.exit_code(start.wait(torchrun, signals), int(settings.stopped))
         finally:
             start.remove_request()
+
+
+def _wait_for_host(endpoint: str, signals: StopSignals) -> str:
+    """Wait until the name of the endpoint's host is known, or a signal has come; return what is wrong with it.
+
+    torchrun itself waits for ten minutes, and takes no signals meanwhile.
+    """
+    host, colon, port = endpoint.rpartition(":")
+    if not colon or endpoint.endswith("]"):  # torchrun has a default port
+        host, port = endpoint, "29400"
+    if not port.isdecimal() or int(port) > 65535:
+        return "expected host:port"
+    deadline = time.monotonic() + _KNOWN_WITHIN
+    announced = False
+    while not signals.name:
+        try:
+            socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
+            return ""
+        except (OSError, UnicodeError) as error:
+            problem = error.strerror if isinstance(error, OSError) else "not a host name"
+        if time.monotonic() > deadline:
+            return f"the host is not known: {problem}"
+        if not announced:
+            print(f"{_SELF}: waiting for the host {host} to be known ({problem})", flush=True)
+            announced = True
+        time.sleep(_POLL)
+    return ""
+
+
+def _end(torchrun: subprocess.Popen[bytes]) -> None:
+    """End torchrun, and by it the ranks, which have nothing to save. While it waits for a network it takes no TERM."""
+    torchrun.terminate()
+    try:
+        torchrun.wait(_END_WITHIN)
+    except subprocess.TimeoutExpired:
+        torchrun.kill()
 
 
 def _usage_error(message: str) -> int:

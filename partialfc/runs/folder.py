@@ -7,6 +7,7 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from partialfc.config import Config, to_yaml
 from partialfc.errors import ConfigError
 from partialfc.files import FileLock, write_atomically
+from partialfc.runs.place import Place
 from partialfc.runs.state import STATE, read_state, tell_launcher, write_state
 from partialfc.runtime.stopping import StoppedBy
 from partialfc.runtime.timings import DEFAULT_TIMINGS
@@ -52,6 +54,7 @@ class RunFolder:
             write_atomically(self.path / "config.yaml", to_yaml(config))
             forget_after(self.path / "metrics.jsonl", step)
             self.metrics = MetricsFile(self.path / "metrics.jsonl")
+            self._place = Place(self.path, kept="config.yaml")
         except OSError as error:
             raise _not_writable(self.path, error) from error
         self.metrics.write("event", event="started", attempt=self.attempt, step=step, total_steps=total_steps)
@@ -61,6 +64,7 @@ class RunFolder:
         self._step = step
         self._seconds_left: float | None = None
         self._last_progress = time.monotonic()
+        self.on_lost: Callable[[str], None] = lambda reason: None  # called by a thread, once
         self.set_state("running", step)
         self._endpoint = self._open_endpoint(config)
         self._thread = threading.Thread(target=self._keep_fresh, name="state", daemon=True)
@@ -76,6 +80,12 @@ class RunFolder:
         """Record that work continues without completing a step, as in an evaluation."""
         self._last_progress = time.monotonic()
 
+    def require(self) -> None:
+        """Raise ConfigError if the folder is no longer in its place."""
+        lost = self._place.lost()
+        if lost:
+            raise ConfigError(f"run.dir: {lost}")
+
     def set_state(self, state: str, step: int, reason: str = "", stopped_by: StoppedBy | None = None) -> None:
         """Write state.json: ``running``, ``preempted``, ``finished`` or ``failed``.
 
@@ -84,6 +94,7 @@ class RunFolder:
             stopped_by: who asked a ``preempted`` run to stop.
 
         Raises:
+            ConfigError: the folder is no longer in its place, and ``state`` is not ``failed``.
             OSError: it cannot be written and ``state`` is ``finished``. In any other state that is only a warning: a
                 full disk neither ends a run nor hides the reason that it ended.
         """
@@ -92,6 +103,10 @@ class RunFolder:
                 self._closed.set()
             self._step = step
             values = self._values(state, reason, stopped_by)
+            if state == "failed" and self._place.lost():
+                self._keep_what_is_left(values)
+                return
+            self.require()
             try:
                 write_state(self.path, values)
                 tell_launcher(values)
@@ -99,6 +114,18 @@ class RunFolder:
                 if state == "finished":
                     raise
                 log(f"WARNING: {self.path / STATE} cannot be written ({error.strerror})")
+
+    def _keep_what_is_left(self, values: dict[str, Any]) -> None:
+        """Write the state into a folder that was renamed; copy the metrics out of one that was removed."""
+        with suppress(OSError):
+            tell_launcher(values)
+            now = self._place.now()
+            if now:
+                write_state(now, values)
+        beside = self.path.absolute()
+        kept = self.metrics.rescue(beside.with_name(f"{beside.name}.metrics.jsonl"))
+        if kept:
+            log(f"the metrics of {self.path} are kept in {kept}")
 
     def has_evaluation(self, step: int) -> bool:
         """Return True if metrics.jsonl holds the evaluation of ``step``."""
@@ -111,6 +138,7 @@ class RunFolder:
         if self._endpoint:
             self._endpoint.close()
         self.metrics.close()
+        self._place.close()
         self._folder_lock.release()
         if self.wandb:
             self.wandb.close()
@@ -152,6 +180,10 @@ class RunFolder:
 
     def _keep_fresh(self) -> None:
         while not self._closed.wait(self._heartbeat):
+            lost = self._place.lost()
+            if lost:
+                self.on_lost(lost)
+                return
             with self._lock, suppress(OSError):  # a full disk must not end the thread
                 state = read_state(self.path)
                 if state and state.get("state") == "failed" and state.get("attempt") == self.attempt:

@@ -9,22 +9,20 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from partialfc import __version__
-from partialfc.errors import ConfigError, PartialFCError
+from partialfc.errors import ConfigError
 from partialfc.runtime.collectives import all_gather_object
 
 Facts = Mapping[str, str]
-T = TypeVar("T")
 
 _MOST_FACTS, _MOST_VALUES = 8, 4  # in a message
 _READ_WITHIN = timedelta(seconds=10)
@@ -54,27 +52,6 @@ def require_same_over(store: dist.Store, rank: int, world_size: int, facts: Fact
             with suppress(RuntimeError):
                 store.wait([f"has-read-{other}" for other in range(world_size)], _READ_WITHIN)
         raise ConfigError(differences)
-
-
-def run_alike(work: Callable[[], T]) -> T:
-    """Run ``work`` on every rank and return this rank's own result. A collective.
-
-    Raises:
-        PartialFCError: on every rank, the one of the lowest rank on which ``work`` failed; it names the rank, unless
-            all ranks have failed alike.
-    """
-    result, error = None, None
-    try:
-        result = work()
-    except PartialFCError as found:
-        error = found
-    errors = all_gather_object(error)
-    failed = {rank: other for rank, other in enumerate(errors) if other is not None}
-    if error is not None and len(failed) == len(errors) and len(set(map(str, errors))) == 1:
-        raise error
-    for rank, other in failed.items():
-        raise type(other)(f"rank {rank}: {other}")
-    return result  # type: ignore[return-value]  # where nothing has failed it is one
 
 
 def describe_differences(everyone: list[Facts]) -> str:

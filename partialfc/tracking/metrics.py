@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import os
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -24,7 +27,7 @@ class MetricsFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.listeners: list[Callable[[dict[str, Any]], None]] = []  # called with each line
-        self._file = path.open("ab", buffering=0)
+        self._file = path.open("a+b", buffering=0)
         self._unwritten = b""
         self._lock = threading.Lock()
 
@@ -45,6 +48,24 @@ class MetricsFile:
         except OSError as error:
             if not failed_before:
                 log(f"WARNING: {self._file.name} cannot be written ({error.strerror}); its lines are kept until it can")
+
+    def rescue(self, target: Path) -> Path | None:
+        """Copy the lines beside a run folder that was removed, to ``target`` or a numbered name like it; return where.
+
+        Returns None if the file still has a name somewhere, or cannot be copied.
+        """
+        try:
+            if os.fstat(self._file.fileno()).st_nlink:
+                return None
+            self._file.seek(0)
+            for number in itertools.count(1):
+                place = target if number == 1 else target.with_stem(f"{target.stem}-{number}")
+                with suppress(FileExistsError), place.open("xb") as copy:
+                    shutil.copyfileobj(self._file, copy)
+                    return place
+        except OSError:
+            pass
+        return None
 
     def close(self) -> None:
         self._file.close()

@@ -12,6 +12,7 @@ from partialfc.runtime.timings import DEFAULT_TIMINGS, Timings
 from partialfc.tracking.console import log
 from partialfc.tracking.wandb.run import require_wandb
 from partialfc.train.finished import finished_before
+from partialfc.train.refusal import refusing
 from partialfc.train.trainer import Outcome, Trainer
 
 
@@ -29,9 +30,11 @@ def train(config: Config, force: bool = False, timings: Timings = DEFAULT_TIMING
         ``"finished"``; or ``"preempted"`` if the run was asked to stop, has written a checkpoint, and can be resumed.
 
     Raises:
+        ConfigError: the run cannot start, on any rank; starting it again changes nothing.
         PartialFCError: the run failed; the message says why. ``RankLost`` names the rank that the others waited for.
     """
-    require_wandb(config.tracking.wandb)
+    with refusing():
+        require_wandb(config.tracking.wandb)
     group_of_one = config.engine.name == "deepspeed"
     with joined(config.run.dir, config.run.timeout, group_of_one, timings) as process:
         before = broadcast_from_rank0(lambda: config_of_run(config.run.dir))
@@ -42,7 +45,9 @@ def train(config: Config, force: bool = False, timings: Timings = DEFAULT_TIMING
             if process.is_first:
                 _print_finished(config, "this run is already finished; nothing to do")
             return "finished"
-        outcome = Trainer(config, process, force).train()
+        with refusing():
+            trainer = Trainer(config, process, force)
+        outcome = trainer.train()
         if process.is_first and outcome == "finished":
             _print_finished(config, "finished")
         return outcome

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from partialfc.head import HeadOutput
 from partialfc.runtime.process import ProcessContext
 from partialfc.train.phase_clock import PhaseClock
 from partialfc.train.schedule import Schedule
+from partialfc.train.slow_rank import SlowestRank, exchange
 
 _MEANS = ("loss", "softmax_loss", "center_loss", "target_cosine", "grad_norm")
 
@@ -19,12 +18,18 @@ _MEANS = ("loss", "softmax_loss", "center_loss", "target_cosine", "grad_norm")
 class TrainMetrics:
     """Collects the results of steps, on the device, and forms train lines from them.
 
+    Args:
+        own_phases: those of a step in which a rank waits for no other one.
+
     Attributes:
         samples: seen by the run, up to the last line.
     """
 
-    def __init__(self, process: ProcessContext, schedule: Schedule, clock: PhaseClock) -> None:
+    def __init__(
+        self, process: ProcessContext, schedule: Schedule, clock: PhaseClock, own_phases: tuple[str, ...]
+    ) -> None:
         self._process, self._schedule, self._clock = process, schedule, clock
+        self._own_phases = own_phases
         self.samples = 0
         self._reset()
 
@@ -62,10 +67,10 @@ class TrainMetrics:
         means = {name: float(self._sums[name]) / applied if applied else float("nan") for name in _MEANS}
         samples = int(self._sums["num_samples"])
         self._reset()
-        active = torch.tensor(active_rows, device=self._process.device)
-        if self._process.world_size > 1:
-            dist.all_reduce(active)
         seconds = {phase: total / steps for phase, total in self._clock.read().items()}
+        own_seconds = sum(seconds.get(phase, 0.0) for phase in self._own_phases)
+        active, of_ranks = exchange(active_rows, own_seconds, self._process)
+        slowest = SlowestRank.among(of_ranks)
         self._clock.start()
         self.samples += samples
         return {
@@ -73,9 +78,11 @@ class TrainMetrics:
             "epoch": round(self._schedule.epoch(step), 4),
             "samples": self.samples,
             **means,
-            "active_rows": int(active),
+            "active_rows": active,
             "lr": self._schedule.lr(step - 1),
             "skipped_steps": skipped_steps,
             "samples_per_s": samples / (steps * sum(seconds.values())),
             "seconds": seconds,
+            "slowest_rank": slowest.rank,
+            "slowest_rank_delay": slowest.delay,
         }

@@ -16,6 +16,7 @@ from partialfc.runs.state import record_failure
 from partialfc.runtime.process import ProcessContext
 from partialfc.runtime.stopping import StopCause, StoppedBy
 from partialfc.tracking.console import log
+from partialfc.train.slow_rank import SlowRankRule
 from partialfc.train.step_check import Fault
 
 
@@ -25,6 +26,7 @@ class RunLog:
     def __init__(self, config: Config, process: ProcessContext, folder: RunFolder | None) -> None:
         self.folder = folder
         self._config, self._process = config, process
+        self._slow_rank = SlowRankRule()
 
     def describe(self, dataset: TarDataset, engine: Engine, head: PartialFC, total_steps: int) -> None:
         """Print the sizes of the run."""
@@ -44,8 +46,10 @@ class RunLog:
         self._print(describe_memory(self._config, head))
 
     def train(self, line: dict[str, Any]) -> None:
-        """Write a train line."""
+        """Write a train line; tell of a rank that has been slow for some lines."""
         self._write("train", **line)
+        if self._slow_rank.is_slow(line):
+            self._slow(line)
 
     def progress(self, step: int, seconds_left: float) -> None:
         """Record the completed step, for ``state.json``."""
@@ -93,6 +97,16 @@ class RunLog:
         """Close the run folder."""
         if self.folder:
             self.folder.close()
+
+    def _slow(self, line: dict[str, Any]) -> None:
+        rank, delay = line["slowest_rank"], line["slowest_rank_delay"]
+        host = self._process.hosts[rank]
+        self._print(
+            f"WARNING: rank {rank} on {host} takes {delay:.3g} s of each step longer than the others, "
+            f"{100 * delay / sum(line['seconds'].values()):.0f} % of it, and they wait: see what else runs there, and "
+            "how fast its disk and GPU are"
+        )
+        self._event("slow_rank", line["step"], rank=rank, host=host, seconds=delay)
 
     def _print(self, message: str) -> None:
         if self.folder:

@@ -29,17 +29,22 @@ from partialfc.head.random import RandomStream, stream_key
 from partialfc.runs.folder import RunFolder, lock_folder
 from partialfc.runs.restarts import GivenUp, count_restarts
 from partialfc.runs.state import record_failure
+from partialfc.runtime.agreement import require_same
 from partialfc.runtime.collectives import broadcast_from_rank0, run_alike, run_on_rank0
 from partialfc.runtime.process import ProcessContext, automatic_restarts
+from partialfc.runtime.stopping import StopCause, StoppedBy
 from partialfc.tracking.console import console_progress, no_progress
+from partialfc.train.agreement import backbone_facts, config_facts, data_facts
 from partialfc.train.finished import finished_before
 from partialfc.train.loss_spikes import SpikeRule
 from partialfc.train.metrics import TrainMetrics
 from partialfc.train.micro_batches import merge_outputs, micro_batches, padded
 from partialfc.train.phase_clock import PhaseClock
 from partialfc.train.pretrained import start_pretrained
+from partialfc.train.refusal import refusing
 from partialfc.train.run_log import RunLog
 from partialfc.train.schedule import Schedule
+from partialfc.train.slow_rank import own_phases
 from partialfc.train.step_check import StepCheck, StepDecision, StepFlags, find_faults
 
 _MOST_ROLL_BACKS = 3  # to one checkpoint
@@ -69,17 +74,13 @@ class Trainer:
 
     def __init__(self, config: Config, process: ProcessContext, force: bool = False) -> None:
         self.config, self.process, self.force = config, process, force
-        run_alike(self._open_data)
+        require_same(config_facts(config, force))  # another engine, or batch, would keep the ranks waiting
+        require_same(run_alike(self._prepare))
         table, num_classes = self.dataset.class_table, self.dataset.num_classes
         run_on_rank0(lambda: require_class_table(table, num_classes))
         self.evaluation.match_classes(num_classes, table)
-        order = BatchOrder.from_config(config, self.dataset.num_samples)
-        self.schedule = Schedule(config, order)
+        order = self.schedule.order
         self.local_share = local_share(order.batch_size, config.optim.accumulation, process.world_size)
-
-        torch.manual_seed(config.run.seed)
-        self.backbone = build_backbone(config, process)
-        check_batches(config, self.backbone, order, process)
         start_pretrained(config, self.backbone)
         self.engine: Engine = build_engine(self.backbone, config, process)
         # "propagate": a rank with NaN or Inf gets as far as the check of the step, where all ranks agree to skip it.
@@ -91,18 +92,30 @@ class Trainer:
         self.spike_rule = SpikeRule(spike.factor, spike.window) if spike else None
 
         self.clock = PhaseClock(process.device, on_enter=lambda phase: process.enter(self.step, phase))
-        self.metrics = TrainMetrics(process, self.schedule, self.clock)
+        alone = own_phases(self.backbone, config.engine)
+        self.metrics = TrainMetrics(process, self.schedule, self.clock, alone)
         self.log = RunLog(config, process, None)
         self.step = 0
         self.skipped_steps = self.skipped_in_a_row = 0
         self.training_seconds = 0.0  # of this attempt, without evaluations and checkpoints
 
-    def _open_data(self) -> None:
-        """Open the data sets, without the other ranks."""
-        self.dataset = TarDataset(self.config.data.train, console_progress if self.process.is_first else no_progress)
+    def _prepare(self) -> dict[str, str]:
+        """Open the data and build the backbone, without the other ranks; return what those must have in common."""
+        config, process = self.config, self.process
+        self.dataset = TarDataset(config.data.train, console_progress if process.is_first else no_progress)
         require_samples(self.dataset)
-        require_num_classes(self.config, self.dataset.num_classes)
-        self.evaluation = Evaluation(self.config)
+        require_num_classes(config, self.dataset.num_classes)
+        self.evaluation = Evaluation(config)
+        self.schedule = Schedule(config, BatchOrder.from_config(config, self.dataset.num_samples))
+        torch.manual_seed(config.run.seed)
+        self.backbone = build_backbone(config, process)
+        check_batches(config, self.backbone, self.schedule.order, process)
+        if process.world_size == 1:
+            return {}
+        facts = data_facts("data.train", self.dataset) | backbone_facts(self.backbone, config.model.name)
+        for number, found in enumerate(self.evaluation.sets):
+            facts |= data_facts(f"evaluation.sets[{number}]", found.dataset)
+        return facts
 
     # --- a run --------------------------------------------------------------------------------------------------------
 
@@ -118,7 +131,8 @@ class Trainer:
             if lock:
                 lock.release()
             return "finished"
-        self._resume()
+        with refusing():
+            self._resume()
         self.log = RunLog(self.config, self.process, run_on_rank0(lambda: self._open_folder(lock)))
         if self.log.folder:
             self.process.on_progress.append(self.log.folder.touch)
@@ -157,13 +171,28 @@ class Trainer:
             record_failure(self.config.run.dir, str(error), states, given_up=True)
             raise
         heartbeat = self.process.timings.heartbeat
-        return RunFolder(self.config, self.schedule.total_steps, self.step, restarts, lock, heartbeat)
+        folder = RunFolder(self.config, self.schedule.total_steps, self.step, restarts, lock, heartbeat)
+        folder.on_lost = lambda reason: self.process.stop.request(StopCause(StoppedBy.PERSON, reason))
+        return folder
+
+    def _lost_folder(self) -> ConfigError | None:
+        """Return the error of a run folder that is gone, by which any other one may be caused; rank 0 knows."""
+        try:
+            if self.log.folder:
+                self.log.folder.require()
+        except ConfigError as error:
+            return error
+        return None
+
+    def _require_folder(self) -> None:
+        """Raise ConfigError, on all ranks, if the run folder is no longer in its place. A collective."""
+        run_on_rank0(lambda: self.log.folder and self.log.folder.require())
 
     def _record_failure(self, error: BaseException) -> BaseException:
         """Record the failure; return the error to raise, which names the rank at fault if that is known."""
         explained = error
         if isinstance(error, Exception):
-            explained = self.process.explain(error)
+            explained = self.process.explain(self._lost_folder() or error)
             if not isinstance(explained, RankLost):
                 self.checkpoints.wait(self.config.run.timeout / 2)
         elif isinstance(error, KeyboardInterrupt):
@@ -324,6 +353,7 @@ class Trainer:
     def _save(self) -> None:
         """Start writing a checkpoint. A collective."""
         self.process.enter(self.step, "save")
+        self._require_folder()
         counts: dict[str, Any] = {"skipped_steps": self.skipped_steps, "engine": self.engine.counts()}
         if self.spike_rule:
             counts["spikes"] = self.spike_rule.state()
@@ -333,6 +363,7 @@ class Trainer:
     def _evaluate(self) -> bool:
         """Evaluate the backbone; return False if asked to stop before the end. A collective."""
         self.process.enter(self.step, "evaluate")
+        self._require_folder()
         with self.process.relaxed_timeout(), self.engine.evaluating() as backbone:
             results = self.evaluation.run(backbone, self.head, self.process, f"step-{self.step:08d}")
         if results:

@@ -3,8 +3,8 @@
 FAULT breaks, on one RANK, in the steps whose numbers are given (the first step is 1; ``8-`` means from there on):
 ``embeddings`` (of one sample), ``gradient`` (of a backbone parameter), ``row_gradient`` (of the head's shard),
 ``shard`` (the weight of one class), ``backbone`` (its weights become noise), ``silence`` (the process stops itself),
-or ``nothing``. When the run has ended well, each rank leaves in the run folder a ``rank0.json``: digests of what it has
-of the backbone, and how its engine counts.
+``slow`` (it takes longer than the others), or ``nothing``. When the run has ended well, each rank leaves in the run
+folder a ``rank0.json``: digests of what it has of the backbone, and how its engine counts.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 import os
 import signal
 import sys
+import time
 from typing import Any
 
 import torch
@@ -60,6 +61,8 @@ def install(trainer: Trainer, process: ProcessContext, fault: str, at_fault: int
             torch.manual_seed(trainer.step)
             for parameter in trainer.backbone.parameters():
                 parameter.data = torch.randn_like(parameter)
+        if due() and fault == "slow":
+            time.sleep(0.3)
         if due() and fault == "silence":
             os.kill(os.getpid(), signal.SIGSTOP)
         begin(lr)
