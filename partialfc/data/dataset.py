@@ -93,7 +93,7 @@ class TarDataset:
     def keys_and_labels(self) -> Iterator[memoryview]:
         """Yield the keys and labels of all samples as bytes, for a digest."""
         for array in (self._offsets.key_bytes, self._offsets.key_ends, self.labels):
-            yield memoryview(array)
+            yield array.data
 
     def describe(self, i: int) -> str:
         """Describe sample ``i`` for messages: shard, key and index."""

@@ -186,7 +186,9 @@ class Trainer:
 
     def _require_folder(self) -> None:
         """Raise ConfigError, on all ranks, if the run folder is no longer in its place. A collective."""
-        run_on_rank0(lambda: self.log.folder and self.log.folder.require())
+        lost = broadcast_from_rank0(self._lost_folder)
+        if lost:
+            raise lost
 
     def _record_failure(self, error: BaseException) -> BaseException:
         """Record the failure; return the error to raise, which names the rank at fault if that is known."""
