@@ -28,9 +28,8 @@ def exit_now(code: int) -> NoReturn:
 def fail(error: Exception, code: int) -> NoReturn:
     """Print an error as one line and end with ``code``.
 
-    torchrun does not pass on exit codes, and restarts whatever fails. So a launcher names a file in
-    ``PARTIALFC_CODE_FILE``, for the code and the message, and once it holds :data:`WRONG_USAGE` ranks end as if all were
-    well.
+    torchrun does not pass on exit codes, and restarts whatever fails; so a launcher names a file for both in
+    ``PARTIALFC_CODE_FILE``; once it holds :data:`WRONG_USAGE`, ranks end as if all were well.
     """
     sys.stdout.flush()
     told = _tell_launcher(error, code)
