@@ -58,6 +58,10 @@ class RankLost(PartialFCError, RuntimeError):
     """A collective failed: another rank died, hangs, or cannot be reached."""
 
 
+class DoubleBackward(PartialFCError, RuntimeError):
+    """A gradient of the head was differentiated: it has no derivatives of its own."""
+
+
 class Interrupted(PartialFCError):
     """A second Ctrl-C ended the run before it could stop cleanly."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from weakref import ref
 
 import torch
 import torch.distributed as dist
@@ -27,6 +28,9 @@ def _torch(name: str) -> Callable[..., Any]:
 class Collectives:
     """The ranks that share a head, and the collectives between them.
 
+    The group belongs to torch.distributed, up to ``destroy_process_group``. A reference that outlives that, as in a head
+    that is a script's variable, would keep the group's threads, and they abort a process that has come to its end.
+
     Args:
         group: the process group; default: the default group if there is one, else a single process.
 
@@ -36,14 +40,33 @@ class Collectives:
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
         initialized = dist.is_available() and dist.is_initialized()
-        self.group = group if group is not None else (dist.group.WORLD if initialized else None)
-        self.rank = dist.get_rank(self.group) if self.group is not None else 0
-        self.world_size = dist.get_world_size(self.group) if self.group is not None else 1
+        if group is None and initialized:
+            group = dist.group.WORLD
+        self.rank = dist.get_rank(group) if group is not None else 0
+        self.world_size = dist.get_world_size(group) if group is not None else 1
         if self.rank < 0:
             raise ConfigError("this process is not a member of the head's process group")
+        self._group = None if group is None else ref(group)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Collectives:
         return self  # a copied head belongs to the same ranks; a process group cannot be copied
+
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The process group; None for a single process.
+
+        Raises:
+            ConfigError: it has been destroyed.
+        """
+        if self._group is None:
+            return None
+        group = self._group()
+        if group is None or not dist.is_initialized():
+            raise ConfigError(
+                f"rank {self.rank} of {self.world_size}: the process group of this head has been destroyed; use the head "
+                "before destroy_process_group(), or make a new head in a new group"
+            )
+        return group
 
     def check_group(self) -> None:
         """Raise ConfigError if the process group was made after this object: every rank would train alone."""
@@ -55,8 +78,8 @@ class Collectives:
 
     @property
     def distributed(self) -> bool:
-        """True if there is a process group, of any size."""
-        return self.group is not None
+        """True if there is a process group, of whatever size."""
+        return self._group is not None
 
     def gather(self, message: Tensor) -> Tensor:
         """Return the messages of all ranks, [world_size, len(message)], in rank order."""

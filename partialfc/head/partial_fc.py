@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from partialfc.errors import ConfigError
 from partialfc.head.center_loss import CenterLoss
 from partialfc.head.collectives import Collectives
 from partialfc.head.gather import BatchGather, GlobalBatch, LocalBatch, check_class_ids
@@ -23,7 +25,7 @@ from partialfc.head.softmax.products import Precision, Products, default_precisi
 from partialfc.head.softmax.sampling import active_rows
 from partialfc.head.softmax.sharded_softmax import ShardStep, sharded_softmax
 from partialfc.head.step_state import StepState
-from partialfc.head.validation import check_loss, check_options, check_sizes, register_owner
+from partialfc.head.validation import WEIGHT_DTYPES, check_loss, check_options, check_sizes, register_owner
 from partialfc.losses import Loss
 
 _INITIAL_STD = 0.01
@@ -155,8 +157,11 @@ class PartialFC(nn.Module):
         normal_rows(key, ids.flatten(), self.embedding_dim, _INITIAL_STD, rows)
         self.loss.reset(self.num_classes, rate_at(self.sample_rate, 0))
 
+    @torch._disable_dynamo  # torch.compiler.disable, which would import the compiler with this module
     def forward(self, embeddings: Tensor, labels: Tensor, step: int | None = None) -> HeadOutput:
         """Compute the loss of the global batch. A collective: every rank calls it, in the same mode.
+
+        ``torch.compile`` of a module that holds the head breaks its graph here.
 
         Args:
             embeddings: [B_local, D], float32, float64, float16 or bfloat16; need not be normalised. B_local may differ
@@ -172,13 +177,20 @@ class PartialFC(nn.Module):
             BatchMismatch, LabelOutOfRange, NonFiniteEmbeddings: on every rank, whichever rank is at fault; on a GPU at
                 the next call of the head or of its optimizer's ``step()``, and nothing is updated until then.
             RankLost: another rank has died or cannot be reached.
+            DoubleBackward: in a backward through a gradient of the loss (``create_graph=True``), which is a constant.
         """
+        if torch.is_inference_mode_enabled():  # whose tensors the losses could not differentiate
+            with torch.inference_mode(False), torch.no_grad():
+                return self._compute(embeddings, labels, step)
+        return self._compute(embeddings, labels, step)
+
+    def _compute(self, embeddings: Tensor, labels: Tensor, step: int | None) -> HeadOutput:
         local = self._begin(embeddings, labels, step)
         batch = self._gather(local)  # collective 1
         shard = self._sample(local, batch)
         softmax = sharded_softmax(self.weight, self.bias, shard)  # collective 2; 3 in backward
         if local.wants_grad and local.training:
-            self._step_state.track(softmax, shard.owned)
+            self._step_state.track(softmax, shard.owned, local.embeddings)
         return HeadOutput(
             softmax.loss,
             softmax.softmax_loss,
@@ -198,7 +210,9 @@ class PartialFC(nn.Module):
         # Anything but a tensor is refused like a tensor of the wrong shape: on every rank, after the exchange.
         embeddings = embeddings if isinstance(embeddings, Tensor) else torch.empty(())
         labels = labels if isinstance(labels, Tensor) else torch.empty(())
-        trained = (embeddings, self.weight, *self.loss.parameters())
+        if embeddings.is_inference() or labels.is_inference():
+            embeddings, labels = embeddings.clone(), labels.clone()
+        trained = (embeddings, *self.parameters())
         wants_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in trained)
         rate = rate_at(self.sample_rate, step) if self.training else 1.0
         return LocalBatch(embeddings, labels, step, rate, self.training, wants_grad, self.on_nonfinite == "raise")
@@ -307,6 +321,15 @@ class PartialFC(nn.Module):
             f"classes {self.first_class}–{self.first_class + len(self.weight)} on rank {self.collectives.rank} "
             f"of {self.collectives.world_size}"
         )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        dtype = fn(self.weight.new_empty(0)).dtype
+        if dtype not in WEIGHT_DTYPES:
+            raise ConfigError(
+                f"the head's weight may be torch.float32, torch.float64 or torch.bfloat16, not {dtype}; convert the backbone "
+                "alone: the head takes embeddings of any of these dtypes and torch.float16"
+            )
+        return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
         self.apply_deferred_decay()

@@ -14,6 +14,8 @@ from partialfc.head.softmax.products import PRECISIONS
 from partialfc.losses import Loss, Samples
 from partialfc.losses.base import NEEDS
 
+WEIGHT_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+
 
 def check_sizes(num_classes: int, embedding_dim: int, memory_budget_mb: float) -> None:
     """Raise ConfigError unless all are positive."""
@@ -39,7 +41,7 @@ def check_options(
         raise ConfigError(f"filter_threshold is a cosine, in [-1, 1], got {filter_threshold}")
     if on_nonfinite not in ("raise", "propagate"):
         raise ConfigError(f'on_nonfinite must be "raise" or "propagate", got {on_nonfinite!r}')
-    if weight_dtype not in (torch.float32, torch.float64, torch.bfloat16):
+    if weight_dtype not in WEIGHT_DTYPES:
         raise ConfigError(f"weight_dtype must be torch.float32, torch.float64 or torch.bfloat16, got {weight_dtype}")
     if compute_dtype not in (torch.float32, torch.float64):
         raise ConfigError(f"compute_dtype must be torch.float32 or torch.float64, got {compute_dtype}")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from partialfc.errors import ConfigError
 from partialfc.head.optim.base import RowOptimizer
+from partialfc.head.optim.dense_twin import DenseTwin
 
 
 class RowAdamW(RowOptimizer):
@@ -29,6 +30,12 @@ class RowAdamW(RowOptimizer):
     Raises:
         ConfigError: an argument is out of its range.
     """
+
+    dense_twin = DenseTwin(
+        "torch.optim.AdamW",
+        settings=frozenset({"betas", "eps", "amsgrad"}),
+        neutral={"amsgrad": False, "maximize": False, "decoupled_weight_decay": True},
+    )
 
     def __init__(
         self,
@@ -52,6 +59,10 @@ class RowAdamW(RowOptimizer):
         if name == "row_steps":
             return torch.zeros(parameter.shape[:1], dtype=torch.int32, device=parameter.device)
         return super().make_state(name, parameter, group)
+
+    def take_over(self, state: dict[str, Any], parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        row_steps = self.make_state("row_steps", parameter, group).fill_(int(state["step"]))
+        return {"exp_avg": state["exp_avg"], "exp_avg_sq": state["exp_avg_sq"], "row_steps": row_steps}
 
     def update(self, weight: Tensor, gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
         (beta1, beta2), lr = group["betas"], float(group["lr"])

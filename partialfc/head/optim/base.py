@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from partialfc.errors import ConfigError
 from partialfc.head.optim.deferred_decay import settle_deferred_decay
+from partialfc.head.optim.dense_twin import DenseTwin, check_state, own_group
 from partialfc.head.optim.working_rows import WorkingRows, row_pieces
 from partialfc.head.random import RandomStream, stream_key
 
@@ -22,6 +23,8 @@ class RowOptimizer(Optimizer):
     Parameters and state may be float32, float64 or bfloat16; the arithmetic is in float32 (float64), and
     bfloat16 is rounded stochastically when it is stored. Sparse gradients are coalesced; dense ones are accepted.
     """
+
+    dense_twin: DenseTwin | None = None
 
     def __init__(self, params: Iterable[Any], **defaults: Any) -> None:
         if not defaults["lr"] >= 0:
@@ -91,7 +94,14 @@ class RowOptimizer(Optimizer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load like any optimizer, but keep the dtype in which state was saved, whatever the parameter's."""
+        """Load like any optimizer, but keep the dtype in which state was saved, whatever the parameter's.
+
+        The state of :attr:`dense_twin` is taken over, with its settings.
+
+        Raises:
+            ConfigError: the state is of another optimizer or of other parameters, or has settings without an equal.
+        """
+        state_dict = self._own_state_dict(state_dict)
         super().load_state_dict(state_dict)
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         names = [name for group in state_dict["param_groups"] for name in group["params"]]
@@ -99,3 +109,24 @@ class RowOptimizer(Optimizer):
             for key, value in state_dict["state"].get(name, {}).items():
                 if isinstance(value, Tensor):
                     self.state[parameter][key] = value.to("cpu" if key == "step" else parameter.device, copy=True)
+
+    def take_over(self, state: dict[str, Any], parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        """Return a parameter's ``state`` of :attr:`dense_twin` as one of this optimizer."""
+        raise TypeError(f"{type(self).__name__} must define take_over()")
+
+    def _own_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Return ``state_dict`` with what is of the dense twin taken over, after checking it."""
+        name = type(self).__name__
+        groups, states = [], dict(state_dict["state"])
+        # Their numbers may differ: torch says so.
+        for saved, current in zip(state_dict["param_groups"], self.param_groups, strict=False):
+            group, of_twin = own_group(name, self.dense_twin, saved, current, self.defaults)
+            groups.append(group)
+            for key, parameter in zip(saved["params"], current["params"], strict=False):
+                if key not in states:
+                    continue
+                like = torch.empty_like(parameter, device="meta")
+                if of_twin:
+                    states[key] = self.take_over(states[key], parameter, group)
+                check_state(name, states[key], {each: self.make_state(each, like, group) for each in self.state_names(group)})
+        return {**state_dict, "state": states, "param_groups": groups + state_dict["param_groups"][len(groups) :]}

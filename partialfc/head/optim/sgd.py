@@ -12,6 +12,7 @@ from torch import Tensor
 from partialfc.errors import ConfigError
 from partialfc.head.optim.base import RowOptimizer
 from partialfc.head.optim.deferred_decay import apply_deferred_decay, start_deferred_decay
+from partialfc.head.optim.dense_twin import DenseTwin
 from partialfc.head.optim.sparse_grads import coalesced
 
 UnsampledRows = Literal["frozen", "decayed"]
@@ -41,6 +42,12 @@ class RowSGD(RowOptimizer):
         ConfigError: an argument is out of its range.
     """
 
+    dense_twin = DenseTwin(
+        "torch.optim.SGD",
+        settings=frozenset({"momentum", "dampening", "nesterov"}),
+        neutral={"dampening": 0, "maximize": False},
+    )
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -69,6 +76,12 @@ class RowSGD(RowOptimizer):
 
     def state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("momentum_buffer",) if group["momentum"] else ()
+
+    def take_over(self, state: dict[str, Any], parameter: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+        velocity = state.get("momentum_buffer")
+        if velocity is None:
+            return {}
+        return {"momentum_buffer": velocity.to_dense() if velocity.is_sparse else velocity}
 
     def update(self, weight: Tensor, gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
         lr, momentum, decay = float(group["lr"]), group["momentum"], group["weight_decay"]

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from partialfc.errors import DoubleBackward
 from partialfc.head.center_loss import CenterLoss
 from partialfc.head.collectives import Collectives
 from partialfc.head.gather import LocalBatch
@@ -123,10 +124,29 @@ class _AttachGradients(torch.autograd.Function):
         return loss.clone()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        with torch.autocast(grad_loss.device.type, enabled=False), full_float32():
-            return _backward(ctx, grad_loss)
+        with torch.no_grad(), torch.autocast(grad_loss.device.type, enabled=False), full_float32():
+            gradients = _backward(ctx, grad_loss)
+        if not torch.is_grad_enabled():
+            return gradients
+        # create_graph=True: without a history of their own they would count as constants.
+        history = torch.empty(0, requires_grad=True)
+        return tuple(None if gradient is None else _RefuseBackward.apply(history, gradient) for gradient in gradients)
+
+
+class _RefuseBackward(torch.autograd.Function):
+    """``apply(anything that requires a gradient, gradient)`` returns the gradient, with a backward that raises."""
+
+    @staticmethod
+    def forward(ctx: Any, history: Tensor, gradient: Tensor) -> Tensor:
+        return gradient.clone()
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> None:
+        raise DoubleBackward(
+            "a gradient of PartialFC's loss cannot be differentiated again (create_graph=True, as for gradient penalties "
+            "and Hessians): the head has first derivatives only"
+        )
 
 
 def _forward(weight: Tensor, bias: Tensor | None, step: ShardStep) -> tuple[SoftmaxOutput, _Gradients | None]:
@@ -261,7 +281,7 @@ def _backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
     collectives = gradients.collectives
     wait_for_share = collectives.start_reduce_scatter(gradients.embeddings * (grad_loss * collectives.world_size))
     grad_weight = grad_bias = None
-    if ctx.needs_input_grad[1]:  # while the embeddings' gradient travels
+    if any(ctx.needs_input_grad[1:3]):  # while the embeddings' gradient travels
         grad_weight, grad_bias = _weight_grad(gradients, weight, grad_loss, tuple(kept))
     grad_embeddings = wait_for_share()[: gradients.local_count].to(gradients.local_dtype)
     grad_parameters = (None if grad is None else grad * grad_loss for grad in gradients.by_sample.parameters)
