@@ -10,7 +10,7 @@ A frozen head follows a parameter of the backbone instead, and all that it has m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -39,14 +39,14 @@ class SteppingHead(Protocol):
 
 @dataclass(eq=False)
 class _Call:
-    """A call of the head, alive as long as its graph."""
+    """A call of the head in training."""
 
-    leaf: Tensor  # its gradient is added last: then the call has joined the step
+    leaf: Tensor  # once a backward has added to its gradient the call has joined the step
     num_samples: Tensor  # [] int64
     loss_statistics: Tensor | None  # [k] float64, for the loss's state
     owned: OwnedSamples
     center_offsets: Tensor | None  # [B, D] x − k of the owned samples, with center loss
-    reached_by: int | None = None  # the last backward, or look at a gradient, that has come here in this step
+    reached_by: int | None = None  # the last backward, or look at a gradient, that has come here
     joined: bool = False
 
 
@@ -63,14 +63,14 @@ class StepState:
         self._under_way = False  # a backward has added to the gradient since the last optimizer step
         self._backward: int | None = None  # the backward that has reached a call last
         self._found_cleared = False  # it has found the gradient of the step under way cleared
-        self._calls: list[ref[_Call]] = []
+        self._reached: list[_Call] = []  # by backwards and looks since the last call
         self._behind: ref[Tensor] | None = None  # the leaf that a frozen head follows
         self._deferred_check: Callable[[], None] | None = None  # raises errors that the host has not read yet
         self.samples_passed: int | Tensor = 0  # by the calls that have joined
         self.loss_statistics: Tensor | None = None  # [k] float64, their sum
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_calls": [], "_behind": None, "_backward": None}  # a copy has no graphs
+        return self.__dict__ | {"_reached": [], "_behind": None, "_backward": None}  # a copy has no graphs
 
     @property
     def number(self) -> int:
@@ -89,7 +89,7 @@ class StepState:
         """Discard the step's calls, and re-read the counter: its buffer was changed."""
         self._number = None
         self._discard()
-        self._forget_looks()
+        self._reached.clear()
 
     def defer(self, check: Callable[[], None] | None) -> None:
         """Run ``check``, which may raise, at the next call of the head or of its optimizer's ``step()``."""
@@ -116,10 +116,11 @@ class StepState:
         leaf = self._trained() if self._trained() is not None else _first_leaf(embeddings)
         if leaf is None:
             return  # of a frozen head: there is nothing to train
+        if current_backward() is None:
+            self._reached.clear()  # what has not joined by now was looked at
         add_step_listener(self)
         add_accumulation_listener(self, leaf)
         call = _Call(leaf, softmax.num_samples, softmax.loss_statistics, owned, softmax.center_offsets)
-        self._calls = [*(other for other in self._calls if other() is not None), ref(call)]
         softmax.loss.register_hook(partial(self._reach, call))
 
     def close_skipped(self) -> None:
@@ -136,18 +137,18 @@ class StepState:
         leaf = self._leaf()
         if not self._under_way and leaf is not None and leaf.grad is not None:
             # Nothing was added to this gradient: it was taken with torch.autograd.grad and assigned.
-            self._join([call for call in self._living_calls() if call.reached_by is not None and not call.joined])
+            self._join([call for call in self._reached if not call.joined])
 
     def after_optimizer_step(self) -> None:
         """Move the centers and the loss's state, and advance the counter."""
         if self._under_way:
             self._end(applied=True)
-        self._forget_looks()
+        self._reached.clear()
 
     def after_accumulation(self, leaf: Tensor) -> None:
         """Let the calls that this backward has come through join the step."""
         backward = current_backward()
-        calls = [call for call in self._living_calls() if call.reached_by == backward and call.leaf is leaf]
+        calls = [call for call in self._reached if call.reached_by == backward and call.leaf is leaf]
         if not calls:
             return  # a backward that did not come through the head, as of a penalty on the weight
         if self._found_cleared:  # zero_grad() stood between forward and backward
@@ -165,6 +166,8 @@ class StepState:
             if self._under_way and sparse_sums_concatenate(self._head.weight.device):
                 self._merge_gradients()
         call.reached_by = backward
+        if call not in self._reached:
+            self._reached.append(call)
 
     def _join(self, calls: list[_Call]) -> None:
         self._under_way = self._under_way or bool(calls)
@@ -204,14 +207,6 @@ class StepState:
         self._under_way, self._found_cleared, self.samples_passed, self.loss_statistics = False, False, 0, None
         if self._head.center_loss is not None:
             self._head.center_loss.discard_pending()
-
-    def _forget_looks(self) -> None:
-        for call in self._living_calls():
-            call.reached_by = None
-
-    def _living_calls(self) -> Iterator[_Call]:
-        """Yield the calls whose graph is alive, in the order in which they were made, the same on every rank."""
-        return (call for call in (weak() for weak in self._calls) if call is not None)
 
     def _trained(self) -> Tensor | None:
         """Return the first parameter of the head that is trained; None if it is frozen."""
