@@ -28,8 +28,8 @@ def _torch(name: str) -> Callable[..., Any]:
 class Collectives:
     """The ranks that share a head, and the collectives between them.
 
-    The group belongs to torch.distributed, up to ``destroy_process_group``. A reference that outlives that, as in a head
-    that is a script's variable, would keep the group's threads, and they abort a process that has come to its end.
+    The group belongs to torch.distributed, up to ``destroy_process_group``. A reference that outlives that, as in a
+    head that is a script's variable, would keep the threads of a Gloo group, which can abort a process as it ends.
 
     Args:
         group: the process group; default: the default group if there is one, else a single process.
@@ -63,8 +63,8 @@ class Collectives:
         group = self._group()
         if group is None or not dist.is_initialized():
             raise ConfigError(
-                f"rank {self.rank} of {self.world_size}: the process group of this head has been destroyed; use the head "
-                "before destroy_process_group(), or make a new head in a new group"
+                f"rank {self.rank} of {self.world_size}: the process group of this head has been destroyed; use the "
+                "head before destroy_process_group(), or make a new head in a new group"
             )
         return group
 

@@ -326,8 +326,8 @@ class PartialFC(nn.Module):
         dtype = fn(self.weight.new_empty(0)).dtype
         if dtype not in WEIGHT_DTYPES:
             raise ConfigError(
-                f"the head's weight may be torch.float32, torch.float64 or torch.bfloat16, not {dtype}; convert the backbone "
-                "alone: the head takes embeddings of any of these dtypes and torch.float16"
+                f"the head's weight may be torch.float32, torch.float64 or torch.bfloat16, not {dtype}; convert the "
+                "backbone alone: the head takes embeddings of any of these dtypes and torch.float16"
             )
         return super()._apply(fn, recurse)
 

@@ -1,4 +1,4 @@
-"""The head in other people's loops: several calls a backward, looks at gradients, checkpointing, compilation, freezing."""
+"""The head in other people's loops: calls that share a backward, looks at gradients, checkpointing, freezing."""
 
 from __future__ import annotations
 

@@ -128,5 +128,7 @@ class RowOptimizer(Optimizer):
                 like = torch.empty_like(parameter, device="meta")
                 if of_twin:
                     states[key] = self.take_over(states[key], parameter, group)
-                check_state(name, states[key], {each: self.make_state(each, like, group) for each in self.state_names(group)})
+                check_state(
+                    name, states[key], {each: self.make_state(each, like, group) for each in self.state_names(group)}
+                )
         return {**state_dict, "state": states, "param_groups": groups + state_dict["param_groups"][len(groups) :]}

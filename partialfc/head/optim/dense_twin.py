@@ -57,5 +57,6 @@ def check_state(optimizer: str, saved: dict[str, Any], expected: dict[str, Tenso
         shape = list(saved[name].shape) if name in saved else None
         if shape is not None and shape != list(like.shape):
             raise ConfigError(
-                f"this state of {optimizer} is of other parameters: {name} has shape {shape}, expected {list(like.shape)}"
+                f"this state of {optimizer} is of other parameters: {name} has shape {shape}, "
+                f"expected {list(like.shape)}"
             )

@@ -144,8 +144,8 @@ class _RefuseBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> None:
         raise DoubleBackward(
-            "a gradient of PartialFC's loss cannot be differentiated again (create_graph=True, as for gradient penalties "
-            "and Hessians): the head has first derivatives only"
+            "a gradient of PartialFC's loss cannot be differentiated again (create_graph=True, as for gradient "
+            "penalties and Hessians): the head has first derivatives only"
         )
 
 
