@@ -78,7 +78,7 @@ class Collectives:
 
     @property
     def distributed(self) -> bool:
-        """True if there is a process group, of whatever size."""
+        """True if there is a process group, of any size."""
         return self._group is not None
 
     def gather(self, message: Tensor) -> Tensor:

@@ -56,9 +56,6 @@ def expected_after(weight: Tensor, *batches: Batch) -> tuple[int, float, Tensor]
     return 1, float(t), centers
 
 
-# --- several calls, one backward --------------------------------------------------------------------------------------
-
-
 def one_sum(head: PartialFC, first: Batch, second: Batch) -> None:
     (head(*first).loss + head(*second).loss).backward()
 
@@ -158,9 +155,6 @@ def test_two_views_of_a_skipped_step_are_dropped(place: str) -> None:
     assert same(followed(head), (2, *expected[1:]))
 
 
-# --- looking at a gradient --------------------------------------------------------------------------------------------
-
-
 def look(head: PartialFC, x: Tensor, y: Tensor) -> None:
     torch.autograd.grad(head(x, y).loss, x)
 
@@ -226,9 +220,6 @@ def test_a_graph_of_gradients_changes_no_gradient() -> None:
         each.weight.grad = None
     assert torch.equal(head.weight, plain.weight)
     assert same(followed(head), followed(plain))
-
-
-# --- activation checkpointing, inference, compilation -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("early_stop", [True, False])
@@ -312,9 +303,6 @@ def test_compilation_breaks_the_graph_at_the_head() -> None:
     assert len(graphs) <= 4, "before the head and after it, again where shapes change"
 
 
-# --- what does not fit ------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "convert",
     [
@@ -333,9 +321,6 @@ def test_a_head_in_float16_is_refused(convert: Callable[..., Any], around: Calla
     assert {tensor.dtype for tensor in head.parameters()} == {torch.float64}
     assert head.float().weight.dtype is torch.float32
     assert head.bfloat16().weight.dtype is torch.bfloat16
-
-
-# --- frozen heads -----------------------------------------------------------------------------------------------------
 
 
 def backbone_for(head: PartialFC, held: bool) -> tuple[nn.Module, torch.optim.Optimizer]:
