@@ -237,7 +237,7 @@ def _first_leaf(output: Tensor) -> Tensor | None:
             continue
         seen.add(node)
         if type(node).__name__ == "AccumulateGrad":
-            leaf: Tensor = node.variable
+            leaf: Tensor = getattr(node, "variable")  # noqa: B009 (torch's types do not know it)
             return leaf
         nodes += [parent for parent, _ in node.next_functions]
     return None
