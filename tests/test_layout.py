@@ -34,6 +34,11 @@ def test_pytest_looks_into_every_room(pytestconfig: pytest.Config) -> None:
     assert not [room.parent for room in HERE.rglob("test_*.py") if any(fnmatch(room.parent.name, p) for p in ignored)]
 
 
+def test_test_modules_have_different_names() -> None:
+    names = [path.name for path in HERE.rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names)), "pytest imports modules by name, whatever their folder"
+
+
 def test_a_test_module_has_at_most_400_lines() -> None:
     lengths = {str(path): len(path.read_text(encoding="utf-8").splitlines()) for path in HERE.rglob("*.py")}
     assert {path: length for path, length in lengths.items() if length > 400} == {}
