@@ -258,7 +258,7 @@ def test_an_ignored_sample_has_no_influence_not_even_as_nan(on_nonfinite: str) -
 
 def _made_too_early(group: dist.ProcessGroup) -> list[str]:
     head = PartialFC(CLASSES, DIM, losses.ArcFace(), process_group=group)
-    head.collectives.group = None  # as it is for a head that was made before init_process_group
+    head.collectives._group = None  # as it is for a head that was made before init_process_group
     messages = []
     for call in (lambda: head(*_batch()), lambda: head.rows(torch.tensor([0]))):
         with pytest.raises(ConfigError) as caught:
