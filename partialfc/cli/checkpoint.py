@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from partialfc.cli.arguments import group
-from partialfc.tracking.console import console_progress, log
+from partialfc.tracking.console import console_progress, log, printable
 
 app = group("Inspect checkpoints, or merge one into a single file.")
 
@@ -22,7 +22,7 @@ def inspect_command(
     from partialfc.checkpoint.reader import describe
 
     for line in describe(folder, verify):
-        print(line)
+        print(printable(line))
 
 
 @app.command("merge")

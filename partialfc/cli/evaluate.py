@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from partialfc.cli.exits import STOPPED, exit_now
+from partialfc.cli.exits import FAILED, STOPPED, WRONG_USAGE, exit_now, leave_to_launcher
+from partialfc.errors import ConfigError, PartialFCError
 
 
 def evaluate_command(
@@ -23,4 +24,9 @@ def evaluate_command(
     from partialfc.evaluate.saved_run import evaluate
     from partialfc.runtime.process import under_torchrun
 
-    exit_now(STOPPED if evaluate(run, sets or [], model) is None and not under_torchrun() else 0)
+    try:
+        results = evaluate(run, sets or [], model)
+    except PartialFCError as error:
+        leave_to_launcher(error, WRONG_USAGE if isinstance(error, ConfigError) else FAILED)
+        raise
+    exit_now(STOPPED if results is None and not under_torchrun() else 0)

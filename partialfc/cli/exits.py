@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from partialfc.files import write_atomically
+from partialfc.tracking.console import printable
 
 FAILED = 1
 WRONG_USAGE = 2
@@ -34,20 +35,32 @@ def fail(error: Exception, code: int) -> NoReturn:
     sys.stdout.flush()
     told = _tell_launcher(error, code)
     prefix = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
-    print(f"{prefix}error: {error}", file=sys.stderr, flush=True)
+    print(f"{prefix}error: {printable(str(error))}", file=sys.stderr, flush=True)
     exit_now(0 if told == WRONG_USAGE else code)
 
 
-def _tell_launcher(error: Exception, code: int) -> int | None:
+def leave_to_launcher(error: Exception, code: int) -> None:
+    """End as if all were well, with ``error`` in the launcher's file; return if no launcher has named one.
+
+    For work that is not restarted: the launcher prints the error, once, and torchrun adds no report of its own. The
+    first error stays: that of a rank which misses another one says less.
+    """
+    if _tell_launcher(error, code, final=(FAILED, WRONG_USAGE)) is not None:
+        exit_now(0)
+
+
+def _tell_launcher(error: Exception, code: int, final: tuple[int, ...] = (WRONG_USAGE,)) -> int | None:
     """Leave an error in the launcher's file and return the code that the file holds; None if there is no such file.
 
-    Wrong usage stays there: ranks that lose a rank to its bad data fail too, with a code that says less.
+    An error there stays if its code is one of ``final``: ranks that lose a rank to its bad data fail too, with a code
+    that says less.
     """
     try:
         file = Path(os.environ["PARTIALFC_CODE_FILE"])
-        if file.exists() and file.read_text().partition("\n")[0] == str(WRONG_USAGE):
-            return WRONG_USAGE
-        write_atomically(file, f"{code}\n{error}\n")
+        found = file.read_text().partition("\n")[0] if file.exists() else ""
+        if found in map(str, final):
+            return int(found)
+        write_atomically(file, f"{code}\n{printable(str(error))}\n")
     except (OSError, KeyError):
         return None
     return code

@@ -14,7 +14,7 @@ from partialfc.checkpoint.state import TrainingState
 from partialfc.config import parse_config
 from partialfc.data.index import CLASSES
 from partialfc.engines.state import ReplicatedBackbone
-from partialfc.errors import ConfigError, DamagedCheckpoint, DataError
+from partialfc.errors import ConfigError, DamagedCheckpoint
 from partialfc.evaluate.runner import Evaluation, describe_results
 from partialfc.runtime.collectives import broadcast_from_rank0, run_alike
 from partialfc.runtime.process import joined
@@ -36,12 +36,12 @@ def evaluate(run: Path, sets: Sequence[Path] = (), model: str | None = None) -> 
         The results, or None if a stop was requested meanwhile.
 
     Raises:
-        ConfigError: no evaluation set is given, or ``model`` is missing.
-        DataError: the run has no valid checkpoint, or a set is missing, incomplete or malformed.
+        ConfigError: ``run`` is not a run with checkpoints, no evaluation set is given, or ``model`` is missing.
+        DataError: all checkpoints are damaged, or a set is missing, incomplete or malformed.
     """
     with joined(None, _TIMEOUT) as process:  # the file `stop` in the run folder is for a training run
         if not broadcast_from_rank0(lambda: step_folders(run / "checkpoints")):
-            raise DataError(f"{run} is not the folder of a run with checkpoints")
+            raise ConfigError(f"{run} is not the folder of a run with checkpoints")
         found = latest_valid(run / "checkpoints")
         if found is None:
             raise DamagedCheckpoint(f"all checkpoints in {run / 'checkpoints'} are damaged")

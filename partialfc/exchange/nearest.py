@@ -18,4 +18,5 @@ centers = np.load(folder / "class_centers.npy", mmap_mode="r")  # [classes, D], 
 cosines = (centers @ (embedding / np.linalg.norm(embedding))).reshape(len(centers), -1).max(1)
 names = [json.loads(line)["name"] for line in (folder / "classes.jsonl").open(encoding="utf-8")]
 for label in np.argsort(-cosines)[:count]:
-    print(f"{cosines[label]:.4f}  {names[label]}  (class {label})")
+    name = "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in names[label])
+    print(f"{cosines[label]:.4f}  {name}  (class {label})")

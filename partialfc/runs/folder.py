@@ -34,6 +34,7 @@ class RunFolder:
         restarts: automatic restarts in a row, this one included, that began at the same step.
         lock: the folder's lock, if the caller holds it already; released by :meth:`close`.
         heartbeat: seconds between updates of ``state.json``.
+        samples, skipped_steps: of the run before this attempt.
     """
 
     def __init__(
@@ -44,6 +45,8 @@ class RunFolder:
         restarts: int = 0,
         lock: FileLock | None = None,
         heartbeat: float = DEFAULT_TIMINGS.heartbeat,
+        samples: int = 0,
+        skipped_steps: int = 0,
     ) -> None:
         self.path = config.run.dir
         self._folder_lock = lock or lock_folder(config)
@@ -66,7 +69,7 @@ class RunFolder:
         self._last_progress = time.monotonic()
         self.on_lost: Callable[[str], None] = lambda reason: None  # called by a thread, once
         self.set_state("running", step)
-        self._endpoint = self._open_endpoint(config)
+        self._endpoint = self._open_endpoint(config, samples, skipped_steps)
         self._thread = threading.Thread(target=self._keep_fresh, name="state", daemon=True)
         self._thread.start()
         self.wandb = start_wandb(self.path, config.tracking.wandb, anew=config.checkpoint.resume == "never")
@@ -129,7 +132,8 @@ class RunFolder:
 
     def has_evaluation(self, step: int) -> bool:
         """Return True if metrics.jsonl holds the evaluation of ``step``."""
-        return any(line["kind"] == "evaluation" and line["step"] == step for line in read_metrics(self.metrics.path))
+        lines = read_metrics(self.metrics.path)
+        return any(line["kind"] == "evaluation" and line.get("step") == step for line in lines)
 
     def close(self) -> None:
         """Stop writing and release the folder."""
@@ -143,18 +147,20 @@ class RunFolder:
         if self.wandb:
             self.wandb.close()
 
-    def _open_endpoint(self, config: Config) -> Any:
+    def _open_endpoint(self, config: Config, samples: int, skipped_steps: int) -> Any:
         port = config.tracking.metrics_port
         if not port:
             return None
         from partialfc.tracking.http import Endpoint
+        from partialfc.tracking.prometheus import RunBegin
 
         def state() -> dict[str, Any]:
             since = time.monotonic() - self._last_progress
             return {**self._values("running"), "seconds_since_progress": round(since, 3)}
 
         try:
-            endpoint = Endpoint(port, state, 2 * config.run.timeout)
+            begin = RunBegin(self.start_step, samples, skipped_steps)
+            endpoint = Endpoint(port, self.path.resolve().name, begin, state, 2 * config.run.timeout)
         except OSError as error:  # no reason not to train
             log(f"WARNING: tracking.metrics_port={port} cannot be served: {error.strerror}")
             return None
@@ -238,4 +244,7 @@ def _is_kept(line: str, step: int) -> bool:
         values = json.loads(line)
     except ValueError:  # cut off by a kill
         return False
-    return isinstance(values, dict) and (values.get("kind") == "event" or values.get("step", 0) <= step)
+    if not isinstance(values, dict):
+        return False
+    of = values.get("step", 0)
+    return values.get("kind") == "event" or (isinstance(of, int) and of <= step)

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from partialfc.runs.state import STATE, read_state
-from partialfc.tracking.console import duration
+from partialfc.errors import ConfigError
+from partialfc.runs.state import STATE, parse_state
+from partialfc.tracking.console import duration, printable
 from partialfc.tracking.metrics import read_last
 
 STALLED_AFTER = 60.0  # seconds without an update of state.json, which a live run writes every few
+_DAMAGED = "damaged"  # shown for a state.json that cannot be read
 _TAIL = 1 << 20  # bytes at the end of metrics.jsonl that are read
 
 
@@ -23,7 +25,7 @@ class Run:
     """A run folder at a glance."""
 
     folder: Path
-    state: str  # as in state.json, or stalled
+    state: str  # as in state.json, or stalled, or damaged
     step: int
     total_steps: int
     attempt: int
@@ -35,21 +37,30 @@ class Run:
 
 
 def find_runs(folder: Path, now: float | None = None) -> list[Run]:
-    """Return all runs at or below ``folder``, the most recently updated first."""
+    """Return all runs at or below ``folder``, the most recently updated first.
+
+    Raises:
+        ConfigError: there is no such folder.
+    """
+    if not folder.is_dir():
+        raise ConfigError(f"there is no folder {folder}; expected a run folder, or one above run folders")
     now = time.time() if now is None else now
     runs = [run for path in sorted(folder.rglob(STATE)) if (run := _read_run(path.parent, now))]
     return sorted(runs, key=lambda run: run.silent)
 
 
 def _read_run(folder: Path, now: float) -> Run | None:
-    state = read_state(folder)
-    if state is None:
+    lines = read_last(folder / "metrics.jsonl", _TAIL)
+    try:
+        state = parse_state(folder)
+    except FileNotFoundError:  # removed a moment ago
         return None
+    except (OSError, ValueError) as error:
+        state = _damaged_state(folder, error, lines.get("train", {}))
     silent = max(0.0, now - (_number_of(state, "updated") or 0.0))
-    shown = str(state.get("state", "?"))
+    shown = state["state"]
     if shown == "running" and silent > STALLED_AFTER:
         shown = "stalled"
-    lines = read_last(folder / "metrics.jsonl", _TAIL)
     return Run(
         folder,
         shown,
@@ -64,6 +75,16 @@ def _read_run(folder: Path, now: float) -> Run | None:
     )
 
 
+def _damaged_state(folder: Path, error: OSError | ValueError, train: dict[str, Any]) -> dict[str, Any]:
+    """Return what is known without state.json, in its form."""
+    updated = None
+    with suppress(OSError):
+        updated = (folder / STATE).lstat().st_mtime
+    why = error.strerror if isinstance(error, OSError) else error
+    reason = f"{STATE} cannot be read ({why}); the next start of the run writes it anew"
+    return {"state": _DAMAGED, "step": train.get("step"), "updated": updated, "reason": reason}
+
+
 def _number_of(state: dict[str, Any], name: str) -> float | None:
     """Return a finite number of ``state``, else None: one corrupt file must not hide all other runs."""
     value = state.get(name)
@@ -74,12 +95,16 @@ def _number_of(state: dict[str, Any], name: str) -> float | None:
 
 
 def describe_runs(folder: Path) -> str:
-    """Return the runs below ``folder`` as a table, followed by the reasons of failed and stalled ones."""
+    """Return the runs below ``folder`` as a table, followed by the reasons of failed, damaged and stalled ones.
+
+    Raises:
+        ConfigError: there is no such folder.
+    """
     runs = find_runs(folder)
     if not runs:
         return f"no runs below {folder}"
     head = ("run", "state", "step", "done", "ETA", "loss", "cosine", "images/s", "evaluation", "written")
-    rows = [head, *(_row(run, folder) for run in runs)]
+    rows = [head, *([_cell(text) for text in _row(run, folder)] for run in runs)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
     right = {"step", "done", "ETA", "loss", "cosine", "images/s", "written"}
     lines = []
@@ -89,13 +114,13 @@ def describe_runs(folder: Path) -> str:
             for text, width, name in zip(row, widths, head, strict=True)
         ]
         lines.append("  ".join(cells).rstrip())
-    notes = [f"{_name(run, folder)}: {run.reason}" for run in runs if run.reason and run.state == "failed"]
+    notes = [f"{_name(run, folder)}: {run.reason}" for run in runs if run.reason and run.state in ("failed", _DAMAGED)]
     notes += [
         f"{_name(run, folder)}: no update for {duration(run.silent)}; its process or its machine may be lost"
         for run in runs
         if run.state == "stalled"
     ]
-    return "\n".join(lines + (["", *notes] if notes else []))
+    return "\n".join(lines + (["", *map(_cell, notes)] if notes else []))
 
 
 def watch_runs(folder: Path, every: float) -> None:
@@ -121,6 +146,11 @@ def _row(run: Run, folder: Path) -> tuple[str, ...]:
         _result(run.evaluation),
         f"{duration(run.silent)} ago",
     )
+
+
+def _cell(text: str) -> str:
+    """Return a text on one line, without the control characters of a file that others have written."""
+    return " ".join(printable(text).split())
 
 
 def _name(run: Run, folder: Path) -> str:

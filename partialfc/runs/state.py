@@ -9,18 +9,31 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from partialfc.files import write_atomically
+from partialfc.files import read_json, write_atomically
 
 STATE = "state.json"
+_MOST_BYTES = 1 << 20
 
 
 def read_state(folder: Path) -> dict[str, Any] | None:
-    """Return a run's ``state.json``, or None if it is missing or unreadable."""
+    """Return a run's ``state.json``, or None if it is missing or damaged."""
     try:
-        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return parse_state(folder)
+    except (OSError, ValueError):
         return None
-    return state if isinstance(state, dict) else None
+
+
+def parse_state(folder: Path) -> dict[str, Any]:
+    """Return a run's ``state.json``.
+
+    Raises:
+        OSError: it cannot be read, or is not a regular file of a plausible size.
+        ValueError: it does not hold a state; the message says why not.
+    """
+    state = read_json(folder / STATE, _MOST_BYTES)
+    if not isinstance(state, dict) or not isinstance(state.get("state"), str):
+        raise ValueError("it holds no state of a run")
+    return state
 
 
 def write_state(folder: Path, state: dict[str, Any]) -> None:

@@ -5,21 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from partialfc.tracking.console import duration
+from partialfc.tracking.console import duration, printable
 from partialfc.tracking.metrics import read_metrics
 
 
 def summarize(run: Path) -> str:
     """Return a short table: loss, accuracy, TAR at FAR, speed, and the paths of the results."""
     lines = read_metrics(run / "metrics.jsonl")
-    train: dict[str, Any] = next((line for line in reversed(lines) if line["kind"] == "train"), {})
     end: dict[str, Any] = next((line for line in reversed(lines) if line.get("event") == "finished"), {})
     evaluation: dict[str, Any] = next((line for line in reversed(lines) if line["kind"] == "evaluation"), {})
     rows: list[tuple[str, str]] = []
+    train = [line for line in lines if line["kind"] == "train"]
     if train:
-        rows.append(
-            ("loss", f"{train['loss']:.4f}  (mean over the last steps, target cosine {train['target_cosine']:.3f})")
-        )
+        rows.append(("loss", _describe_loss(train)))
     for name, found in evaluation.get("results", {}).items():
         label = name.replace("_", " ")
         if "accuracy" in found:
@@ -39,4 +37,16 @@ def summarize(run: Path) -> str:
         rows.append(("checkpoint", str(checkpoints[-1])))
     rows.append(("run folder", f"{run}  (config.yaml, metrics.jsonl, state.json)"))
     width = max(len(name) for name, _ in rows)
-    return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows)
+    return "\n".join(printable(f"  {name:<{width}}  {value}") for name, value in rows)
+
+
+def _describe_loss(train: list[dict[str, Any]]) -> str:
+    """Return the newest loss: a line has none if all of its steps were skipped."""
+    applied = next((line for line in reversed(train) if line["loss"] is not None), None)
+    if applied is None:
+        return "none  (all steps were skipped)"
+    loss, cosine = applied["loss"], applied["target_cosine"]
+    if applied is train[-1]:
+        return f"{loss:.4f}  (mean over the last steps, target cosine {cosine:.3f})"
+    step = applied["step"]
+    return f"{loss:.4f}  (mean up to step {step:,}, target cosine {cosine:.3f}; all later steps were skipped)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
@@ -81,9 +82,20 @@ def reason_of(error: BaseException) -> str:
         return str(error)
     if isinstance(error, CheckpointException):
         cause = next(iter(error.failures.values()), (error,))[0]
+    while isinstance(cause, RuntimeError) and (cause.__cause__ or cause.__context__):
+        cause = cause.__cause__ or cause.__context__ or cause
+    return f"{type(cause).__name__}: {cause}".splitlines()[0] + _advice(cause)
+
+
+def _advice(error: BaseException) -> str:
+    """Return what to look at after an error in writing; '' where its own words say it."""
+    number = error.errno if isinstance(error, OSError) else None
+    if number in (errno.EMFILE, errno.ENFILE):
+        return "; raise the limit of open files (ulimit -n), or close what else holds them open"
     # torch's writer raises RuntimeError when the disk is full.
-    hint = "; is the disk full?" if isinstance(cause, OSError | RuntimeError) else ""
-    return f"{type(cause).__name__}: {cause}".splitlines()[0] + hint
+    if number in (errno.ENOSPC, errno.EDQUOT) or isinstance(error, RuntimeError):
+        return "; is the disk full?"
+    return ""
 
 
 def all_gather_object(value: T, group: Group = None) -> list[T]:

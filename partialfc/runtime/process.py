@@ -21,6 +21,7 @@ from partialfc.runtime.liveness import Liveness
 from partialfc.runtime.rendezvous import fresh_store
 from partialfc.runtime.stopping import StopCause, StopRequest
 from partialfc.runtime.timings import DEFAULT_TIMINGS, Timings
+from partialfc.tracking.console import printable
 
 #: Timeout of collectives during which one rank may work for long while the others wait: imports, compilers and caches
 #: before the first step, the writing of a checkpoint, an evaluation.
@@ -119,7 +120,7 @@ class ProcessContext:
         """End this process, whose main thread waits for a lost rank, from another thread."""
         for listener in self.on_lost:
             listener(reason)
-        print(f"[rank {self.rank}] error: {reason}", file=sys.stderr, flush=True)
+        print(f"[rank {self.rank}] error: {printable(reason)}", file=sys.stderr, flush=True)
         os._exit(1)
 
 

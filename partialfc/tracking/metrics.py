@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from partialfc.files import open_regular, parse_json
 from partialfc.tracking.console import log
 
 
@@ -81,20 +82,20 @@ def add_event(run: Path, event: str, **values: Any) -> None:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a metrics.jsonl, without torn ones."""
+    """Return the lines of a metrics.jsonl that have a kind: a kill or a lost disk block may have torn others."""
     lines = []
     for text in path.read_text(encoding="utf-8", errors="replace").split("\n"):
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            continue
+        with suppress(ValueError):
+            line = parse_json(text)
+            if isinstance(line, dict) and isinstance(line.get("kind"), str):
+                lines.append(line)
     return lines
 
 
 def read_last(path: Path, most: int) -> dict[str, dict[str, Any]]:
     """Return the last line of each kind among the last ``most`` bytes of a metrics.jsonl; {} if there is no file."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             start = max(0, file.seek(0, 2) - most)
             file.seek(start)
             texts = file.read(most).split(b"\n")[1 if start else 0 :]
@@ -103,7 +104,7 @@ def read_last(path: Path, most: int) -> dict[str, dict[str, Any]]:
     found = {}
     for text in texts:
         with suppress(ValueError):
-            line = json.loads(text)
+            line = parse_json(text)
             if isinstance(line, dict) and isinstance(line.get("kind"), str):
                 found[line["kind"]] = line
     return found

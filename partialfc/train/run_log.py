@@ -51,7 +51,7 @@ class RunLog:
         if self._slow_rank.is_slow(line):
             self._slow(line)
 
-    def progress(self, step: int, seconds_left: float) -> None:
+    def progress(self, step: int, seconds_left: float | None) -> None:
         """Record the completed step, for ``state.json``."""
         if self.folder:
             self.folder.progress(step, seconds_left)

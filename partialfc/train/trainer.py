@@ -33,7 +33,7 @@ from partialfc.runtime.agreement import require_same
 from partialfc.runtime.collectives import broadcast_from_rank0, run_alike, run_on_rank0
 from partialfc.runtime.process import ProcessContext, automatic_restarts
 from partialfc.runtime.stopping import StopCause, StoppedBy
-from partialfc.tracking.console import console_progress, no_progress
+from partialfc.tracking.console import Pace, console_progress, no_progress
 from partialfc.train.agreement import backbone_facts, config_facts, data_facts
 from partialfc.train.finished import finished_before
 from partialfc.train.loss_spikes import SpikeRule
@@ -171,7 +171,8 @@ class Trainer:
             record_failure(self.config.run.dir, str(error), states, given_up=True)
             raise
         heartbeat = self.process.timings.heartbeat
-        folder = RunFolder(self.config, self.schedule.total_steps, self.step, restarts, lock, heartbeat)
+        seen = {"samples": self.metrics.samples, "skipped_steps": self.skipped_steps}
+        folder = RunFolder(self.config, self.schedule.total_steps, self.step, restarts, lock, heartbeat, **seen)
         folder.on_lost = lambda reason: self.process.stop.request(StopCause(StoppedBy.PERSON, reason))
         return folder
 
@@ -226,10 +227,10 @@ class Trainer:
         """Train to the last step; return True if asked to stop by then."""
         first_step, total_steps = self.step, self.schedule.total_steps
         settings = LoaderSettings.from_config(self.config, self.process.rank, self.process.world_size)
-        began = time.monotonic()
+        began, pace = time.monotonic(), Pace()
         progress = console_progress if self.process.is_first else no_progress
         loader = build_loader(self.dataset, settings, self.schedule.order, first_step, total_steps)
-        with progress("training", total_steps - first_step) as advance, running(loader) as batches:
+        with progress("training", total_steps, first_step, pace) as advance, running(loader) as batches:
             self.clock.start()
             for batch in batches:
                 self.clock.end("data")
@@ -244,10 +245,11 @@ class Trainer:
                     line = self.metrics.line(self.step, result.out.active_rows, self.skipped_steps)
                     self.log.train(line)
                     advance(0, note=f"loss {line['loss']:.3f}  cos {line['target_cosine']:.3f}  {_rate(line)}")
+                seconds = time.monotonic() - began
+                self.training_seconds += seconds
+                pace.add(1, seconds)
                 advance(1)
-                self.training_seconds += time.monotonic() - began
-                seconds_a_step = self.training_seconds / (self.step - first_step)
-                self.log.progress(self.step, (total_steps - self.step) * seconds_a_step)
+                self.log.progress(self.step, pace.seconds_for(total_steps - self.step))
                 if stop:
                     return True
                 if self._is_due(self.config.checkpoint.every):

@@ -50,7 +50,7 @@ def test_other_sets_leave_the_results_of_the_run_unchanged(finished: Path, tmp_p
 
 def test_a_folder_that_is_not_a_run_is_refused_in_one_line(tmp_path: Path) -> None:
     done = partialfc("evaluate", tmp_path / "nothing")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stderr.strip().splitlines() == [
         f"error: {tmp_path / 'nothing'} is not the folder of a run with checkpoints"
     ]

@@ -54,6 +54,7 @@ def test_runs_are_listed_with_state_step_eta_and_last_metrics(several: Path) -> 
         "faces/r100": "stalled",
         "old": "finished",
         "bad": "failed",
+        "junk": "damaged",
     }
     assert next(iter(runs)) == "faces/r50", "the one that wrote last comes first"
     assert runs["faces/r50"].train["step"] == 500, "the torn line is none"
@@ -107,7 +108,7 @@ def test_a_spoilt_folder_does_not_hide_the_other_runs(several: Path, spoilt: str
     (folder / "metrics.jsonl").write_text(metrics)
     text = describe_runs(several)
     assert "old " in text
-    assert ("spoilt" in text) == spoilt.startswith("{"), text
+    assert "spoilt " in text
 
 
 def test_the_list_is_refreshed_until_ctrl_c(several: Path, tmp_path: Path) -> None:

@@ -85,6 +85,8 @@ def run_id(folder: Path, anew: bool = False) -> str:
 def start_wandb(folder: Path, settings: WandbConfig, anew: bool = False) -> WandbRun | None:
     """Start sending a run folder's ``metrics.jsonl`` to W&B, if the settings say so."""
     if not wants_wandb(settings):
+        if settings.mode == "auto":
+            log("W&B: disabled by WANDB_MODE")
         return None
     try:
         return WandbRun(folder, settings, anew)
