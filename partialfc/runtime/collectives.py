@@ -82,8 +82,8 @@ def reason_of(error: BaseException) -> str:
         return str(error)
     if isinstance(error, CheckpointException):
         cause = next(iter(error.failures.values()), (error,))[0]
-    while isinstance(cause, RuntimeError) and (cause.__cause__ or cause.__context__):
-        cause = cause.__cause__ or cause.__context__ or cause
+    if isinstance(cause, RuntimeError) and isinstance(cause.__context__, OSError):  # raised while torch closed the file
+        cause = cause.__context__
     return f"{type(cause).__name__}: {cause}".splitlines()[0] + _advice(cause)
 
 
