@@ -44,6 +44,7 @@ def several(tmp_path: Path) -> Path:
     write_run(tmp_path / "bad", "failed", now - 60, reason="not heard from rank 3")
     (tmp_path / "junk").mkdir()
     (tmp_path / "junk" / "state.json").write_text("[]")
+    os.utime(tmp_path / "junk" / "state.json", (now - 70, now - 70))
     return tmp_path
 
 
