@@ -9,6 +9,7 @@ import typer
 from partialfc.cli.arguments import ConfigFile, Force, Overrides
 from partialfc.cli.exits import STOPPED, exit_now
 from partialfc.errors import ConfigError
+from partialfc.tracking.console import printable
 
 
 def train_command(
@@ -28,7 +29,7 @@ def train_command(
     if dry_run:
         from partialfc.planning.dry_run import dry_run as describe
 
-        print("\n".join(describe(load_config(config, overrides or []), ranks or 1)))
+        print(printable("\n".join(describe(load_config(config, overrides or []), ranks or 1))))
         return
     if ranks is not None:
         raise ConfigError(
