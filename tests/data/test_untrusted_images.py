@@ -16,6 +16,7 @@ from PIL import Image
 from partialfc.data.dataset import DatasetWriter, TarDataset
 from partialfc.data.loader import Batch, LoaderSettings, build_loader, evaluation_batches, running
 from partialfc.data.offsets import Offsets
+from partialfc.data.order import BatchOrder
 from partialfc.errors import DataUnavailable, InvalidData
 from tests.harness.data_sets import png
 from tests.harness.running import children
@@ -30,8 +31,8 @@ def _dataset(folder: Path, content: bytes) -> TarDataset:
 
 
 def _load(dataset: TarDataset, workers: int = 0, **changes: int) -> list[Batch]:
-    settings = LoaderSettings(global_batch_size=2, image_size=8, channels=1, workers=workers, **changes)
-    with running(build_loader(dataset, settings, 0, 1)) as found:
+    settings = LoaderSettings(image_size=8, channels=1, workers=workers, **changes)
+    with running(build_loader(dataset, settings, BatchOrder(num_samples=2, batch_size=2), 0, 1)) as found:
         return list(found)
 
 
@@ -56,7 +57,7 @@ def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(tmp_path: P
         "data.max_pixels=40,000,000"
     )
     with pytest.raises(InvalidData, match="13,000 × 13,000 pixels"):
-        list(evaluation_batches(dataset, LoaderSettings(global_batch_size=2, image_size=8, channels=1), 2))
+        list(evaluation_batches(dataset, LoaderSettings(image_size=8, channels=1), 2))
 
 
 def test_the_limit_is_a_setting(tmp_path: Path) -> None:
@@ -111,10 +112,11 @@ def test_a_shard_that_is_gone_is_one_line_and_no_reason_to_give_up(tmp_path: Pat
 
 def test_a_loader_process_that_is_killed_is_one_line(tmp_path: Path) -> None:
     dataset = _dataset(tmp_path / "d", png(2))
-    settings = LoaderSettings(global_batch_size=1, image_size=8, channels=1, workers=1)
+    settings = LoaderSettings(image_size=8, channels=1, workers=1)
 
     def load_on() -> None:
-        with running(build_loader(dataset, settings, 0, 10_000)) as found:
+        order = BatchOrder(num_samples=2, batch_size=1)
+        with running(build_loader(dataset, settings, order, 0, 10_000)) as found:
             next(found)
             for child in children(os.getpid()):
                 os.kill(child, signal.SIGKILL)
