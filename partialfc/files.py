@@ -1,12 +1,14 @@
-"""The package's file lock, atomic write and careful read."""
+"""The package's file lock and its careful reads and writes, which follow no link that others have planted."""
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import io
 import json
 import os
 import stat
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -16,7 +18,7 @@ from typing import Any, BinaryIO
 _POLL_SECONDS = 0.2
 
 
-def open_regular(path: Path | str) -> BinaryIO:
+def open_regular(path: Path | str) -> io.BufferedReader:
     """Open a file for reading, if it is a regular one: a FIFO would wait for a writer, a device may never end.
 
     Raises:
@@ -78,10 +80,10 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     Raises:
         OSError: the file cannot be written; ``path`` is unchanged.
     """
-    # Several processes may write the same file: each has its own temporary file.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    # Several processes and threads may write the same file: each has its own temporary file.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_native_id()}")
     try:
-        with temporary.open("wb") as file:
+        with open_new(temporary) as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
@@ -91,6 +93,38 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     finally:
         with suppress(OSError):
             temporary.unlink()
+
+
+def open_new(path: Path) -> BinaryIO:
+    """Open a new file for writing; a file or link of this name is removed first, and its target left alone.
+
+    Raises:
+        OSError: it cannot be created.
+    """
+    path.unlink(missing_ok=True)
+    return path.open("x+b")
+
+
+def open_append(path: Path) -> BinaryIO:
+    """Open a regular file for appending and reading, unbuffered; create it if it is missing.
+
+    Raises:
+        OSError: it cannot be opened, or is a symbolic link or no regular file; ``strerror`` says which, for a message.
+    """
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+    try:
+        descriptor = os.open(path, flags, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise OSError(errno.ELOOP, "a symbolic link, not a file") from None
+        raise
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file")
+        return open(descriptor, "a+b", buffering=0)
+    except BaseException:
+        os.close(descriptor)
+        raise
 
 
 def sync_to_disk(path: Path) -> None:
@@ -116,7 +150,7 @@ class FileLock:
         self.path = path
         self.waited = False  # another process held it
         self.unsupported = ""
-        self._file = path.open("a")
+        self._file = open_append(path)
 
     def acquire(self, timeout: float = 0.0, on_wait: Callable[[], None] | None = None) -> bool:
         """Take the lock, or return False if another process still holds it after ``timeout`` seconds.

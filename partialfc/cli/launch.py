@@ -39,6 +39,7 @@ def slurm_command(
     """Write a job script that trains CONFIG, and submit it."""
     from partialfc.config import load_config
     from partialfc.errors import ConfigError
+    from partialfc.files import write_atomically
     from partialfc.launch.slurm import Request, job_script, seconds_of, submit
 
     run = load_config(config, overrides or []).run.dir
@@ -61,7 +62,7 @@ def slurm_command(
     path = run / "job.sbatch"
     try:
         run.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
+        write_atomically(path, text)
     except OSError as error:
         raise ConfigError(f"run.dir: {path} cannot be written: {error}") from error
     log(f"job {submit(path)}: {path}, output in {run}")

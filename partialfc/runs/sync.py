@@ -12,7 +12,7 @@ from pathlib import Path
 
 from partialfc.config import WandbConfig, read_yaml
 from partialfc.errors import DataError, PartialFCError
-from partialfc.files import FileLock
+from partialfc.files import FileLock, open_append
 from partialfc.runs.folder import LOCK
 from partialfc.tracking.wandb.lock import client_lock
 from partialfc.tracking.wandb.run import LOG, UNSENT, client_options, require_client, start_client
@@ -59,7 +59,7 @@ def _send(folder: Path) -> None:
     config = read_yaml(folder / "config.yaml")  # other sections need not be valid
     settings = WandbConfig.model_validate(config.get("tracking", {}).get("wandb", {}))
     options = client_options(folder, settings) | {"mode": "online", "limited": False, "system_metrics": False}
-    with (folder / "wandb" / LOG).open("a") as log:
+    with open_append(folder / "wandb" / LOG) as log:
         client = start_client(folder, options, subprocess.DEVNULL, log)
     said, _ = client.communicate()
     word, _, reason = said.strip().rpartition("\n")[2].partition(" ")

@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from partialfc.files import open_regular, parse_json
+from partialfc.files import open_append, open_regular, parse_json
 from partialfc.tracking.console import log
 
 
@@ -28,7 +28,7 @@ class MetricsFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.listeners: list[Callable[[dict[str, Any]], None]] = []  # called with each line
-        self._file = path.open("a+b", buffering=0)
+        self._file = open_append(path)
         self._unwritten = b""
         self._lock = threading.Lock()
 
@@ -48,7 +48,7 @@ class MetricsFile:
                 self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
         except OSError as error:
             if not failed_before:
-                log(f"WARNING: {self._file.name} cannot be written ({error.strerror}); its lines are kept until it can")
+                log(f"WARNING: {self.path} cannot be written ({error.strerror}); its lines are kept until it can")
 
     def rescue(self, target: Path) -> Path | None:
         """Copy the lines beside a run folder that was removed, to ``target`` or a numbered name like it; return where.
@@ -73,12 +73,17 @@ class MetricsFile:
 
 
 def add_event(run: Path, event: str, **values: Any) -> None:
-    """Append an event to the metrics.jsonl in ``run``, if there is one, from outside the training."""
+    """Append an event to the metrics.jsonl in ``run``, if one is there and can be written, from outside training."""
     path = run / "metrics.jsonl"
-    if path.exists():
+    if not path.exists():
+        return
+    try:
         metrics = MetricsFile(path)
-        metrics.write("event", event=event, **values)
-        metrics.close()
+    except OSError as error:
+        log(f"WARNING: {path} cannot be written ({error.strerror}); it will not mention the {event}")
+        return
+    metrics.write("event", event=event, **values)
+    metrics.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -18,10 +18,10 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from partialfc.errors import MissingDependency
-from partialfc.files import write_atomically
+from partialfc.files import open_append, write_atomically
 from partialfc.tracking.console import log
 from partialfc.tracking.wandb.lock import client_lock
 
@@ -120,7 +120,7 @@ def client_options(folder: Path, settings: WandbConfig, anew: bool = False) -> d
     }
 
 
-def start_client(folder: Path, options: dict[str, Any], stdin: int, stderr: TextIO) -> subprocess.Popen[str]:
+def start_client(folder: Path, options: dict[str, Any], stdin: int, stderr: BinaryIO) -> subprocess.Popen[str]:
     """Start a client process. It writes lines ``WORD TEXT`` to stdout (see :mod:`partialfc.tracking.wandb.client`).
 
     Args:
@@ -176,7 +176,7 @@ class WandbRun:
         self._thread.start()
 
     def _start(self, mode: str) -> None:
-        with self._lock, (self._folder / "wandb" / LOG).open("a") as errors, _signals_held():
+        with self._lock, open_append(self._folder / "wandb" / LOG) as errors, _signals_held():
             self._process = start_client(self._folder, self._options | {"mode": mode}, subprocess.PIPE, errors)
             if self._ended:
                 self._tell_end()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from partialfc.files import write_atomically
+from partialfc.files import open_append, write_atomically
 
 _NOTE = re.compile(r"(\d+) (train|evaluation|events) (\d+)\n")
 
@@ -52,14 +52,13 @@ class SentLog:
         self.sent.rows = max(self.sent.rows, rows or 0)
         if kept != text:
             write_atomically(path, kept)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = open_append(path)
 
     def add(self, line: dict[str, Any]) -> None:
         """Record ``line`` as the next row."""
         kind = "events" if line["kind"] == "event" else line["kind"]
         value = self.sent.events + 1 if kind == "events" else line["step"]
-        self._file.write(f"{self.sent.rows} {kind} {value}\n")
-        self._file.flush()
+        self._file.write(f"{self.sent.rows} {kind} {value}\n".encode())
 
 
 class UnsentLines:
