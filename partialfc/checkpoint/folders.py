@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import os
 import shutil
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from partialfc.checkpoint.manifest import MANIFEST, check_file, read_manifest
-from partialfc.errors import CheckpointFailed, DamagedCheckpoint
+from partialfc.checkpoint.manifest import MANIFEST, check_file, read_manifest, verify
+from partialfc.errors import CheckpointFailed, ConfigError, DamagedCheckpoint
+from partialfc.runs.state import STATE
 from partialfc.runtime.collectives import all_gather_object, broadcast_from_rank0, is_rank0, rank_slice
 from partialfc.tracking.console import log
 
@@ -60,6 +62,68 @@ def latest_valid(folder: Path) -> tuple[Path, dict[str, Any]] | None:
             if is_rank0():
                 log(f"skipping a damaged checkpoint: {error}")
     return None
+
+
+def find_checkpoint(path: Path) -> tuple[Path, dict[str, Any]]:
+    """Return a valid checkpoint and its manifest: ``path`` itself, or the newest of a run folder.
+
+    Raises:
+        ConfigError: ``path`` is neither.
+        DamagedCheckpoint: the checkpoint was modified, or all of the run are.
+    """
+    if is_checkpoint(path):
+        return path, verify(path)
+    require_run(path)
+    found = latest_valid(path / "checkpoints")
+    if found is None:
+        raise DamagedCheckpoint(f"{path / 'checkpoints'} holds no valid checkpoint")
+    return found
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Return True if ``path`` is a checkpoint, complete or not, rather than the folder of a run."""
+    return any(os.path.lexists(path / name) for name in (MANIFEST, ".metadata"))
+
+
+def require_run(path: Path) -> None:
+    """Require that ``path`` is the folder of a run with checkpoints.
+
+    Raises:
+        ConfigError: it is not; the message says what it is.
+    """
+    try:
+        found = "" if step_folders(path / "checkpoints") else _describe(path)
+    except OSError as error:
+        found = f"cannot be read ({error.strerror})"
+    if found:
+        raise ConfigError(f"{path} {found}; expected the folder of a run with checkpoints")
+
+
+def newest(path: Path) -> Path:
+    """Return the newest checkpoint of a run folder, valid or not.
+
+    Raises:
+        ConfigError: ``path`` is not a run with checkpoints.
+    """
+    require_run(path)
+    return step_folders(path / "checkpoints")[0]
+
+
+def _describe(path: Path) -> str:
+    """Describe a path that is not a run with checkpoints."""
+    if not path.is_dir():
+        return "is a file" if path.exists() else "does not exist"
+    if is_checkpoint(path):
+        return f"is a checkpoint of the run {path.resolve().parent.parent}"
+    if step_folders(path):
+        return f"holds the checkpoints of the run {path.resolve().parent}"
+    if (path / STATE).exists() or (path / "checkpoints").is_dir():
+        return "is a run without checkpoints"
+    runs = sorted(other.parent for other in path.glob("*/checkpoints"))
+    if runs:
+        return f"holds {len(runs)} run{'s' if len(runs) > 1 else ''}, such as {runs[0]}"
+    kinds = {"index.json": "a data set", "export.json": "an export"}
+    return "is " + next((kind for name, kind in kinds.items() if (path / name).exists()), "some other folder")
 
 
 def prune(folder: Path, keep_last: int, keep_every: int) -> list[Path]:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from partialfc.errors import DamagedCheckpoint
+from partialfc.files import open_regular, read_json
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+_MAX_MANIFEST = 1 << 26  # bytes: 500,000 files
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
@@ -20,8 +23,10 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
         DamagedCheckpoint: it is missing, modified, or not a manifest.
     """
     try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        manifest = read_json(checkpoint / MANIFEST, _MAX_MANIFEST)
+    except OSError as error:
+        raise DamagedCheckpoint(f"{checkpoint}: {MANIFEST} cannot be read ({error.strerror})") from error
+    except ValueError as error:
         raise DamagedCheckpoint(f"{checkpoint}: {MANIFEST} cannot be read ({error})") from error
     if not _is_manifest(manifest):
         raise DamagedCheckpoint(f"{checkpoint}: {MANIFEST} is not a checkpoint's manifest")
@@ -52,8 +57,8 @@ def manifest_digest(manifest: dict[str, Any]) -> str:
 
 def describe_file(path: Path) -> dict[str, Any]:
     """Return size and digest of a file, as a manifest lists them."""
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    with open_regular(path) as file:
+        return {"bytes": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def check_file(checkpoint: Path, name: str, expected: dict[str, Any]) -> str | None:

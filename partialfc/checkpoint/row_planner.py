@@ -42,6 +42,8 @@ class RowLoadPlanner(DefaultLoadPlanner):
             if name in self.first_row:
                 offsets[0] = self.first_row[name]
                 sizes[0] = stored_rows(stored, offsets[0], len(target))
+            chosen = int(name in self.first_row)
+            assert sizes[chosen:] == list(stored.size[chosen:]), f"{name}: DCP would read the part in both shapes"
             if 0 not in sizes:
                 chunk = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
                 items += create_read_items_for_chunk_list(name, stored, [chunk])

@@ -6,7 +6,6 @@ A tensor with one row per class is a ``Shard(0)`` DTensor over the ranks; each r
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 
+from partialfc.checkpoint.fit import require_fit
 from partialfc.checkpoint.reader import CheckedReader, stored_tensors
 from partialfc.checkpoint.row_planner import RowLoadPlanner, read_tensors
 from partialfc.engines.state import OPTIMIZER, WEIGHTS, BackboneState
@@ -111,23 +111,16 @@ class TrainingState:
                 owner, _, key = name.removeprefix(_HEAD_OPTIMIZER).rpartition(".")
                 self.head_optimizer.state[parameters[owner]][key] = value
 
-    def _check_shapes(self, checkpoint: Path, targets: dict[str, Tensor], stored: dict[str, Any], grow: bool) -> None:
-        missing = [name for name in targets if name not in stored]
-        optimizers = (OPTIMIZER, _HEAD_OPTIMIZER)
-        unknown = [name for name in stored if name not in targets and not name.startswith(optimizers)]
-        if missing or unknown:
-            problem = f"lacks {missing[0]}" if missing else f"holds {unknown[0]}, which this run does not have"
-            raise ConfigError(f"{checkpoint} does not fit this model or head: it {problem}")
-        for name, value in targets.items():
-            rows = _has_rows(name, value.dim())
-            here = [self.head.num_classes, *value.shape[1:]] if rows else list(value.shape)
-            there = list(stored[name].size)
-            fits = there[1:] == here[1:] and there[0] <= here[0] if rows and grow else there == here
-            if not fits:
-                raise ConfigError(
-                    f"{checkpoint} does not fit this model or head: "
-                    f"{name} has shape {there} there and {here} in this run"
-                )
+    def _check_shapes(
+        self, checkpoint: Path, targets: dict[str, Tensor], stored: dict[str, TensorStorageMetadata], grow: bool
+    ) -> None:
+        rows = {name for name, value in targets.items() if _has_rows(name, value.dim())}
+        shapes = {
+            name: (self.head.num_classes, *value.shape[1:]) if name in rows else value.shape
+            for name, value in targets.items()
+        }
+        weights = {name: entry for name, entry in stored.items() if not name.startswith((OPTIMIZER, _HEAD_OPTIMIZER))}
+        require_fit(checkpoint, shapes, weights, growing=rows if grow else ())
 
 
 def _has_rows(name: str, dimensions: int) -> bool:

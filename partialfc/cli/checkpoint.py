@@ -15,7 +15,7 @@ app = group("Inspect checkpoints, or merge one into a single file.")
 
 @app.command("inspect")
 def inspect_command(
-    folder: Annotated[Path, typer.Argument(help="checkpoint folder, e.g. runs/run/checkpoints/step-00001000")],
+    folder: Annotated[Path, typer.Argument(help="checkpoint folder, or a run folder for its newest checkpoint")],
     verify: Annotated[bool, typer.Option(help="read all files and compare their digests")] = True,
 ) -> None:
     """Print the contents of a checkpoint without loading it."""

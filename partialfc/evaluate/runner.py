@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ from partialfc.runtime.process import ProcessContext
 from partialfc.tracking.console import console_progress, log, no_progress
 
 FARS = (1e-2, 1e-3, 1e-4, 1e-5)
+_FOLDER = "evaluation"
 
 
 class Evaluation:
@@ -61,10 +63,15 @@ class Evaluation:
                 find = partial(training_ids, table, count, class_table, num_classes)
                 found.class_ids = broadcast_from_rank0(find)
 
-    def run(self, backbone: nn.Module, head: PartialFC, process: ProcessContext, name: str) -> dict[str, Any] | None:
+    def run(
+        self, backbone: nn.Module, head: PartialFC, process: ProcessContext, name: str | None
+    ) -> dict[str, Any] | None:
         """Return all results, e.g. ``{"unseen_font": {"tar_at_far": {"0.001": 0.9}, …}}``. A collective.
 
-        Rank 0 also writes them, with a ROC figure, into the run folder's ``evaluation/`` under ``name``.
+        Rank 0 also writes them, with a ROC figure, into the run folder's ``evaluation/``.
+
+        Args:
+            name: of the files; None: nothing is written.
 
         Returns:
             The results by protocol or set, or None if a stop was requested meanwhile.
@@ -92,8 +99,11 @@ class Evaluation:
                 if process.agree_to_stop():
                     return None
                 curves[protocol.name], results[protocol.name] = scores, _summarize(scores)
-        if process.is_first and results:
-            self._write(results, curves, name)
+        if process.is_first and results and name:
+            try:
+                self._write(results, curves, name)
+            except OSError as error:  # no reason to lose them, or to end a training
+                log(f"WARNING: the results of {name} cannot be written ({error.strerror}); they are only printed")
         return results
 
     def _embed(
@@ -114,7 +124,7 @@ class Evaluation:
             return embed(backbone, counted(), dataset.num_samples, dim, process.device, interrupted)
 
     def _write(self, results: dict[str, Any], curves: dict[str, Scores], name: str) -> None:
-        folder: Path = self.config.run.dir / "evaluation"
+        folder = self.config.run.dir / _FOLDER
         folder.mkdir(exist_ok=True)
         write_atomically(folder / f"{name}.json", json.dumps(results, indent=1) + "\n")
         if curves:
@@ -127,6 +137,16 @@ class Evaluation:
             draw_roc(curves, path, title)
         except Exception as error:  # the numbers are written; a figure is no reason to end a run
             log(f"WARNING: {path} cannot be drawn: {type(error).__name__}: {error}")
+
+def why_not_writable(run: Path) -> str:
+    """Return the reason that results cannot be written into a run folder; ``""`` if they can."""
+    folder = run / _FOLDER
+    try:
+        folder.mkdir(exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return ""
+    except OSError as error:
+        return f"{folder} cannot be written ({error.strerror})"
 
 
 def _summarize(scores: Scores) -> dict[str, Any]:

@@ -18,8 +18,9 @@ from partialfc.runtime.process import joined
 from partialfc.tracking.console import log
 from partialfc.train.trainer import Trainer
 
-_SETS = ("checkpoint_gpu_*.pt", "softmax_fc_gpu_*.pt")
-_NUMBERED = re.compile(r"(.*?)(\d+)(\.pth?)")
+# The last two are of arcface_torch before 2022: the matrix alone.
+_SETS = ("checkpoint_gpu_*.pt", "softmax_fc_gpu_*.pt", "rank_*_softmax_weight.pt", "rank:*_softmax_weight.pt")
+_NUMBERED = re.compile(r"(.*?)(\d+)((?:_softmax_weight)?\.pth?)")
 
 
 def import_weights(config: Config, backbone: Path | None, head: Path | None) -> Path:
@@ -30,8 +31,8 @@ def import_weights(config: Config, backbone: Path | None, head: Path | None) -> 
 
     Args:
         backbone: a state dict (``backbone.pth``, ``model.pt``), a ``checkpoint_gpu_*.pt``, or a safetensors file.
-        head: one file of a set ``checkpoint_gpu_{0..W-1}.pt`` or ``softmax_fc_gpu_{0..W-1}.pt`` written by any number
-            W of ranks, or their folder.
+        head: one file of a set ``checkpoint_gpu_{0..W-1}.pt``, ``softmax_fc_gpu_{0..W-1}.pt`` or
+            ``rank_{0..W-1}_softmax_weight.pt`` written by any number W of ranks, or their folder.
 
     Returns:
         The checkpoint's folder.
@@ -52,7 +53,9 @@ def import_weights(config: Config, backbone: Path | None, head: Path | None) -> 
         problem = None
         try:
             if backbone is not None:
-                load_backbone(trainer.backbone, backbone)
+                left_out = load_backbone(trainer.backbone, backbone)
+                if left_out and process.is_first:
+                    log(f"left out, since the backbone has no classifier: {', '.join(left_out)} of {backbone}")
             if head is not None:
                 load_head(trainer.head, head)
         except PartialFCError as error:
@@ -115,32 +118,34 @@ def find_shards(path: Path) -> list[Path]:
     if path.is_dir():
         sets = [found for pattern in _SETS if (found := list(path.glob(pattern)))]
         if len(sets) != 1:
-            found_instead = "both; name one file of the set to use" if sets else "none"
+            found_instead = f"{len(sets)} sets; name one file of the set to use" if sets else "none"
             raise DataError(f"{path}: expected files {' or '.join(_SETS)}, found {found_instead}")
         files = sets[0]
     else:
         match = _NUMBERED.fullmatch(path.name)
         if match is None or not path.exists():
             raise DataError(f"{path}: expected a file such as checkpoint_gpu_0.pt, or a folder of them")
-        files = [other for other in path.parent.glob(f"{match[1]}*{match[3]}") if _number(other, match[1]) is not None]
-    prefix = _NUMBERED.fullmatch(files[0].name)
-    by_rank = {_number(file, prefix[1] if prefix else ""): file for file in files}
+        files = [other for other in path.parent.iterdir() if _number(other, match) is not None]
+    like = _NUMBERED.fullmatch(files[0].name)
+    assert like is not None
+    by_rank = {_number(file, like): file for file in files}
     missing = [rank for rank in range(len(files)) if rank not in by_rank]
     if missing:
         raise DataError(f"{files[0].parent}: the file of rank {missing[0]} is missing, beside {len(files)} others")
     return [by_rank[rank] for rank in range(len(files))]
 
 
-def _number(file: Path, prefix: str) -> int | None:
+def _number(file: Path, like: re.Match[str]) -> int | None:
+    """Return the rank in a file's name, if the rest of the name is as in ``like``."""
     match = _NUMBERED.fullmatch(file.name)
-    return int(match[2]) if match and match[1] == prefix else None
+    return int(match[2]) if match and (match[1], match[3]) == (like[1], like[3]) else None
 
 
 def _rows(shard: Path) -> Tensor:
     """Return the weights of a shard's classes, [n, D]."""
     content = read_weights(shard, "state_dict_softmax_fc")
     weight = {plain_name(name): value for name, value in content.items()}.get("weight")
-    if not isinstance(weight, Tensor) or weight.dim() < 2:
+    if not isinstance(weight, Tensor) or weight.dim() < 2 or not weight.is_floating_point():
         raise DataError(
             f"{shard}: expected a head's state dict with a matrix 'weight', found {', '.join(content) or 'none'}"
         )

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import torch
 
+from partialfc.checkpoint.folders import find_checkpoint
 from partialfc.checkpoint.reader import stored_tensors
 from partialfc.errors import ConfigError, DataError
-from partialfc.exchange.reading import find_checkpoint, map_file, read_into, reserve
+from partialfc.exchange.reading import map_file, read_into, reserve
+from partialfc.files import open_new
 from partialfc.tracking.console import Progress, no_progress
 
 _DTYPES = {
@@ -62,8 +64,8 @@ def merge(folder: Path, out: Path, only: str = "", progress: Progress = no_progr
     temporary = out.with_name(f".{out.name}.incomplete")
     try:
         start = 8 + len(text)
-        reserve(temporary, start + end)
-        with temporary.open("r+b") as file:
+        with open_new(temporary) as file:
+            reserve(file, start + end)
             file.write(len(text).to_bytes(8, "little") + text)
         with progress("merging", len(names)) as advance:
             for name in names:
@@ -73,7 +75,7 @@ def merge(folder: Path, out: Path, only: str = "", progress: Progress = no_progr
                 advance(1, note=name)
         temporary.rename(out)
     except OSError as error:
-        raise DataError(f"{out} cannot be written: {error}") from error
+        raise DataError(f"{out} cannot be written: {error.strerror or error}") from error
     finally:
         with suppress(OSError):
             temporary.unlink()
