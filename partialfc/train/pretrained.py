@@ -8,7 +8,7 @@ from torch import nn
 from partialfc.checkpoint.folders import step_folders
 from partialfc.config import Config
 from partialfc.models.weights import load_backbone
-from partialfc.runtime.collectives import broadcast_from_rank0, is_rank0, run_on_rank0
+from partialfc.runtime.collectives import broadcast_from_rank0, is_rank0
 from partialfc.tracking.console import log
 
 
@@ -26,12 +26,13 @@ def start_pretrained(config: Config, backbone: nn.Module) -> None:
         if is_rank0():
             log(f"model.pretrained={path} is not read: the run resumes from its own checkpoint")
         return
-    run_on_rank0(lambda: load_backbone(backbone, path))
+    left_out = broadcast_from_rank0(lambda: load_backbone(backbone, path))
     if dist.is_initialized():
         for value in backbone.state_dict().values():
             dist.broadcast(value, src=0)
     if is_rank0():
-        log(f"the backbone starts from {path}")
+        without = f" without {', '.join(left_out)}: the backbone has no classifier" if left_out else ""
+        log(f"the backbone starts from {path}{without}")
 
 
 def will_resume(config: Config) -> bool:

@@ -124,7 +124,9 @@ def test_an_export_never_replaces_anything_else_and_is_complete_or_absent(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["thesis"]
     with pytest.raises(DataError, match="cannot be written"):
         export(trained.parent / "run", tmp_path / "thesis" / "chapter1.txt" / "out", onnx=False)
-    with pytest.raises(DamagedCheckpoint, match=r"manifest\.json cannot be read"):
+    with pytest.raises(ConfigError, match=r"chapter1\.txt: expected a folder \(Not a directory\)"):
+        export(trained.parent / "run", tmp_path / "thesis" / "chapter1.txt", onnx=False)
+    with pytest.raises(ConfigError, match="thesis is some other folder; expected the folder of a run"):
         export(tmp_path / "thesis")
 
 
@@ -195,6 +197,9 @@ def write_shards(folder: Path, weight: torch.Tensor, world_size: int, kind: str)
         first += size
         if kind == "softmax_fc":
             torch.save({"weight": rows}, folder / f"softmax_fc_gpu_{rank}.pt")
+        elif kind == "softmax_weight":  # before 2022
+            torch.save(rows, folder / f"rank_{rank}_softmax_weight.pt")
+            torch.save(torch.zeros_like(rows), folder / f"rank_{rank}_softmax_weight_mom.pt")
         else:
             backbone = torch.nn.Linear(2, 2)
             optimizer = torch.optim.SGD([torch.nn.Parameter(rows)], lr=0.1, momentum=0.9)
@@ -215,7 +220,7 @@ def _load_shards(group: Any, folder: Path, classes: int) -> torch.Tensor:
     return head.weight.detach()
 
 
-@pytest.mark.parametrize("kind", ["softmax_fc", "checkpoint"])
+@pytest.mark.parametrize("kind", ["softmax_fc", "softmax_weight", "checkpoint"])
 @pytest.mark.parametrize(("classes", "written_on"), [(23, 1), (23, 3), (23, 8), (24, 12), (5, 7)])
 def test_a_set_of_any_number_of_ranks_loads_on_any_number(
     ranks: Any, tmp_path: Path, kind: str, classes: int, written_on: int
@@ -243,7 +248,7 @@ def test_incomplete_and_ambiguous_sets_are_refused(tmp_path: Path) -> None:
     write_shards(tmp_path / "cut", torch.randn(23, 8), 4, "softmax_fc")  # 6, 6, 6, 5
     (tmp_path / "cut" / "softmax_fc_gpu_3.pt").unlink()
     write_shards(tmp_path / "cut", torch.randn(19, 8), 3, "checkpoint")
-    with pytest.raises(DataError, match="both; name one file"):
+    with pytest.raises(DataError, match="2 sets; name one file"):
         load_head(head, tmp_path / "cut")
     torch.save({"weight": torch.randn(9, 8)}, tmp_path / "cut" / "softmax_fc_gpu_1.pt")
     with pytest.raises(DataError, match="has 6 classes; of 21 classes over 3 ranks it should have 7"):
