@@ -143,7 +143,7 @@ def _row(run: Run, folder: Path) -> tuple[str, ...]:
         _number(run.train.get("loss"), ".3f"),
         _number(run.train.get("target_cosine"), ".3f"),
         _number(run.train.get("samples_per_s"), ",.0f"),
-        _result(run.evaluation),
+        _result(run.evaluation, run.step),
         f"{duration(run.silent)} ago",
     )
 
@@ -161,14 +161,15 @@ def _number(value: Any, form: str) -> str:
     return format(value, form) if isinstance(value, int | float) else ""
 
 
-def _result(evaluation: dict[str, Any]) -> str:
-    """Return the first result of an evaluation in a few words."""
-    with suppress(AttributeError, TypeError, ValueError):  # a corrupt line
+def _result(evaluation: dict[str, Any], step: int) -> str:
+    """Return the first result of an evaluation in a few words, with its step unless that is the run's ``step``."""
+    with suppress(AttributeError, KeyError, TypeError, ValueError):  # a corrupt line
+        earlier = f" (step {evaluation['step']:,})" if evaluation and evaluation["step"] != step else ""
         for name, found in evaluation.get("results", {}).items():
             tar = found.get("tar_at_far", {})
             if tar:
                 far = min(tar, key=float)
-                return f"{name} TAR {tar[far]:.4f} @ FAR {far}"
+                return f"{name} TAR {tar[far]:.4f} @ FAR {far}{earlier}"
             if "accuracy" in found:
-                return f"{name} accuracy {found['accuracy']:.4f}"
+                return f"{name} accuracy {found['accuracy']:.4f}{earlier}"
     return ""

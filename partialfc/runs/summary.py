@@ -14,24 +14,26 @@ def summarize(run: Path) -> str:
     lines = read_metrics(run / "metrics.jsonl")
     end: dict[str, Any] = next((line for line in reversed(lines) if line.get("event") == "finished"), {})
     evaluation: dict[str, Any] = next((line for line in reversed(lines) if line["kind"] == "evaluation"), {})
-    rows: list[tuple[str, str]] = []
     train = [line for line in lines if line["kind"] == "train"]
+    step, evaluated = (end or (train[-1] if train else {})).get("step"), evaluation.get("step")
+    earlier = f"  (at step {evaluated:,})" if evaluated not in (None, step) else ""
+    rows: list[tuple[str, str]] = []
     if train:
         rows.append(("loss", _describe_loss(train)))
     for name, found in evaluation.get("results", {}).items():
         label = name.replace("_", " ")
         if "accuracy" in found:
-            rows.append((f"{label}: accuracy", f"{found['accuracy']:.4f}  ({found['samples']:,} samples)"))
+            rows.append((f"{label}: accuracy", f"{found['accuracy']:.4f}  ({found['samples']:,} samples){earlier}"))
         if found.get("tar_at_far") == {}:
             rows.append((f"{label}: no TAR", f"{found.get('impostor_pairs')} impostor pairs are too few"))
         for far, tar in found.get("tar_at_far", {}).items():
             if float(far) <= 1e-3:
-                rows.append((f"{label}: TAR at FAR {far}", f"{tar:.4f}"))
+                rows.append((f"{label}: TAR at FAR {far}", f"{tar:.4f}{earlier}"))
     if end:
         rows.append(("training", f"{end['samples_per_s']:,.0f} images/s, {duration(end['training_seconds'])}"))
-    roc = sorted((run / "evaluation").glob("roc-*.png"))
-    if roc:
-        rows.append(("ROC", str(roc[-1])))
+    roc = run / "evaluation" / f"roc-step-{evaluated or 0:08d}.png"  # not of other sets
+    if roc.exists():
+        rows.append(("ROC", f"{roc}{earlier}"))
     checkpoints = sorted((run / "checkpoints").glob("step-*"))
     if checkpoints:
         rows.append(("checkpoint", str(checkpoints[-1])))

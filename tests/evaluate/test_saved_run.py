@@ -43,14 +43,29 @@ def test_other_sets_leave_the_results_of_the_run_unchanged(finished: Path, tmp_p
     before = {path: path.read_bytes() for path in (finished / "evaluation").iterdir()}
     done = partialfc("evaluate", finished, "--set", tmp_path / "new")
     assert done.returncode == 0, done.stdout + done.stderr
-    results = json.loads((finished / "evaluation" / "step-00000012-new.json").read_text())
-    assert results["new"]["samples"] == 111
+    write_set(tmp_path / "elsewhere" / "new", 37, 2, seed=9)
+    done = partialfc("evaluate", finished, "--set", tmp_path / "elsewhere" / "new")
+    assert done.returncode == 0, done.stdout + done.stderr
+    written = [json.loads(path.read_text()) for path in (finished / "evaluation").glob("step-00000012-new-*.json")]
+    assert sorted(results["new"]["samples"] for results in written) == [74, 111]
     assert all(path.read_bytes() == text for path, text in before.items())
+
+
+def test_results_that_cannot_be_written_are_printed_and_said_so_before_the_work(finished: Path) -> None:
+    folder = finished / "evaluation"
+    folder.rename(finished / "aside")
+    folder.write_text("in the way")
+    done = partialfc("evaluate", finished)
+    folder.unlink()
+    (finished / "aside").rename(folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "evaluation cannot be written (" in done.stdout
+    assert done.stdout.index("the results are only printed") < done.stdout.index("known: accuracy")
 
 
 def test_a_folder_that_is_not_a_run_is_refused_in_one_line(tmp_path: Path) -> None:
     done = partialfc("evaluate", tmp_path / "nothing")
     assert done.returncode == 2
     assert done.stderr.strip().splitlines() == [
-        f"error: {tmp_path / 'nothing'} is not the folder of a run with checkpoints"
+        f"error: {tmp_path / 'nothing'} does not exist; expected the folder of a run with checkpoints"
     ]

@@ -69,7 +69,7 @@ def test_runs_are_listed_with_state_step_eta_and_last_metrics(several: Path) -> 
         "1.250",
         "0.625",
         "4,712",
-        "lfw TAR 0.9512 @ FAR 0.0001",
+        "lfw TAR 0.9512 @ FAR 0.0001 (step 400)",
         "3s ago",
     ):
         assert word in row, word
