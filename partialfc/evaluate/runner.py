@@ -138,6 +138,7 @@ class Evaluation:
         except Exception as error:  # the numbers are written; a figure is no reason to end a run
             log(f"WARNING: {path} cannot be drawn: {type(error).__name__}: {error}")
 
+
 def why_not_writable(run: Path) -> str:
     """Return the reason that results cannot be written into a run folder; ``""`` if they can."""
     folder = run / _FOLDER
