@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from partialfc.cli.exits import FAILED, STOPPED, WRONG_USAGE, exit_now, leave_to_launcher
-from partialfc.errors import ConfigError, PartialFCError
+from partialfc.cli.exits import STOPPED, exit_now, leave_to_launcher
+from partialfc.errors import PartialFCError
 
 
 def evaluate_command(
@@ -27,6 +27,6 @@ def evaluate_command(
     try:
         results = evaluate(run, sets or [], model)
     except PartialFCError as error:
-        leave_to_launcher(error, WRONG_USAGE if isinstance(error, ConfigError) else FAILED)
+        leave_to_launcher(error, error.exit_code)
         raise
     exit_now(STOPPED if results is None and not under_torchrun() else 0)

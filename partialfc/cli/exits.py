@@ -33,9 +33,10 @@ def fail(error: Exception, code: int) -> NoReturn:
     ``PARTIALFC_CODE_FILE``; once it holds :data:`WRONG_USAGE`, ranks end as if all were well.
     """
     sys.stdout.flush()
-    told = _tell_launcher(error, code)
+    message = printable(str(error))
+    told = _tell_launcher(message, code)
     prefix = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
-    print(f"{prefix}error: {printable(str(error))}", file=sys.stderr, flush=True)
+    print(f"{prefix}error: {message}", file=sys.stderr, flush=True)
     exit_now(0 if told == WRONG_USAGE else code)
 
 
@@ -45,11 +46,11 @@ def leave_to_launcher(error: Exception, code: int) -> None:
     For work that is not restarted: the launcher prints the error, once, and torchrun adds no report of its own. The
     first error stays: that of a rank which misses another one says less.
     """
-    if _tell_launcher(error, code, final=(FAILED, WRONG_USAGE)) is not None:
+    if _tell_launcher(printable(str(error)), code, final=(FAILED, WRONG_USAGE)) is not None:
         exit_now(0)
 
 
-def _tell_launcher(error: Exception, code: int, final: tuple[int, ...] = (WRONG_USAGE,)) -> int | None:
+def _tell_launcher(message: str, code: int, final: tuple[int, ...] = (WRONG_USAGE,)) -> int | None:
     """Leave an error in the launcher's file and return the code that the file holds; None if there is no such file.
 
     An error there stays if its code is one of ``final``: ranks that lose a rank to its bad data fail too, with a code
@@ -60,7 +61,7 @@ def _tell_launcher(error: Exception, code: int, final: tuple[int, ...] = (WRONG_
         found = file.read_text().partition("\n")[0] if file.exists() else ""
         if found in map(str, final):
             return int(found)
-        write_atomically(file, f"{code}\n{printable(str(error))}\n")
+        write_atomically(file, f"{code}\n{message}\n")
     except (OSError, KeyError):
         return None
     return code

@@ -46,7 +46,6 @@ from typing import Any
 
 from partialfc.files import write_atomically
 from partialfc.runtime.stopping import STOP_FILE, StopCause, StoppedBy
-from partialfc.tracking.console import printable
 
 _SELF = "launch/torchrun.sh"
 _POLL = 0.2  # seconds
@@ -190,7 +189,7 @@ class Start:
     def _rank_error(self) -> tuple[str, str]:
         """Return the code and the message that a rank has left, both empty if none has."""
         code, _, reason = _read_text(self._code_file).partition("\n")
-        return code, printable((reason.strip().splitlines() or [""])[0])
+        return code, (reason.strip().splitlines() or [""])[0]
 
     def remove_request(self) -> None:
         """Remove a request that came too late, so that it does not stop the next start."""

@@ -31,6 +31,8 @@ _TRAIN_GAUGES = {
     "grad_norm": ("grad_norm", "Mean norm of the backbone's gradient."),
     "active_rows": ("active_rows", "Rows of the classifier that took part in the last step, over all ranks."),
     "lr": ("lr", "Learning rate of the last step."),
+    "slowest_rank": ("slowest_rank", "Rank with the most time of its own in the steps of the newest train line."),
+    "slowest_rank_delay": ("slowest_rank_delay_seconds", "Time a step by which it exceeds the median of the others."),
     "samples_per_s": ("samples_per_second", "Training speed, without evaluations and checkpoints."),
 }
 
