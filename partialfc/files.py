@@ -1,4 +1,4 @@
-"""The package's file lock and its careful reads and writes, which follow no link that others have planted."""
+"""The package's file lock, atomic write and careful read."""
 
 from __future__ import annotations
 

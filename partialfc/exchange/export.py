@@ -26,7 +26,6 @@ from partialfc.checkpoint.row_planner import RowLoadPlanner
 from partialfc.config import Config, parse_config
 from partialfc.data.class_table import require_class_table
 from partialfc.data.index import CLASSES
-from partialfc.engines.state import WEIGHTS as BACKBONE
 from partialfc.errors import ConfigError, DataError, ExportFailed, MissingDependency
 from partialfc.exchange.reading import map_file, read_into, reserve
 from partialfc.files import read_json, write_atomically
@@ -41,6 +40,7 @@ ABOUT, WEIGHTS, ONNX, CENTERS, EXAMPLE = (
     "nearest.py",
 )
 _FILES = (WEIGHTS, ONNX, f"{ONNX}.data", CENTERS, CLASSES, EXAMPLE, ABOUT)  # in the order in which they are replaced
+_BACKBONE = "backbone."  # of the names in a checkpoint
 _INCOMPLETE = ".incomplete"  # suffix or name of the folder in which an export is made
 _MAX_ABOUT = 1 << 20  # bytes of an export.json
 _TOLERANCE = 1e-4  # largest difference between onnxruntime and torch, over the largest value
@@ -192,8 +192,8 @@ def _describe(config: Config, manifest: dict[str, Any], num_classes: int) -> dic
 def _read_backbone(checkpoint: Path, config: Config) -> nn.Module:
     model, data = config.model, config.data
     backbone = models.build(model.name, model.embedding_dim, data.channels, data.image_size, model.options)
-    targets = {f"{BACKBONE}{name}": value for name, value in backbone.state_dict().items()}
-    stored = {name: entry for name, entry in stored_tensors(checkpoint).items() if name.startswith(BACKBONE)}
+    targets = {f"{_BACKBONE}{name}": value for name, value in backbone.state_dict().items()}
+    stored = {name: entry for name, entry in stored_tensors(checkpoint).items() if name.startswith(_BACKBONE)}
     require_fit(checkpoint, {name: value.shape for name, value in targets.items()}, stored)
     read_into(checkpoint, targets)
     return backbone.eval()
