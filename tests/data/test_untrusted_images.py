@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import io
-import os
-import signal
+import multiprocessing
 import struct
 import zlib
 from pathlib import Path
@@ -19,7 +18,6 @@ from partialfc.data.offsets import Offsets
 from partialfc.data.order import BatchOrder
 from partialfc.errors import DataUnavailable, InvalidData
 from tests.harness.data_sets import png
-from tests.harness.running import children
 
 
 def _dataset(folder: Path, content: bytes) -> TarDataset:
@@ -118,8 +116,8 @@ def test_a_loader_process_that_is_killed_is_one_line(tmp_path: Path) -> None:
         order = BatchOrder(num_samples=2, batch_size=1)
         with running(build_loader(dataset, settings, order, 0, 10_000)) as found:
             next(found)
-            for child in children(os.getpid()):
-                os.kill(child, signal.SIGKILL)
+            for child in multiprocessing.active_children():
+                child.kill()
             list(found)
 
     with pytest.raises((DataUnavailable, RuntimeError)) as error:  # torch may raise it wherever the main thread is
