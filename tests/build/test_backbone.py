@@ -96,7 +96,13 @@ def test_a_compiled_backbone_is_the_same_random_numbers_included() -> None:
         names = list(backbone.state_dict())
         engine = build_engine(backbone, settings, alone())
         assert (backbone._compiled_call_impl is not None) == compile_it
-        found.append((step(engine.forward, images), dict(backbone.named_parameters()), backbone.state_dict()))
+        found.append(
+            (
+                step(lambda images: engine.forward(images, len(images)), images),
+                dict(backbone.named_parameters()),
+                backbone.state_dict(),
+            )
+        )
         assert list(backbone.state_dict()) == names, "checkpoints and exports see plain names"
         assert int(backbone.get_buffer("feature.1.num_batches_tracked")) == 1
     (plain, parameters, state), (compiled, compiled_parameters, compiled_state) = found

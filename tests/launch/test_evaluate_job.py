@@ -26,5 +26,7 @@ def test_a_wrong_run_ends_the_job_with_one_line(tmp_path: Path) -> None:
         timeout=120,
     )
     assert done.returncode == 2, done.stderr
-    assert done.stderr == f"error: {tmp_path / 'nothing'} is not the folder of a run with checkpoints\n"
+    assert (
+        done.stderr == f"error: {tmp_path / 'nothing'} does not exist; expected the folder of a run with checkpoints\n"
+    )
     assert not list(tmp_path.glob("tmp.*")), "the file for the code is removed"

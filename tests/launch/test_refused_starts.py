@@ -16,7 +16,7 @@ from partialfc.launch.torchrun import Settings, Start, StopSignals
 from tests.harness.running import ENVIRONMENT, finish, free_port, started, wait_until
 
 LAUNCH = [sys.executable, "-m", "partialfc.launch.torchrun"]
-SHORT = ["optim.epochs=0.25", "evaluation.sets=[]"]
+SHORT = ["optim.epochs=0.25", "optim.warmup=0", "evaluation.sets=[]"]
 UNKNOWN = "no-such-host.invalid:29400"
 
 

@@ -220,5 +220,5 @@ def test_moving_averages_stay_in_float64() -> None:
     with torch.no_grad():
         head.loss.state.copy_(torch.tensor([20.123456789012, 99.9]))
     before = head.loss.state.clone()
-    for convert in (head.bfloat16, head.float, lambda: head.to(torch.float16)):
+    for convert in (head.bfloat16, head.float, lambda: head.to(torch.bfloat16)):
         assert torch.equal(convert().loss.state, before)

@@ -206,7 +206,7 @@ def test_an_evaluation_is_progress(tmp_path: Path) -> None:
     """Criterion of /healthz: a long evaluation is not a stalled run."""
     config = tmp_path / "config.yaml"
     tree = write_task(tmp_path)
-    tree["optim"]["epochs"] = 1 / 12
+    tree["optim"] |= {"epochs": 1 / 12, "warmup": 0}
     tree["evaluation"]["batch_size"] = 1
     config.write_text(yaml.safe_dump(tree))
     script = (

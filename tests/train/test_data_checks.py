@@ -25,7 +25,7 @@ def copy(task: Path, tmp_path: Path) -> Path:
     config["run"]["dir"] = str(tmp_path / "run")
     config["data"]["train"] = str(tmp_path / "train")
     config["evaluation"]["sets"] = [str(tmp_path / "verification"), str(tmp_path / "known")]
-    config["optim"]["epochs"] = 0.2
+    config["optim"] |= {"epochs": 0.2, "warmup": 0}
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config))
     return path

@@ -16,7 +16,7 @@ from tests.harness.tasks import write_set
 
 ROOT = Path(__file__).parents[2]
 OTHER_RANK = str(ROOT / "tests" / "harness" / "other_rank.py")
-SHORT = ["optim.epochs=0.25", "evaluation.every=0"]
+SHORT = ["optim.epochs=0.25", "optim.warmup=0", "evaluation.every=0"]
 
 
 def start(
