@@ -76,10 +76,10 @@ def broadcast_buffers(buffers: list[Tensor]) -> None:
     """Copy batch statistics from rank 0, which checkpoints hold, to all ranks, as DistributedDataParallel does before
     each step. A collective.
     """
-    buffers = [buffer for buffer in buffers if buffer.is_floating_point()]  # nobody reads how many batches there were
     if not buffers or not dist.is_initialized() or dist.get_world_size() == 1:
         return
-    flat = torch.cat([buffer.flatten().float() for buffer in buffers])
+    # float64 holds counts of batches too: a rank without two images of a batch has not counted it.
+    flat = torch.cat([buffer.flatten().double() for buffer in buffers])
     dist.broadcast(flat, src=0)
     parts = flat.split([buffer.numel() for buffer in buffers])
     torch._foreach_copy_(buffers, [part.view_as(buffer) for part, buffer in zip(parts, buffers, strict=True)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,13 +97,8 @@ def test_a_compiled_backbone_is_the_same_random_numbers_included() -> None:
         names = list(backbone.state_dict())
         engine = build_engine(backbone, settings, alone())
         assert (backbone._compiled_call_impl is not None) == compile_it
-        found.append(
-            (
-                step(lambda images: engine.forward(images, len(images)), images),
-                dict(backbone.named_parameters()),
-                backbone.state_dict(),
-            )
-        )
+        embeddings = step(partial(engine.forward, images_of_all_ranks=len(images)), images)
+        found.append((embeddings, dict(backbone.named_parameters()), backbone.state_dict()))
         assert list(backbone.state_dict()) == names, "checkpoints and exports see plain names"
         assert int(backbone.get_buffer("feature.1.num_batches_tracked")) == 1
     (plain, parameters, state), (compiled, compiled_parameters, compiled_state) = found

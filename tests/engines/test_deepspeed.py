@@ -78,6 +78,9 @@ def test_batch_statistics_and_adam_are_those_of_ddp(compared: Path, stage: int, 
 def test_in_bf16_the_curve_stays_within_its_precision(compared: Path, name: str) -> None:
     exact = curve(compared, f"fp32-ddp-{name.rpartition('-')[2]}")
     found = curve(compared, f"bf16-{name}")
+    of_one_image = slice(11, None, 12)  # an epoch's last batch: the rounding of one image is no mean over many
+    assert found[of_one_image] == pytest.approx(exact[of_one_image], rel=0.3)
+    del found[of_one_image], exact[of_one_image]
     assert found == pytest.approx(exact, rel=0.03)
     assert found != pytest.approx(exact, rel=1e-5), "the arithmetic differs"
 
