@@ -16,8 +16,6 @@ pixels = np.asarray(image, np.float32).reshape(size, size, -1).transpose(2, 0, 1
 embedding = onnxruntime.InferenceSession(folder / "backbone.onnx").run(None, {"images": pixels[None]})[0][0]
 centers = np.load(folder / "class_centers.npy", mmap_mode="r")  # [classes, D], or [classes, sub-centers, D]
 cosines = (centers @ (embedding / np.linalg.norm(embedding))).reshape(len(centers), -1).max(1)
-lines = (folder / "classes.jsonl").read_text(encoding="utf-8").split("\n")
-for label in np.argsort(-cosines)[:count]:
-    print(
-        f"{cosines[label]:.4f}  {''.join(filter(str.isprintable, json.loads(lines[label])['name']))}  (class {label})"
-    )
+table = (folder / "classes.jsonl").read_text(encoding="utf-8").split("\n")
+for i in np.argsort(-cosines)[:count]:
+    print(f"{cosines[i]:.4f}  {''.join(filter(str.isprintable, json.loads(table[i])['name']))}  (class {i})")
