@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,8 @@ FAULTY = {
     **{f"zero{stage}": zero(stage) for stage in STAGES},
     **{f"zero{stage}-offload": zero(stage, "engine.offload=cpu") for stage in SPLIT},
 }
+
+FEW = ("ddp", "zero1", "zero3")  # in fp16; the others are slow tests
 
 UNEVEN = {  # parameters that two ranks cannot share evenly, one that only one of them has, one that gets no gradient
     "odd": ["data.image_size=15"],
@@ -61,14 +64,16 @@ def test_a_skipped_step_leaves_nothing_in_any_corner_of_a_gradient(uneven: Path,
     assert found[-1] < found[0]
 
 
+def in_fp16(fault: str, engines: Iterable[str]) -> dict[str, list[str]]:
+    return {f"{fault}-fp16-{name}": [*TWELVE, *FAULTY[name], "engine.precision=fp16"] for name in engines}
+
+
 @pytest.fixture(scope="module")
 def faulty(task: Path) -> Path:
     """Runs in which rank 1 breaks step 9, named FAULT-PRECISION-ENGINE."""
     for fault in ("gradient", "row_gradient"):
-        runs = {}
-        for name, engine in FAULTY.items():
-            for precision in ("fp32",) if no_fp16() else ("fp32", "fp16"):
-                runs[f"{fault}-{precision}-{name}"] = [*TWELVE, *engine, f"engine.precision={precision}"]
+        runs = {f"{fault}-fp32-{name}": [*TWELVE, *engine] for name, engine in FAULTY.items()}
+        runs |= {} if no_fp16() else in_fp16(fault, FEW)
         normalized = ["model.name=tests.harness.backbones:normalized", *TWELVE]
         runs[f"{fault}-bf16-zero2"] = [*TWELVE, *zero(2), "engine.precision=bf16"]
         runs |= {f"{fault}-normalized-ddp": normalized, f"{fault}-normalized-zero2": [*normalized, *zero(2)]}
@@ -76,9 +81,28 @@ def faulty(task: Path) -> Path:
     return task
 
 
-@pytest.mark.parametrize("precision", ["fp32", pytest.param("fp16", marks=NEEDS_FP16)])
-@pytest.mark.parametrize("name", FAULTY)
+@pytest.fixture(scope="module")
+def others_in_fp16(task: Path) -> None:
+    for fault in ("gradient", "row_gradient"):
+        train_all(task, 2, in_fp16(fault, FAULTY.keys() - set(FEW)), [fault, 1, "9"])
+
+
+@pytest.mark.slow
+@NEEDS_FP16
+@pytest.mark.parametrize("name", sorted(FAULTY.keys() - set(FEW)))
+def test_in_fp16_too_under_every_engine(faulty: Path, others_in_fp16: None, name: str) -> None:
+    check_that_a_fault_leaves_nothing(faulty, name, "fp16")
+
+
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [*((name, "fp32") for name in FAULTY), *(pytest.param(name, "fp16", marks=NEEDS_FP16) for name in FEW)],
+)
 def test_a_fault_of_one_rank_is_skipped_by_all_and_leaves_nothing(faulty: Path, name: str, precision: str) -> None:
+    check_that_a_fault_leaves_nothing(faulty, name, precision)
+
+
+def check_that_a_fault_leaves_nothing(faulty: Path, name: str, precision: str) -> None:
     whole = set()
     for fault, words in (("gradient", "backbone's gradient"), ("row_gradient", "gradient of the head's shard")):
         run = f"{fault}-{precision}-{name}"
