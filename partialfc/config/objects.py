@@ -33,7 +33,7 @@ def _build_loss(where: str, tree: Any) -> losses.Loss:
     accepted = {name: parameter for name, parameter in inspect.signature(kind).parameters.items() if name != "self"}
     for option, value in options.items():
         if option not in accepted:
-            raise ConfigError(f"{where}.{option}: {describe_unknown(option, accepted)} of loss {name}")
+            raise ConfigError(f"{where}.{option}: {describe_unknown(option, accepted)}")
         if option == "loss":
             options[option] = _build_loss(f"{where}.loss", value)
         else:

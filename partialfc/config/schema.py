@@ -9,9 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 from partialfc import losses
+from partialfc.config.keys import takes
 
 _MANY = 10**10  # of steps or classes: more is a mistake, and some library's integers end not far above
 
@@ -20,6 +22,15 @@ class Section(BaseModel):
     """Base of all sections."""
 
     model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _require_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse a truth value, which counts as 1 or 0, where a number is expected."""
+        annotation = cls.model_fields[info.field_name or ""].annotation
+        if isinstance(value, bool) and takes(annotation, int, float) and not takes(annotation, bool):
+            raise PydanticCustomError("number", "expected a number")
+        return value
 
 
 class RunConfig(Section):

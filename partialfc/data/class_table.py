@@ -35,7 +35,11 @@ def read_classes(table: Path) -> Iterator[dict[str, Any]]:
                 if end < len(text):
                     raise ValueError("there is more after it")
                 if not _is_class(entry, number):
-                    raise InvalidData(f"{table}: line {number + 1} is not a class with 'id' {number} and a 'name'")
+                    found = f", got 'id' {entry.get('id')!r}" if isinstance(entry, dict) and "name" in entry else ""
+                    raise InvalidData(
+                        f"{table}: line {number + 1} is not a class with 'id' {number} and a 'name'{found}"
+                        + ("; classes are listed in the order of their ids" if found else "")
+                    )
                 yield entry
                 number += 1
     except (ValueError, RecursionError) as error:

@@ -204,3 +204,11 @@ def test_a_data_set_of_another_size_is_refused(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "data.num_classes: 38 expected, and" in done.stderr
     assert "has 37" in done.stderr
+
+
+@pytest.mark.parametrize("key", ["data.global_batch_size", "optim.lr", "run.seed", "optim.clip"])
+def test_a_truth_value_is_not_a_number(tmp_path: Path, key: str) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text("data: {train: data}\n")
+    with pytest.raises(ConfigError, match=rf"^{key}: expected a number, got True$"):
+        load_config(config, [f"{key}=true"])
