@@ -36,7 +36,8 @@ def fail(error: Exception, code: int) -> NoReturn:
     message = printable(str(error))
     told = _tell_launcher(message, code)
     prefix = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
-    print(f"{prefix}error: {message}", file=sys.stderr, flush=True)
+    sys.stderr.write(f"{prefix}error: {message}\n")  # in one piece: other ranks write there too
+    sys.stderr.flush()
     exit_now(0 if told == WRONG_USAGE else code)
 
 

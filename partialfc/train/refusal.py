@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from partialfc.errors import ConfigError, DamagedCheckpoint, MissingDependency
+from partialfc.errors import ConfigError, DataError, DataUnavailable, MissingDependency
 
 
 @contextmanager
 def refusing() -> Iterator[None]:
-    """Raise damaged checkpoints and missing packages as ConfigError: the run must not be restarted."""
+    """Raise data, checkpoints and packages that are missing or wrong as ConfigError: the run must not be restarted."""
     try:
         yield
-    except (DamagedCheckpoint, MissingDependency) as error:
+    except DataUnavailable:
+        raise
+    except (DataError, MissingDependency) as error:
         raise ConfigError(str(error)) from error
