@@ -10,7 +10,8 @@ import sys
 
 
 def become_other(words: list[str]) -> None:
-    sys.argv += words
+    own = tuple(word.partition("=")[0] + "=" for word in words if "=" in word)
+    sys.argv = [word for word in sys.argv if not own or not word.startswith(own)] + words
     folder = os.environ.get("OTHER_FOLDER")
     if folder:
         os.chdir(folder)

@@ -68,7 +68,8 @@ def partialfc(*words: Any, **options: Any) -> subprocess.CompletedProcess[str]:
 def begin(words: list[str], cold: bool = False, env: dict[str, str] | None = None, **options: Any) -> Process:
     """Start a command in the background; ``options`` are those of ``subprocess.Popen``."""
     env = ENVIRONMENT if env is None else env
-    words = _last_of_each_key(words)
+    end = words.index("--") if "--" in words else 0  # words before it are for one rank
+    words = words[:end] + _last_of_each_key(words[end:])
     if cold or words[0] != sys.executable:
         return subprocess.Popen(words, env=env, text=True, **options)
     deepspeed = "engine.name=deepspeed" in words
