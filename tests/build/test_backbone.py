@@ -87,6 +87,7 @@ def step(called: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor) -
     return embeddings.detach()
 
 
+@pytest.mark.slow
 def test_a_compiled_backbone_is_the_same_random_numbers_included() -> None:
     images = torch.randn(4, 1, 16, 16, generator=torch.Generator().manual_seed(0))
     found = []

@@ -32,7 +32,7 @@ FAULTY = {
     **{f"zero{stage}-offload": zero(stage, "engine.offload=cpu") for stage in SPLIT},
 }
 
-FEW = ("ddp", "zero1", "zero3")  # in fp16; the others are slow tests
+FEW = ("ddp", "zero3")  # in fp16; the others are slow tests
 
 UNEVEN = {  # parameters that two ranks cannot share evenly, one that only one of them has, one that gets no gradient
     "odd": ["data.image_size=15"],
@@ -55,6 +55,7 @@ def uneven(task: Path) -> Path:
     return task
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", UNEVEN)
 @pytest.mark.parametrize("engine", ["zero1", "zero2", "zero3", "offload"])
 def test_a_skipped_step_leaves_nothing_in_any_corner_of_a_gradient(uneven: Path, kind: str, engine: str) -> None:

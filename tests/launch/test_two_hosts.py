@@ -45,6 +45,7 @@ def command(hosts: TwoHosts, host: int, task: Path, folder: Path, *more: str) ->
     return hosts.command(host, script, str(task), f"run.dir={folder}", *SETTINGS, *more)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_cut_between_hosts_ends_the_ranks_in_time_and_they_resume_once_it_is_mended(
     hosts: TwoHosts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

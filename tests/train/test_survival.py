@@ -87,6 +87,7 @@ def test_ten_kills_at_random_points_leave_the_loss_curve_unchanged(task: Path, t
     assert_undisturbed(task, tmp_path / "run", 3, SUMMED_IN_ANOTHER_ORDER, long)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_rank_that_stops_in_mid_run_is_lost_and_replaced(task: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
