@@ -162,7 +162,7 @@ class Checkpoints:
         order = self.order.continued(step, loader.get("epoch", 0), loader.get("batch", 0) * size)
         if self.process.is_first:
             epoch, batch = order.place(step)
-            log(f"the batches have changed; training goes on at epoch {epoch + batch / order.steps_per_epoch:.4g}")
+            log(f"the batches have changed; resuming at epoch {epoch + batch / order.steps_per_epoch:.4g}")
         return order
 
     def _start_new_classes(self, first: int) -> None:

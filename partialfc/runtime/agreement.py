@@ -1,4 +1,4 @@
-"""What all ranks of a run must have in common, compared before anything is computed.
+"""Facts in which all ranks of a run must agree, compared before anything is computed.
 
 Facts are short texts by name. Ranks that differ in one would train on in silence, or wait for each other; all of them
 refuse, with the same words.

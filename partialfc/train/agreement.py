@@ -1,4 +1,4 @@
-"""What the ranks of a run must have in common: config, data and backbone."""
+"""Facts in which the ranks of a run must agree: config, data and backbone."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ class Schedule:
     """Length of a run in steps, and what follows from a step's number (0-based).
 
     Attributes:
-        order: batches and epochs; set once more when a run goes on with other batches than it began with.
+        order: batches and epochs; set again when a run resumes with other batches than it began with.
     """
 
     def __init__(self, config: Config, order: BatchOrder) -> None:

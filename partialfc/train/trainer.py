@@ -100,7 +100,7 @@ class Trainer:
         self.training_seconds = 0.0  # of this attempt, without evaluations and checkpoints
 
     def _prepare(self) -> dict[str, str]:
-        """Open the data and build the backbone, without the other ranks; return what those must have in common."""
+        """Open the data and build the backbone, without the other ranks; return the facts in which all must agree."""
         config, process = self.config, self.process
         self.dataset = TarDataset(config.data.train, console_progress if process.is_first else no_progress)
         require_samples(self.dataset)

@@ -115,7 +115,7 @@ class RowOptimizer(Optimizer):
         raise TypeError(f"{type(self).__name__} must define take_over()")
 
     def _own_state_dict(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """Return ``state_dict`` with what is of the dense twin taken over, after checking it."""
+        """Check ``state_dict`` and return it as one of this optimizer."""
         name = type(self).__name__
         groups, states = [], dict(state_dict["state"])
         # Their numbers may differ: torch says so.

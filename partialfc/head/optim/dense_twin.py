@@ -45,7 +45,7 @@ def own_group(
     for name, neutral in twin.neutral.items():
         if saved.get(name, neutral) != neutral:
             raise ConfigError(
-                f"{optimizer} cannot go on from {twin.name} with {name}={saved[name]}: it knows {name}={neutral} only"
+                f"{optimizer} cannot load {twin.name} with {name}={saved[name]}: it has {name}={neutral} only"
             )
     kept = {name: saved[name] for name in saved.keys() - twin.neutral.keys() - _IMPLEMENTATION}
     return kept | {name: current[name] for name in defaults.keys() - saved.keys()}, True
