@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from partialfc.data.convert.source import Record, Skipped, Source, Unreadable, sample_key
 from partialfc.errors import DataUnavailable, InvalidData
@@ -35,8 +35,8 @@ class FolderPerIdentity(Source):
     """A folder with a folder for each identity, whose name is the identity's."""
 
     root: Path
-    kind: ClassVar[str] = "folders"
-    in_blocks: ClassVar[bool] = False
+    kind = "folders"
+    in_blocks = False
 
     def fingerprint(self) -> Any:
         """Return a digest of the names of the identities and of the times at which their folders were changed.
@@ -83,7 +83,9 @@ class FolderPerIdentity(Source):
         known = set(names)
         for name in names:
             if _shown(name) != name and _shown(name) in known:
-                raise InvalidData(f"{self.root}: two folders would be the identity {_shown(name)!r}; rename one of them")
+                raise InvalidData(
+                    f"{self.root}: two folders would be the identity {_shown(name)!r}; rename one of them"
+                )
         return names
 
     def _walk(self, identity: str) -> Iterator[Record | Skipped]:
