@@ -83,7 +83,9 @@ class FolderPerIdentity(Source):
         known = set(names)
         for name in names:
             if _shown(name) != name and _shown(name) in known:
-                raise InvalidData(f"{self.root}: two folders would be the identity {_shown(name)!r}; rename one of them")
+                raise InvalidData(
+                    f"{self.root}: two folders would be the identity {_shown(name)!r}; rename one of them"
+                )
         return names
 
     def _walk(self, identity: str) -> Iterator[Record | Skipped]:
