@@ -57,10 +57,10 @@ def read_merges(path: Path) -> Merges:
     named = frozenset(into) | frozenset(into.values())
     for name in into:
         chain = [name]
-        while (target := into.get(chain[-1])) is not None:
-            if target in chain[:1] or len(chain) > len(into):
-                raise InvalidData(f"{path}: {name!r} goes into itself, by way of {chain[-1]!r}")
-            chain.append(target)
+        while chain[-1] in into:
+            chain.append(into[chain[-1]])
+            if len(chain) > len(into) + 1:
+                raise InvalidData(f"{path}: {name!r} comes back to itself or to another that does")
         into.update(dict.fromkeys(chain[:-1], chain[-1]))
     return Merges(into, named)
 

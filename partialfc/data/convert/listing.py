@@ -44,11 +44,14 @@ class Listing:
 
     Attributes:
         rows: [num_records] of :data:`ROW`, memory-mapped.
+        num_bytes: sum of the sizes.
         skipped: how often each reason to leave something out occurred.
     """
 
     folder: Path
     rows: npt.NDArray[Any]
+    num_identities: int
+    num_bytes: int
     skipped: dict[str, int]
 
     @classmethod
@@ -59,7 +62,7 @@ class Listing:
         except FileNotFoundError:
             return None
         rows = np.memmap(folder / _ROWS, ROW, mode="r", shape=(summary["records"],))
-        return cls(folder, rows, summary["skipped"])
+        return cls(folder, rows, summary["identities"], summary["bytes"], summary["skipped"])
 
     def names(self) -> list[str]:
         """Return the names of the identities, by number."""
@@ -90,26 +93,28 @@ def make_listing(source: Source, folder: Path, pool: Pool, progress: Progress) -
     tasks = [(source, part, folder / f"part-{number:06d}") for number, part in enumerate(parts)]
     numbers: dict[str, int] = {}  # of the identities, by name
     skipped: Counter[str] = Counter()
-    num_records = 0
+    num_records = num_bytes = 0
     with (
         open_new(folder / _ROWS) as rows,
         open_new(folder / _TEXTS) as texts,
         progress("listing, parts", len(parts)) as advance,
     ):
         for (_, _, stem), left_out in zip(tasks, pool.map(_list_part, tasks), strict=True):
-            num_records += _append(stem, rows, texts, numbers)
+            records, size = _append(stem, rows, texts, numbers)
+            num_records, num_bytes = num_records + records, num_bytes + size
             skipped.update(left_out)
             advance(note=f"{num_records:,} images")
     if not num_records:
-        raise InvalidData(f"no images were found{': ' if skipped else ''}{describe(skipped)}")
+        raise InvalidData(f"no images were found{': ' if skipped else ''}{describe_skipped(skipped)}")
     (folder / _NAMES).write_bytes("".join(f"{name}\0" for name in numbers).encode())
-    write_atomically(folder / _SUMMARY, json.dumps({"records": num_records, "skipped": skipped}))
+    summary = {"records": num_records, "identities": len(numbers), "bytes": num_bytes, "skipped": skipped}
+    write_atomically(folder / _SUMMARY, json.dumps(summary))
     listing = Listing.open(folder)
     assert listing is not None
     return listing
 
 
-def describe(skipped: dict[str, int]) -> str:
+def describe_skipped(skipped: dict[str, int]) -> str:
     """Return what was left out, in words."""
     return "; ".join(f"{count:,} × {reason}" for reason, count in skipped.items())
 
@@ -152,22 +157,23 @@ def _check_names(names: Iterable[str], kind: str) -> None:
             )
 
 
-def _append(stem: Path, rows: BinaryIO, texts: BinaryIO, numbers: dict[str, int]) -> int:
-    """Move a part's files to the end of the whole; return the number of its records."""
+def _append(stem: Path, rows: BinaryIO, texts: BinaryIO, numbers: dict[str, int]) -> tuple[int, int]:
+    """Move a part's files to the end of the whole; return the number of its records and the sum of their sizes."""
     names = _split_names(stem.with_suffix(".names"))
     known = np.array([numbers.setdefault(name, len(numbers)) for name in names], dtype=np.uint32)
-    num_records, place = 0, texts.tell()
+    num_records, num_bytes, place = 0, 0, texts.tell()
     with open(stem.with_suffix(".rows"), "rb") as file:
         while len(chunk := np.fromfile(file, ROW, _CHUNK)):
             chunk["text"] += np.uint64(place)
             chunk["identity"] = known[chunk["identity"]]
             rows.write(chunk.tobytes())
             num_records += len(chunk)
+            num_bytes += int(chunk["size"].sum(dtype=np.int64))
     with open(stem.with_suffix(".texts"), "rb") as file:
         shutil.copyfileobj(file, texts, 1 << 20)
     for suffix in (".rows", ".texts", ".names"):
         stem.with_suffix(suffix).unlink()
-    return num_records
+    return num_records, num_bytes
 
 
 def _split_names(path: Path) -> list[str]:

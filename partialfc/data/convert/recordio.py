@@ -43,6 +43,11 @@ class RecordIO(Source):
     kind = "recordio"
     in_blocks = False
 
+    @staticmethod
+    def matches(path: Path) -> bool:
+        """Return whether a path is a ``.rec`` or a folder with one."""
+        return any(path.glob("*.rec")) if path.is_dir() else path.suffix == ".rec"
+
     @classmethod
     def open(cls, path: Path) -> RecordIO:
         """Return the source for a ``.rec``, or for a folder with one.
