@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from partialfc.data.index import INDEX, Shard
-from partialfc.data.tar import BLOCK, MAX_NAME_BYTES, walk_samples
+from partialfc.data.samples import walk_samples
+from partialfc.data.tar import BLOCK, MAX_NAME_BYTES
 from partialfc.errors import DataUnavailable, InvalidData
 from partialfc.files import open_regular
 from partialfc.tracking.console import Progress
@@ -47,15 +48,20 @@ def build_offsets(folder: Path, shards: Sequence[Shard], num_classes: int, progr
             before = len(labels)
             try:
                 for sample in walk_samples(entry.path):
-                    if sample.label >= num_classes:
+                    if not sample.label.isdigit() or len(sample.label) > 20:
                         raise InvalidData(
-                            f"{entry.path}: sample {sample.key!r} has label {sample.label} (index {len(labels)}), "
+                            f"{entry.path}: label of sample {sample.key!r} must be a class id in decimal, got {sample.label!r}"
+                        )
+                    label = int(sample.label)
+                    if label >= num_classes:
+                        raise InvalidData(
+                            f"{entry.path}: sample {sample.key!r} has label {label} (index {len(labels)}), "
                             f"but the data set has classes 0..{num_classes - 1}"
                         )
                     shard.append(number)
                     offsets.append(sample.offset)
                     sizes.append(sample.size)
-                    labels.append(sample.label)
+                    labels.append(label)
                     keys += sample.key.encode()
                     key_ends.append(len(keys))
             except OSError as error:
