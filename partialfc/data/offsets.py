@@ -50,7 +50,7 @@ def build_offsets(folder: Path, shards: Sequence[Shard], num_classes: int, progr
                 for sample in walk_samples(entry.path):
                     if not sample.label.isdigit() or len(sample.label) > 20:
                         raise InvalidData(
-                            f"{entry.path}: label of sample {sample.key!r} must be a class id in decimal, got {sample.label!r}"
+                            f"{entry.path}: label of sample {sample.key!r} must be a class id, got {sample.label!r}"
                         )
                     label = int(sample.label)
                     if label >= num_classes:

@@ -29,6 +29,7 @@ _MAX_EXTENDED = 1 << 20  # bytes of an extended header; tools write a few hundre
 _NEAR, _WINDOW, _PEEK = 1 << 14, 1 << 17, 1 << 12  # bytes: see TarReader.read
 _PAX_NAMES = {b"path", b"size"}
 _REFUSED = {
+    b"0": "a file with a folder's name",
     b"1": "a hard link",
     b"2": "a symbolic link",
     b"3": "a device",
@@ -132,9 +133,10 @@ class TarReader:
                     size = self._large_size(size, pax_size, position)
                 member = Member(self._name(header, name, position), offset, size)
                 name = pax_size = None
-                if kind == b"0" or (kind == b"\0" and not member.name.endswith("/")):  # old tars mark a folder so
+                is_folder = member.name[-1] == "/"
+                if kind in (b"0", b"\0") and not is_folder:
                     yield member
-                elif kind not in (b"5", b"\0"):
+                elif kind != b"5" and not (kind == b"\0" and is_folder):  # as old tars mark a folder
                     what = _REFUSED.get(kind, f"of the unknown type {kind!r}")
                     self._refuse(position, f"member {member.name!r} is {what}; only regular files are accepted")
                 elif size:
@@ -168,18 +170,13 @@ class TarReader:
             self._refuse(position, f"not a tar header (checksum {checksum!r})")
         if not matches:
             self._refuse(position, "the checksum does not match; the file is damaged or not a tar archive")
-        if field.isdigit():
-            try:
-                return int(field, 8)
-            except ValueError:
-                pass
-        elif not field:
-            return 0
-        elif header[124] == 0x80:  # base 256
+        is_octal = field.isdigit() and not field.strip(b"01234567")
+        size = int(field, 8) if is_octal else 0 if not field else -1
+        if header[124] == 0x80:  # base 256
             size = int.from_bytes(header[125:136], "big")
-            if size < _MAX_SIZE:
-                return size
-        self._refuse(position, f"not a tar header (size {header[124:136]!r})")
+        if not 0 <= size < _MAX_SIZE:
+            self._refuse(position, f"not a tar header (size {header[124:136]!r})")
+        return size
 
     def _name(self, header: bytes, extended: bytes | None, position: int) -> str:
         if extended is not None:

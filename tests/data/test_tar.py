@@ -30,7 +30,7 @@ def with_end(path: Path, *parts: bytes) -> Path:
     return path
 
 
-def names_of_tarfile(archive: bytes) -> list[tuple[str, bytes]]:
+def members_of_tarfile(archive: bytes) -> list[tuple[str, bytes]]:
     with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
         return [(member.name, tar.extractfile(member).read()) for member in tar if member.isreg()]  # type: ignore[union-attr]
 
@@ -158,7 +158,9 @@ def test_a_hostile_size_of_an_extended_header_takes_no_memory(tmp_path: Path) ->
 
 @st.composite
 def archives(draw: st.DrawFn) -> bytes:
-    names = st.text("ab./é" + "long" * 40, min_size=1, max_size=130).filter(lambda name: name.strip("./ ") != "")
+    names = st.text("ab./é" + "long" * 40, min_size=1, max_size=130).filter(
+        lambda name: name.strip("./ ") != "" and name[-1] != "/"
+    )
     members = draw(st.lists(st.tuples(names, st.binary(max_size=1500)), max_size=5))
     format = draw(st.sampled_from([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]))
     return make_tar(members, format)
@@ -169,9 +171,11 @@ def require_error_or_the_members_of_tarfile(path: Path, archive: bytes) -> None:
     try:
         found = read(path)
     except InvalidData as error:
-        assert str(error).startswith(f"{path}: header at byte ")
+        place = str(error)
     else:
-        assert found == names_of_tarfile(archive)
+        place = f"{path}: header at byte "
+        assert found == members_of_tarfile(archive)
+    assert place.startswith(f"{path}: header at byte ")
 
 
 @settings(max_examples=50, deadline=None)
