@@ -170,8 +170,11 @@ class TarReader:
             self._refuse(position, f"not a tar header (checksum {checksum!r})")
         if not matches:
             self._refuse(position, "the checksum does not match; the file is damaged or not a tar archive")
-        is_octal = field.isdigit() and not field.strip(b"01234567")
-        size = int(field, 8) if is_octal else 0 if not field else -1
+        try:
+            # Digits only: int() would also take "1_0" and "0o17".
+            size = int(field, 8) if field.isdigit() else 0 if not field else -1
+        except ValueError:
+            size = -1
         if header[124] == 0x80:  # base 256
             size = int.from_bytes(header[125:136], "big")
         if not 0 <= size < _MAX_SIZE:
@@ -189,7 +192,9 @@ class TarReader:
             name = encoded.decode()
         except UnicodeDecodeError:
             self._refuse(position, f"member name {encoded[:100]!r} is not UTF-8")
-        if not name or name[0] == "/" or (".." in name and ".." in name.split("/")):
+        if not name:
+            self._refuse(position, "a member without a name")
+        if name[0] == "/" or (".." in name and ".." in name.split("/")):
             self._refuse(position, f"member name {name!r} leads out of the archive")
         if extended is not None and (len(encoded) > MAX_NAME_BYTES or "\0" in name):
             self._refuse(position, f"member name {name[:100]!r} is longer than {MAX_NAME_BYTES} bytes or holds a NUL")
