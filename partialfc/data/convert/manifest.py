@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from partialfc.data.convert.fields import BYTES_FIELDS, Fields, identity_text
 from partialfc.data.convert.image_root import ImageRoot
@@ -41,8 +41,8 @@ class Manifest(Source):
     path: Path
     images: Path | None = None
     fields: Fields = field(default_factory=Fields)
-    kind: ClassVar[str] = "manifest"
-    in_blocks: ClassVar[bool] = False
+    kind = "manifest"
+    in_blocks = False
 
     @staticmethod
     def matches(path: Path) -> bool:
@@ -63,12 +63,6 @@ class Manifest(Source):
             size = os.fstat(file.fileno()).st_size
         step = _PART_BYTES if found.splits else max(1, size)
         return [(start, min(start + step, size)) for start in range(found.start, size, step)]
-
-    def num_records(self) -> None:
-        """Return None: a table does not say."""
-
-    def num_identities(self) -> None:
-        """Return None: a table does not say."""
 
     def list_part(self, part: tuple[int, int]) -> Iterator[Record | Skipped]:
         """Yield the rows that begin in a range of bytes."""

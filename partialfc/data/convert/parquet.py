@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 from partialfc.data.convert.fields import Fields, identity_text
 from partialfc.data.convert.found_files import file_states, files_below, has_file_below
@@ -64,8 +64,8 @@ class Parquet(Source):
     images: Path | None = None
     fields: Fields = field(default_factory=Fields)
     split: str | None = None
-    kind: ClassVar[str] = "parquet"
-    in_blocks: ClassVar[bool] = True
+    kind = "parquet"
+    in_blocks = True
 
     @staticmethod
     def matches(path: Path) -> bool:
@@ -83,12 +83,6 @@ class Parquet(Source):
     def parts(self) -> Sequence[int]:
         """Return the numbers of the files."""
         return range(len(self._files))
-
-    def num_records(self) -> None:
-        """Return None: rows may lack an identity."""
-
-    def num_identities(self) -> None:
-        """Return None: a table of class names may have more than occur."""
 
     def list_part(self, part: int) -> Iterator[Record | Skipped]:
         """Yield the rows of a file."""
