@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from partialfc.data.convert.source import Unreadable
@@ -77,9 +78,18 @@ class ImageRoot:
             DataUnavailable: the disk or the network fails.
         """
         try:
-            real = os.path.realpath(self.folder / os.fsdecode(path.encode()))  # tables are UTF-8 in any locale
+            # Tables are UTF-8 in any locale.
+            folder, name = os.path.split(os.path.join(self.folder, os.fsdecode(path.encode())))
+            real = os.path.join(_real_folder(folder), name)
+            if os.path.islink(real):
+                real = os.path.realpath(real)
         except ValueError:
             return Unreadable(_NO_NAME)
-        if not real.startswith(os.path.join(os.path.realpath(self.folder), "")):
+        if not real.startswith(os.path.join(_real_folder(os.fspath(self.folder)), "")):
             return Unreadable(f"leads out of {self.folder} by a symbolic link")
         return read_image(real)
+
+
+@lru_cache(maxsize=1 << 14)
+def _real_folder(folder: str) -> str:
+    return os.path.realpath(folder)
