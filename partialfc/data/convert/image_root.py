@@ -17,18 +17,9 @@ _NO_NAME = "cannot be opened: no file can have such a name"  # a NUL, half of a 
 MAX_IMAGE_BYTES = 512 << 20  # more than any image that the trainer takes by default
 
 # What is wrong with one file; other errors are of the disk or the network, and may be gone next time.
-_FILE_ERRORS = {
-    errno.ENOENT,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.ELOOP,
-    errno.EACCES,
-    errno.EPERM,
-    errno.ENAMETOOLONG,
-    errno.EINVAL,
-    errno.EFBIG,
-    errno.ENXIO,
-}
+_FILE_ERRORS = frozenset(
+    getattr(errno, name) for name in "ENOENT ENOTDIR EISDIR ELOOP EACCES EPERM ENAMETOOLONG EINVAL EFBIG ENXIO".split()
+)
 
 
 def read_image(path: str) -> bytes | Unreadable:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from partialfc.data.convert.fields import BYTES_FIELDS, Fields, identity_text
+from partialfc.data.convert.fields import BYTES_FIELDS, Fields, identity_text, require_key
 from partialfc.data.convert.image_root import ImageRoot
 from partialfc.data.convert.rows import Csv, Format, JsonLines, Row, TextRows
 from partialfc.data.convert.source import Record, Skipped, Source, Unreadable, sample_key
@@ -104,11 +104,8 @@ class Manifest(Source):
 
     def _key(self, row: Row, is_path: bool, root: ImageRoot, place: int) -> str:
         path = root.relative(row.image) if is_path else ""
-        if row.key is not None:
-            key = identity_text(row.key)
-            if key is None:
-                raise ValueError("the key is empty")
-            return sample_key(key)
+        if self.fields.key is not None:
+            return sample_key(require_key(row.key))
         return sample_key(os.path.splitext(path)[0]) if is_path else f"{place:012d}"
 
     def _format(self) -> Format:

@@ -1,7 +1,6 @@
 """Parquet as a source: a file, a folder of them, or a dataset folder of Hugging Face.
 
-Row groups are read in sequence only, so a row group is a block: its images go into a temporary file, from which they
-are taken in any order.
+Row groups are read in sequence only, so a row group of images is a block. Paths of image files are kept in the records.
 """
 
 from __future__ import annotations
@@ -10,28 +9,25 @@ import hashlib
 import json
 import os
 import re
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from partialfc.data.convert.fields import Fields, identity_text
+from partialfc.data.convert.fields import Fields, identity_text, require_key
 from partialfc.data.convert.found_files import file_states, files_below, has_file_below
 from partialfc.data.convert.image_root import MAX_IMAGE_BYTES, ImageRoot
 from partialfc.data.convert.parquet_file import ParquetTable, open_table
 from partialfc.data.convert.source import Record, Skipped, Source, Unreadable, sample_key
-from partialfc.errors import DataUnavailable, InvalidData
+from partialfc.errors import InvalidData
 
 _SUFFIX = ".parquet"
-_IN_MEMORY = 64 << 20  # bytes of a row group; more goes to the disk
 _UNLABELLED = -1  # in Hugging Face's test sets
 _NO_IDENTITY = Skipped("row without an identity")
 _NO_IMAGE = Skipped("row without an image")
-_NULL = Unreadable("is null")
 
 # Hugging Face names files train-00000-of-00005.parquet, or puts them into train/.
 _PIECE_OF_SPLIT = re.compile(r"(?:^|/)([\w.]+)-\d+-of-\d+[^/]*$")
@@ -39,14 +35,6 @@ _SPLIT_WORD = re.compile(
     r"(?:^|[-_./ ])(?:(train|training)|(validation|valid|val|dev)|(test|testing|eval|evaluation))(?=[-_./ 0-9])"
 )
 _SPLITS = ("train", "validation", "test")
-
-
-class _Place(NamedTuple):
-    """Where a row's image, or its path, lies in the temporary file."""
-
-    start: int
-    size: int
-    is_path: bool
 
 
 @dataclass(frozen=True)
@@ -65,7 +53,12 @@ class Parquet(Source):
     fields: Fields = field(default_factory=Fields)
     split: str | None = None
     kind = "parquet"
-    in_blocks = True
+
+    @cached_property
+    def in_blocks(self) -> bool:  # type: ignore[override]  # it depends on the columns
+        """Whether the tables hold images; paths can be read in any order."""
+        with self._table(self._first) as table:
+            return bool(table.image.content)
 
     @staticmethod
     def matches(path: Path) -> bool:
@@ -74,8 +67,7 @@ class Parquet(Source):
 
     def fingerprint(self) -> Any:
         """Return a digest of the names, sizes and times of the files, and what is taken from them."""
-        first = next(file for file, split in enumerate(self._splits) if split == self._split)
-        with self._table(first) as table:
+        with self._table(self._first) as table:
             taken = [table.image.name, table.label, table.key, self._split, str(self.images)]
         states = json.dumps(list(file_states(self._files, self._folder))).encode()
         return [len(self._files), hashlib.sha256(states).hexdigest(), taken]
@@ -89,63 +81,69 @@ class Parquet(Source):
         if self._splits[part] != self._split:
             yield Skipped(f"file of the split {self._splits[part] or 'without a name'}; --split takes another one")
             return
-        stem, row = self._relative(part).removesuffix(_SUFFIX), 0
+        stem = self._relative(part).removesuffix(_SUFFIX)
         with self._table(part) as table:
-            paths = None if table.image.content else table.image.name
-            names = list(dict.fromkeys(name for name in (table.label, table.key, paths) if name is not None))
-            for group in range(table.num_row_groups):
-                first = row
-                for columns in table.columns(group, names):
-                    for values in zip(*columns, strict=True):
-                        row_of = dict(zip(names, values, strict=True))
-                        try:
-                            key = self._key(table, row_of, f"{stem}/{row:09d}")
-                            identity = _identity(row_of[table.label], table.class_names)
-                        except ValueError as error:
-                            raise InvalidData(f"{table.path}: row {row}: {error}") from error
-                        if identity is None or key is None:
-                            yield _NO_IDENTITY if identity is None else _NO_IMAGE
-                        else:
-                            yield Record(sample_key(key), identity, file=part, offset=group, size=row - first)
-                        row += 1
+            for row, (group, in_group, values) in enumerate(table.rows()):
+                try:
+                    record = self._record(table, values, f"{stem}/{row:09d}", part, group, in_group)
+                except ValueError as error:
+                    raise InvalidData(f"{table.path}: row {row}: {error}") from error
+                yield record
 
-    def _key(self, table: ParquetTable, row: dict[str, Any], place: str) -> str | None:
-        """Return what the key of a row is made of: a column, the path, or the place; None if there is no image."""
-        path = place if table.image.content else row[table.image.name]
-        if not path:
-            return None
+    def _record(
+        self, table: ParquetTable, values: dict[str, Any], place: str, file: int, group: int, row: int
+    ) -> Record | Skipped:
+        path = ""
         if not table.image.content:
-            path = os.path.splitext(self._root.relative(path))[0]
-        if table.key is None:
-            return path
-        key = identity_text(row[table.key])
-        if key is None:
-            raise ValueError("the key is empty")
-        return key
+            if not values[table.image.name]:
+                return _NO_IMAGE
+            path = self._root.relative(values[table.image.name])
+        identity = _identity(values[table.label], table.class_names)
+        if identity is None:
+            return _NO_IDENTITY
+        key = os.path.splitext(path)[0] or place
+        if table.key is not None:
+            key = require_key(values[table.key])
+        return Record(sample_key(key), identity, path, file, group, row)
 
     def read(self, records: Sequence[Record]) -> Iterator[bytes | Unreadable]:
-        """Yield the images; each run of records of one row group reads it once."""
-        for (file, group), block in groupby(records, key=lambda record: (record.file, record.offset)):
-            rows = [record.size for record in block]
-            with self._table(file) as table, _temporary_file() as spool:
-                places = _spool(table, group, set(rows), spool)
-                for row in rows:
-                    place = places.get(row)
-                    if place is None:
-                        raise InvalidData(f"{self._files[file]}: row group {group} has no row {row}; was it changed?")
-                    yield self._image(place, spool)
+        """Yield the images; rows of a row group that are asked for in sequence are read in one go."""
+        for in_files, run in groupby(records, key=lambda record: bool(record.path)):
+            if in_files:
+                yield from (self._root.read(record.path) for record in run)
+            else:
+                yield from self._read_rows(run)
 
-    def _image(self, place: _Place | Unreadable, spool: Any) -> bytes | Unreadable:
-        if isinstance(place, Unreadable):
-            return place
-        spool.seek(place.start)
-        content: bytes = spool.read(place.size)
-        if not place.is_path:
-            return content
+    def _read_rows(self, records: Iterable[Record]) -> Iterator[bytes | Unreadable]:
+        place = -1, -1, -1
+        rows: Iterator[tuple[int, tuple[bytes | None, str | None]]] = iter(())
+        with ExitStack() as stack:
+            for record in records:
+                following = record.file, record.offset, record.size
+                if following[:2] != place[:2] or following <= place:
+                    stack.close()
+                    table = stack.enter_context(self._table(record.file))
+                    rows = enumerate(table.images(record.offset))
+                place = following
+                image = next((image for row, image in rows if row == record.size), None)
+                if image is None:
+                    where = f"{self._files[record.file]}: row group {record.offset}"
+                    raise InvalidData(f"{where} has no row {record.size}; was it changed meanwhile?")
+                yield self._image(*image)
+
+    def _image(self, content: bytes | None, path: str | None) -> bytes | Unreadable:
+        if content is not None and len(content) > MAX_IMAGE_BYTES:
+            return Unreadable(f"has {len(content):,} bytes, more than an image can have")
+        if content is not None or not path:
+            return Unreadable("is null") if content is None else content
         try:
-            return self._root.read(self._root.relative(content.decode()))
+            return self._root.read(self._root.relative(path))
         except ValueError as error:
             return Unreadable(f"its path {error}")
+
+    @property
+    def _first(self) -> int:
+        return next(file for file, split in enumerate(self._splits) if split == self._split)
 
     @cached_property
     def _files(self) -> list[Path]:
@@ -198,31 +196,3 @@ def _identity(value: Any, class_names: list[str] | None) -> str | None:
     if not 0 <= value < len(class_names):
         raise ValueError(f"label {value} is none of the {len(class_names):,} classes that the file names")
     return class_names[value]
-
-
-def _spool(table: ParquetTable, group: int, rows: set[int], spool: Any) -> dict[int, _Place | Unreadable]:
-    """Write the images of some rows into the temporary file."""
-    places: dict[int, _Place | Unreadable] = {}
-    end = 0
-    for row, (content, path) in enumerate(table.images(group)):
-        if row not in rows:
-            continue
-        data = content if content is not None else path.encode() if path else None
-        if data is None:
-            places[row] = _NULL
-        elif len(data) > MAX_IMAGE_BYTES:
-            places[row] = Unreadable(f"has {len(data):,} bytes, more than an image can have")
-        else:
-            spool.write(data)
-            places[row] = _Place(end, len(data), content is None)
-            end += len(data)
-    return places
-
-
-@contextmanager
-def _temporary_file() -> Iterator[Any]:
-    try:
-        with tempfile.SpooledTemporaryFile(_IN_MEMORY) as spool:
-            yield spool
-    except OSError as error:
-        raise DataUnavailable(f"no temporary file in {tempfile.gettempdir()}: {error.strerror}; set TMPDIR") from error

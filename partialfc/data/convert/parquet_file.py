@@ -86,12 +86,18 @@ class ParquetTable:
             return None
         return names
 
-    def columns(self, group: int, names: list[str]) -> Iterator[tuple[list[Any], ...]]:
-        """Yield the values of columns for the rows of a row group, a batch at a time."""
-        for batch in self._batches(group, names, _MAX_BATCH_ROWS):
-            with self.explained():
-                columns = tuple(batch.column(name).to_pylist() for name in names)
-            yield columns
+    def rows(self) -> Iterator[tuple[int, int, dict[str, Any]]]:
+        """Yield row group, row in it, and values of every row: label, key and, if it is no image itself, path."""
+        paths = None if self.image.content else self.image.name
+        names = list(dict.fromkeys(name for name in (self.label, self.key, paths) if name is not None))
+        for group in range(self.num_row_groups):
+            row = 0
+            for batch in self._batches(group, names, _MAX_BATCH_ROWS):
+                with self.explained():
+                    columns = [batch.column(name).to_pylist() for name in names]
+                for values in zip(*columns, strict=True):
+                    yield group, row, dict(zip(names, values, strict=True))
+                    row += 1
 
     def images(self, group: int) -> Iterator[tuple[Any, Any]]:
         """Yield content and path of the image of each row of a row group, None for a part that is none."""

@@ -108,6 +108,9 @@ def test_keys_come_from_paths_from_a_column_or_from_the_place_of_the_row(tmp_pat
     assert [record.key for record in records(source)] == ["a.b/1", f"{text.index('data') - 1:012d}"]
     source = Manifest(source.path, fields=Fields(key="id"))
     assert [record.key for record in records(source)] == ["first/1%2E0", "7"]
+    nameless = table(tmp_path, '{"path": "a.png", "label": 1, "id": "b"}\n{"path": "a.png", "label": 1}\n', "set.jsonl")
+    with pytest.raises(InvalidData, match="row at byte 41: the key is empty"):
+        records(Manifest(nameless.path, fields=Fields(key="id")))
 
 
 def test_numbers_are_identities_in_decimal(tmp_path: Path) -> None:
@@ -161,7 +164,11 @@ def test_the_columns_are_chosen_by_options_and_never_guessed(tmp_path: Path) -> 
         ("s.jsonl", b'{"path": "a", "label": 1}\n{"path": \n', "row at byte 26: not JSON"),
         ("s.jsonl", b'{"path": "a", "label": 1}\n[1]\n', "row at byte 26: expected a JSON object"),
         ("s.jsonl", b'{"path": "a", "label": 1}\n' + b"[" * 90_000 + b"\n", "not JSON: nested too deeply"),
-        ("s.jsonl", b'{"path": "a", "label": 1.5}\n', "row at byte 0: an identity must be a text or a whole number"),
+        (
+            "s.jsonl",
+            b'{"path": "a", "label": 1.5}\n',
+            "row at byte 0: an identity or key must be a text or a whole number",
+        ),
         ("s.jsonl", b'{"path": "a", "label": true}\n', "must be a text or a whole number, got True"),
         ("s.jsonl", b'{"path": "a", "label": "\\ud800"}\n', "surrogates not allowed"),
         ("s.jsonl", b'{"path": ["a"], "label": 1}\n', "column 'path' must hold texts, got list"),

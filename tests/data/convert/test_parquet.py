@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import pickle
 import random
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -92,27 +91,16 @@ def test_blocks_are_read_in_any_order_and_rows_of_a_block_too(dataset: Path) -> 
     assert images(source, [found[i] for i in order]) == [png(i) for i in order]
 
 
-def test_a_large_row_group_goes_through_an_unlinked_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parquet, "_IN_MEMORY", 10_000)
+def test_a_row_group_is_read_once_however_many_batches_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parquet_file, "_BATCH_BYTES", 20_000)
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
-    (tmp_path / "tmp").mkdir()
     contents = [random.Random(i).randbytes(1000) for i in range(200)]
     source = one(tmp_path, {"image": image_struct([(data, None) for data in contents]), "label": ["a"] * 200})
-    found = records(source)
-    reading = source.read(found[::-1])
-    assert next(reading) == contents[-1]
-    assert os.listdir(tmp_path / "tmp") == []
-    assert list(reading) == contents[-2::-1]
-
-
-def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = one(tmp_path, {"image": image_struct([(png(1), None)]), "label": ["a"]})
-    found = records(source)
-    monkeypatch.setattr(parquet, "_IN_MEMORY", 1)
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
-    with pytest.raises(DataUnavailable, match=r"no temporary file in .*missing: No such file .*; set TMPDIR"):
-        list(source.read(found))
+    found, opened = records(source), list[Path]()
+    open_table = parquet.open_table
+    monkeypatch.setattr(parquet, "open_table", lambda path, fields: opened.append(path) or open_table(path, fields))
+    assert list(source.read(found[::3])) == contents[::3]
+    assert opened == [source.path]
+    assert list(source.read(found[1::-1])) == contents[1::-1]
 
 
 def test_images_may_be_binary_and_labels_texts_numbers_or_categories(tmp_path: Path) -> None:
@@ -132,6 +120,7 @@ def test_a_table_of_paths_reads_the_files(tmp_path: Path) -> None:
     found = listed(source)
     assert found[2:] == [Skipped("row without an image"), Skipped("row without an identity")]
     assert [record.key for record in records(source)] == ["a/1", "a/2"]
+    assert (source.in_blocks, Parquet(source.path).in_blocks) == (False, False)
     assert images(source, records(source)) == [png(1), "cannot be read: No such file or directory"]
     with pytest.raises(InvalidData, match=r"set\.parquet: row 1: '\.\./b\.png' leads out of"):
         listed(one(tmp_path, {"file": ["a/1.png", "../b.png"], "identity": ["x", "y"]}))
@@ -186,7 +175,7 @@ def test_columns_are_chosen_by_options_and_never_guessed(tmp_path: Path) -> None
         ).__class__(source.path, fields=Fields(image="label")).fingerprint()
     with pytest.raises(InvalidData, match=r"no column of images, there are 'text' \(string\), 'label' \(int64\)"):
         one(tmp_path, {"text": ["a"], "label": [1]}).fingerprint()
-    with pytest.raises(InvalidData, match=r"row 0: an identity must be a text or a whole number, got 0\.5"):
+    with pytest.raises(InvalidData, match=r"row 0: an identity or key must be a text or a whole number, got 0\.5"):
         listed(one(tmp_path, {"image": both, "label": [0.5]}))
 
 
