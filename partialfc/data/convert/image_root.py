@@ -17,9 +17,8 @@ _NO_NAME = "cannot be opened: no file can have such a name"  # a NUL, half of a 
 MAX_IMAGE_BYTES = 512 << 20  # more than any image that the trainer takes by default
 
 # What is wrong with one file; other errors are of the disk or the network, and may be gone next time.
-_FILE_ERRORS = frozenset(
-    getattr(errno, name) for name in "ENOENT ENOTDIR EISDIR ELOOP EACCES EPERM ENAMETOOLONG EINVAL EFBIG ENXIO".split()
-)
+_NO_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
+_REFUSED = {errno.EACCES, errno.EPERM, errno.EINVAL, errno.EFBIG, errno.ENXIO}
 
 
 def read_image(path: str) -> bytes | Unreadable:
@@ -33,7 +32,7 @@ def read_image(path: str) -> bytes | Unreadable:
     except ValueError:
         return Unreadable(_NO_NAME)
     except OSError as error:
-        if error.errno not in _FILE_ERRORS:
+        if error.errno not in _NO_FILE | _REFUSED:
             raise DataUnavailable(f"{path} cannot be read: {error.strerror}") from error
         return Unreadable(f"cannot be read: {error.strerror}")
 
