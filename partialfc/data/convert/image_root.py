@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from partialfc.data.convert.source import Unreadable
-from partialfc.errors import DataUnavailable
+from partialfc.errors import DataUnavailable, InvalidData
 from partialfc.files import read_bounded
 
 _NO_NAME = "cannot be opened: no file can have such a name"  # a NUL, half of a UTF-16 pair
@@ -42,6 +42,11 @@ class ImageRoot:
     """A folder that holds all images of a table."""
 
     folder: Path
+
+    def require(self) -> None:
+        """Raise InvalidData if it is no folder."""
+        if not self.folder.is_dir():
+            raise InvalidData(f"{self.folder}, the folder of the images, does not exist or is no folder")
 
     def relative(self, path: str) -> str:
         """Return a table's path relative to the folder; absolute ones may lie in it.

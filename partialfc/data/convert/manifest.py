@@ -52,6 +52,7 @@ class Manifest(Source):
     def fingerprint(self) -> Any:
         """Return name, size and time of the table, and the columns that are taken; image files are not looked at."""
         found = self._format()
+        self._root().require()
         with self._open() as file:
             status = os.fstat(file.fileno())
         return [self.path.name, status.st_size, status.st_mtime_ns, str(self.images), repr(found)]

@@ -67,6 +67,7 @@ class Parquet(Source):
 
     def fingerprint(self) -> Any:
         """Return a digest of the names, sizes and times of the files, and what is taken from them."""
+        self._root.require()
         with self._table(self._first) as table:
             taken = [table.image.name, table.label, table.key, self._split, str(self.images)]
         states = json.dumps(list(file_states(self._files, self._folder))).encode()

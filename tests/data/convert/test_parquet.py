@@ -135,6 +135,9 @@ def test_an_image_without_bytes_is_read_by_its_path_and_none_leads_out(tmp_path:
     assert images(source, records(source))[:3] == [png(1), "is null", "is null"]
     assert str(images(source, records(source))[3]).startswith("its path '/etc/passwd' leads out of ")
     other = Parquet(tmp_path / "set.parquet", images=tmp_path / "elsewhere")
+    with pytest.raises(InvalidData, match="elsewhere, the folder of the images, does not exist"):
+        other.fingerprint()
+    (tmp_path / "elsewhere").mkdir()
     assert images(other, records(other))[0] == "cannot be read: No such file or directory"
 
 

@@ -7,6 +7,7 @@ import os
 import pickle
 import random
 import tarfile
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,18 @@ def test_members_of_a_sample_need_not_follow_each_other(tmp_path: Path) -> None:
         random.Random(seed).shuffle(members)
         assert sorted(content(one(tmp_path, members))) == expected
     assert sorted(content(one(tmp_path, sorted(members, key=lambda each: each[0].split(".")[1])))) == expected
+
+
+def test_samples_take_no_memory_once_they_are_complete(tmp_path: Path) -> None:
+    members = [(f"{i:090d}.{kind}", b"1") for i in range(2000) for kind in ("jpg", "cls")]
+    source = WebDatasetTars(write_tar(tmp_path / "set.tar", members))
+    source.fingerprint()
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in source.list_part(0)) == 2000
+        assert tracemalloc.get_traced_memory()[1] < 600_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_incomplete_samples_are_counted(tmp_path: Path) -> None:
