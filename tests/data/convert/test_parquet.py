@@ -19,7 +19,7 @@ from partialfc.data.convert.parquet import Parquet
 from partialfc.data.convert.source import Record, Skipped, Unreadable
 from partialfc.errors import DataError, DataUnavailable, InvalidData
 from tests.harness.data_sets import png
-from tests.harness.parquet_files import class_label, image_struct, write_table
+from tests.harness.parquet_files import class_label, image_struct, write_encrypted, write_table
 
 
 def listed(source: Parquet) -> list[Record | Skipped]:
@@ -222,6 +222,15 @@ def test_what_is_no_parquet_is_refused_with_the_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo.parquet")
     with pytest.raises(DataUnavailable, match=r"fifo\.parquet cannot be read: not a regular file"):
         Parquet(tmp_path / "fifo.parquet").fingerprint()
+
+
+@pytest.mark.parametrize("plaintext_footer", [False, True])
+def test_an_encrypted_file_is_refused_in_one_line(tmp_path: Path, plaintext_footer: bool) -> None:
+    path = write_encrypted(tmp_path / "set.parquet", {"image": pa.array([b"x"]), "label": [1]}, plaintext_footer)
+    source = Parquet(path)
+    with pytest.raises(InvalidData, match=r"set\.parquet: damaged, encrypted, or not Parquet: ") as refused:
+        images(source, records(source))
+    assert len(str(refused.value).splitlines()) == 1
 
 
 def test_a_source_that_changes_has_another_fingerprint(dataset: Path) -> None:
