@@ -28,6 +28,7 @@ from partialfc.checkpoint.writer import Saver
 from partialfc.config import Config
 from partialfc.data.dataset import TarDataset
 from partialfc.data.index import CLASSES
+from partialfc.data.plain import describe
 from partialfc.data.order import BatchOrder
 from partialfc.errors import ConfigError, DamagedCheckpoint, Diverged
 from partialfc.runs.folder import RunFolder
@@ -192,7 +193,7 @@ class Checkpoints:
         changes = config_changes(manifest.get("config", {}), self.config.model_dump(mode="json"))
         # Earlier versions wrote no digest where the index has none.
         if manifest.get("data_digest") not in ("", self.dataset.digest) and not new_classes:
-            change = Change("data.train", "another data set", str(self.config.data.train), "needs --force")
+            change = Change("data.train", "another data set", describe(self.config.data.train), "needs --force")
             changes = [other for other in changes if other.key != "data.train"] + [change]
         impossible = [str(change) for change in changes if change.severity == "impossible"]
         forced = [str(change) for change in changes if change.severity == "needs --force"]
