@@ -28,8 +28,8 @@ from partialfc.checkpoint.writer import Saver
 from partialfc.config import Config
 from partialfc.data.dataset import TarDataset
 from partialfc.data.index import CLASSES
-from partialfc.data.plain import describe
 from partialfc.data.order import BatchOrder
+from partialfc.data.plain import describe
 from partialfc.errors import ConfigError, DamagedCheckpoint, Diverged
 from partialfc.runs.folder import RunFolder
 from partialfc.runtime.collectives import broadcast_from_rank0, run_on_rank0
