@@ -48,7 +48,9 @@ class RunConfig(Section):
 class DataConfig(Section):
     """Data set and loading."""
 
-    train: Path = Field(description="data set folder with index.json")
+    train: Path | list[Path] = Field(
+        description="data set folder, or WebDataset shards of one set: their folder, a pattern, a list"
+    )
     num_classes: int | None = Field(
         None, ge=1, le=_MANY, description="number of classes that the data set must have; null: any"
     )
@@ -68,6 +70,14 @@ class DataConfig(Section):
         "light", description="light: random affine maps and noise; flip: random mirroring, usual for faces"
     )
     workers: int = Field(0, ge=0, le=256, description="loader processes per rank; 0 loads in the training process")
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _require_paths(cls, value: Any) -> Any:
+        paths = value if isinstance(value, list) else [value]
+        if not paths or not all(isinstance(path, (str, Path)) for path in paths):
+            raise PydanticCustomError("paths", "expected a path, or a list of paths")
+        return value
 
 
 class ModelConfig(Section):

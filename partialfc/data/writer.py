@@ -20,7 +20,7 @@ from partialfc.files import open_new, sync_to_disk, write_atomically
 
 UNFINISHED = ".unfinished"  # marks a folder in progress, which may be cleared and written again
 _PIECE = 1 << 20
-_FILES = ("shard-*.tar", "shard-*.tar*.tmp", CLASSES, OFFSETS, ".*.json.[0-9]*", ".*.jsonl.[0-9]*")
+_FILES = ("shard-*.tar", "shard-*.tar*.tmp", CLASSES, OFFSETS, f".{OFFSETS}*", ".*.json.[0-9]*", ".*.jsonl.[0-9]*")
 
 
 class ShardWriter:
