@@ -13,6 +13,7 @@ from typing import IO, Any, Self
 
 from partialfc.data.index import CLASSES, INDEX, content_digest
 from partialfc.data.offsets import OFFSETS
+from partialfc.data.pairs import PAIRS
 from partialfc.data.tar import END_OF_ARCHIVE, IMAGE_EXTENSIONS, padding, ustar_header
 from partialfc.errors import DataError
 from partialfc.files import write_atomically
@@ -52,7 +53,8 @@ class DatasetWriter:
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / UNFINISHED).touch()
         (self.folder / INDEX).unlink(missing_ok=True)  # first: from here on the folder is incomplete
-        for pattern in ("shard-*.tar", "shard-*.tar.tmp", CLASSES, OFFSETS, ".*.json.[0-9]*", ".*.jsonl.[0-9]*"):
+        leftovers = (".*.json.[0-9]*", ".*.jsonl.[0-9]*", ".*.csv.[0-9]*")
+        for pattern in ("shard-*.tar", "shard-*.tar.tmp", CLASSES, OFFSETS, PAIRS, *leftovers):
             for path in self.folder.glob(pattern):
                 path.unlink()
 
