@@ -147,7 +147,7 @@ def read_pairs(folder: Path, keys: Sequence[str]) -> PairList:
     if len(numbers) < len(keys):
         twice = next(key for number, key in enumerate(keys) if numbers[key] != number)
         raise InvalidData(f"{folder}: two samples have the key {twice!r}, so that {PAIRS} cannot tell them apart")
-    first, second, same, folds = [], [], [], []
+    first, second, same, folds = list[int](), list[int](), list[bool](), list[int]()
     for number, pair in enumerate(parse_pairs(path), start=1):
         for key in (pair.first, pair.second):
             if key not in numbers:
@@ -155,14 +155,14 @@ def read_pairs(folder: Path, keys: Sequence[str]) -> PairList:
         first.append(numbers[pair.first])
         second.append(numbers[pair.second])
         same.append(pair.same)
-        folds.append(pair.fold)
+        if pair.fold is not None:
+            folds.append(pair.fold)
     for kind, count in (("genuine pairs (same 1)", sum(same)), ("impostor pairs (same 0)", len(same) - sum(same))):
         if not count:
             raise InvalidData(f"{path} has no {kind}; nothing can be measured")
-    given = folds[0] is not None
     return PairList(
         np.array(first, dtype=np.int64),
         np.array(second, dtype=np.int64),
         np.array(same, dtype=np.bool_),
-        np.unique(folds, return_inverse=True)[1].astype(np.int64) if given else folds_in_order(len(first)),
+        np.unique(folds, return_inverse=True)[1].astype(np.int64) if folds else folds_in_order(len(first)),
     )
