@@ -139,7 +139,10 @@ def test_a_folder_in_use_is_refused_and_overwritten_only_on_request(tmp_path: Pa
 
 @pytest.mark.parametrize(
     ("key", "extension", "label"),
-    [("a.b", "png", 0), ("a/b", "png", 0), ("", "png", 0), ("a", "gif", 0), ("a", "png", -1), ("x" * 97, "png", 0)],
+    [
+        *((key, "png", 0) for key in ("a.b", "/a", "a/", "a//b", "../a", "a/../b", "", "a\0b", "x" * 97)),
+        *(("a", "gif", 0), ("a", "png", -1)),
+    ],
 )
 def test_samples_that_could_not_be_read_back_are_not_written(
     tmp_path: Path, key: str, extension: str, label: int

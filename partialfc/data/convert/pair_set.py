@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,9 +143,7 @@ def _open_list(source: Path, images: Path | None) -> _Source:
             raise DataUnavailable(f"{path} cannot be read: {error.strerror}") from error
 
     def key(name: str) -> str:
-        stem, dot, extension = name.rpartition(".")
-        # Folders become part of the name: a key has no slash.
-        return sample_key((stem if dot and "/" not in extension else name).removeprefix("./")).replace("/", "_")
+        return sample_key(os.path.splitext(name)[0].removeprefix("./"))
 
     return _Source("pair-list", pairs, read, key)
 

@@ -229,7 +229,7 @@ class _Interpreter:
         if len(line) < 2 or line[:1] != line[-1:] or line[:1] not in (b"'", b'"'):
             raise Refusal("a quoted text is damaged")
         try:
-            self._stack.append(codecs.escape_decode(line[1:-1])[0])  # type: ignore[attr-defined]  # not in typeshed
+            self._stack.append(codecs.escape_decode(line[1:-1])[0])
         except ValueError:
             raise Refusal("a quoted text is damaged") from None
 

@@ -41,6 +41,13 @@ class Unreadable:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """Something in a source that is no record. How often each reason occurs is reported, once for the whole source."""
+
+    reason: str
+
+
 class Source(Protocol):
     """A place that images come from. It is pickled to other processes, and opens its files where it is used.
 
@@ -63,17 +70,22 @@ class Source(Protocol):
         """Return the parts that can be listed independently of each other, in a fixed order: files, folders, ranges."""
 
     def num_records(self) -> int | None:
-        """Return the number of records for the progress display, if it is known before they are listed."""
+        """Return the number of records that the source says it has, if it does; a warning tells if there are others."""
 
-    def list_part(self, part: Any) -> Iterator[Record]:
-        """Yield the records of a part, always in the same order.
+    def num_identities(self) -> int | None:
+        """Return the number of identities that the source says it has, likewise."""
+
+    def list_part(self, part: Any) -> Iterator[Record | Skipped]:
+        """Yield the records of a part, always in the same order, and what was left out.
 
         Raises:
             InvalidData: the part is damaged; the message names file and offset.
         """
 
     def read(self, records: Sequence[Record]) -> Iterator[bytes | Unreadable]:
-        """Yield the encoded image of each record, in their order, which is a shuffled one.
+        """Yield the encoded image of each record, in their order, which is a shuffled one; they come without identity.
+
+        Where ``in_blocks`` is set, records of a block follow each other.
 
         Memory stays bounded by the largest record, whatever their number.
 
