@@ -14,12 +14,12 @@ from partialfc.data.convert.pair_lists import is_pair_list, read_pair_list
 from partialfc.data.convert.source import Unreadable, sample_key
 from partialfc.data.dataset import DatasetWriter
 from partialfc.data.pairs import Pair, folds_in_order, write_pairs
-from partialfc.errors import DataError, DataUnavailable, InvalidData
+from partialfc.errors import ConfigError, DataError, DataUnavailable, InvalidData
 from partialfc.files import open_regular, read_bounded
 from partialfc.tracking.console import Progress, no_progress
 
 _MAX_IMAGE_BYTES = 1 << 30
-_EXTENSIONS = ("", ".jpg", ".png", ".jpeg", ".JPG", ".webp", ".bmp")  # of images that a list names without
+_EXTENSIONS = (".jpg", ".png", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
 
 @dataclass(frozen=True)
@@ -74,12 +74,16 @@ def convert_pairs(
         overwrite: replace the contents of ``out``.
 
     Raises:
+        ConfigError: ``images`` is given for a ``.bin``.
         InvalidData: the source is not what it seems, or an image is missing or cannot be decoded: a benchmark without
             some of its pairs is another one.
         DataError: ``out`` is not empty.
         DataUnavailable: an image cannot be read.
     """
-    found = _open_bin(source) if _is_bin(source) else _open_list(source, images)
+    is_bin = _is_bin(source)
+    if is_bin and images is not None:
+        raise ConfigError(f"--images: {source} holds its images itself")
+    found = _open_bin(source) if is_bin else _open_list(source, images)
     names = list(dict.fromkeys(name for pair in found.pairs for name in (pair.first, pair.second)))
     settings = settings or ImageSettings(decode=True)
     digests = _check_images(found, names, source, settings, progress)
@@ -143,13 +147,14 @@ def _open_list(source: Path, images: Path | None) -> _Source:
             raise DataUnavailable(f"{path} cannot be read: {error.strerror}") from error
 
     def key(name: str) -> str:
-        return sample_key(os.path.splitext(name)[0].removeprefix("./"))
+        stem, extension = os.path.splitext(name)
+        return sample_key(stem if extension.lower() in _EXTENSIONS else name)  # or a part of a name: "J.K._Name_0001"
 
     return _Source("pair-list", pairs, read, key)
 
 
 def _find_image(root: Path, name: str, source: Path) -> Path:
-    for extension in _EXTENSIONS:
+    for extension in ("", *_EXTENSIONS):  # a list may leave it out
         path = root / f"{name}{extension}"
         if path.is_file():
             if not path.resolve().is_relative_to(root.resolve()):

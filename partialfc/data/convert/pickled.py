@@ -142,8 +142,6 @@ class _Interpreter:
         else:
             raise Refusal(f"the instruction {bytes([code])!r} has no place in such a file")
 
-    # --- reading ------------------------------------------------------------------------------------------------------
-
     def _take(self, size: int) -> bytes:
         if size > len(self._content) - self.at:
             raise Refusal("it ends in the middle of a value")
@@ -170,8 +168,6 @@ class _Interpreter:
             return encoded.decode("utf-8", "surrogatepass")
         except UnicodeDecodeError:
             raise Refusal("a text is not UTF-8") from None
-
-    # --- the stack ----------------------------------------------------------------------------------------------------
 
     def _top(self) -> Any:
         if len(self._stack) <= (self._marks[-1] if self._marks else 0):
@@ -200,8 +196,6 @@ class _Interpreter:
         if key not in self._memo:
             raise Refusal("it is damaged: it refers to a value that is not there")
         self._stack.append(self._memo[key])
-
-    # --- further instructions -----------------------------------------------------------------------------------------
 
     def _mark(self) -> None:
         self._marks.append(len(self._stack))
