@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from partialfc.data.convert.source import Record, Skipped, Source, Unreadable, sample_key
 from partialfc.errors import DataUnavailable, InvalidData
@@ -35,8 +35,24 @@ class FolderPerIdentity(Source):
     """A folder with a folder for each identity, whose name is the identity's."""
 
     root: Path
-    kind: ClassVar[str] = "folders"
-    in_blocks: ClassVar[bool] = False
+    kind = "folders"
+    in_blocks = False
+
+    @staticmethod
+    def matches(path: Path) -> bool:
+        """Return whether a path is a folder."""
+        return path.is_dir()
+
+    @classmethod
+    def open(cls, path: Path) -> FolderPerIdentity:
+        """Return the source for a folder.
+
+        Raises:
+            InvalidData: it is not one.
+        """
+        if not path.is_dir():
+            raise InvalidData(f"{path} is not a folder; expected one with a folder for each identity")
+        return cls(path)
 
     def fingerprint(self) -> Any:
         """Return a digest of the names of the identities and of the times at which their folders were changed.
@@ -83,7 +99,7 @@ class FolderPerIdentity(Source):
         known = set(names)
         for name in names:
             if _shown(name) != name and _shown(name) in known:
-                raise InvalidData(f"{self.root}: two folders would be the identity {_shown(name)!r}; rename one of them")
+                raise InvalidData(f"{self.root}: two folders would be identity {_shown(name)!r}; rename one")
         return names
 
     def _walk(self, identity: str) -> Iterator[Record | Skipped]:

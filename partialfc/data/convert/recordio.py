@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from partialfc.data.convert.recordio_file import Described, RecordFile
 from partialfc.data.convert.source import Record, Skipped, Source, Unreadable, sample_key
@@ -40,8 +40,13 @@ class RecordIO(Source):
     records: Path
     index: Path | None = None
     about: Path | None = None
-    kind: ClassVar[str] = "recordio"
-    in_blocks: ClassVar[bool] = False
+    kind = "recordio"
+    in_blocks = False
+
+    @staticmethod
+    def matches(path: Path) -> bool:
+        """Return whether a path is a ``.rec`` or a folder with one."""
+        return any(path.glob("*.rec")) if path.is_dir() else path.suffix == ".rec"
 
     @classmethod
     def open(cls, path: Path) -> RecordIO:

@@ -71,9 +71,11 @@ class Source(Protocol):
 
     def num_records(self) -> int | None:
         """Return the number of records that the source says it has, if it does; a warning tells if there are others."""
+        return None
 
     def num_identities(self) -> int | None:
         """Return the number of identities that the source says it has, likewise."""
+        return None
 
     def list_part(self, part: Any) -> Iterator[Record | Skipped]:
         """Yield the records of a part, always in the same order, and what was left out.
@@ -104,11 +106,18 @@ def sample_key(path: str) -> str:
     # A folder may contain dots, but not consist of them: no reader would take "../a".
     folders = [folder if folder.strip(".") else folder.replace(".", "%2E") for folder in folders]
     key = "/".join([*folders, name.replace(".", "%2E")])
+    return fit_key(key)
+
+
+def fit_key(key: str) -> str:
+    """Return a key as it is, or if it is too long for a tar header, its beginning and 16 digits of its SHA-256."""
     encoded = key.encode()
     if len(encoded) <= MAX_KEY_BYTES:
         return key
     digest = hashlib.sha256(encoded).hexdigest()[:16]
-    return encoded[: MAX_KEY_BYTES - 17].decode(errors="ignore").replace("/", "_") + "~" + digest
+    # What is left may end within a folder, whose dots would end the key.
+    begin = encoded[: MAX_KEY_BYTES - 17].decode(errors="ignore").replace("/", "_").replace(".", "_")
+    return f"{begin}~{digest}"
 
 
 def _percent(found: re.Match[str]) -> str:
