@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import signal
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from partialfc.cli.arguments import group
 from partialfc.cli.exits import STOPPED, fail
-from partialfc.errors import Interrupted
+from partialfc.errors import ConfigError, Interrupted
 from partialfc.tracking.console import console_progress, log
+
+if TYPE_CHECKING:
+    from partialfc.data.convert.images import ImageSettings
 
 app = group("Make data sets.")
 
@@ -58,6 +61,7 @@ def convert_command(
     source: Annotated[Path, typer.Argument(metavar="SOURCE", help="folder or file of images and identities")],
     out: Annotated[Path, typer.Option(help="folder to write the data set to")],
     format: Annotated[str | None, typer.Option(help="recordio or folders; default: by what SOURCE looks like")] = None,
+    images: Annotated[Path | None, typer.Option(help="folder of the images that a list of pairs names")] = None,
     resize: Annotated[int | None, typer.Option(min=1, help="pixels of a side; default: bytes are kept")] = None,
     fit: Annotated[str, typer.Option(help="with --resize: squash to a square, or keep the aspect")] = "squash",
     decode: Annotated[bool, typer.Option("--decode", help="decode every image to see whether that works")] = False,
@@ -72,9 +76,11 @@ def convert_command(
     workers: Annotated[int | None, typer.Option(min=1, help="number of processes; default: all cores")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the data set in --out")] = False,
 ) -> None:
-    """Make a data set of InsightFace's RecordIO or of a folder per identity. Stopped, the same command goes on."""
+    """Make a data set of InsightFace's RecordIO or of a folder per identity, or a verification set of InsightFace's
+    .bin or of a list of pairs. Stopped, the same command goes on."""
     from partialfc.data.convert.detect import open_source
     from partialfc.data.convert.images import ImageSettings
+    from partialfc.data.convert.pair_set import is_pair_set
     from partialfc.data.convert.pipeline import Options, convert
     from partialfc.data.convert.plan import Selection
 
@@ -93,6 +99,13 @@ def convert_command(
         max_bad=max_bad,
     )
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if format is None and is_pair_set(source):
+        if selection != Selection():
+            raise ConfigError("a set of pairs is converted as a whole: it takes no choice of identities or images")
+        _convert_pairs(source, out, images, options.images, overwrite)
+        return
+    if images is not None:
+        raise ConfigError(f"--images is for lists of pairs, and {source} is none")
     try:
         report = convert(open_source(source, format), source, out, options, workers, overwrite, console_progress)
     except KeyboardInterrupt:
@@ -105,4 +118,19 @@ def convert_command(
         log(
             f"{out / 'verification'}: {report.verification_samples:,} images of {report.verification_classes:,} other "
             "identities"
+        )
+
+
+def _convert_pairs(source: Path, out: Path, images: Path | None, settings: ImageSettings, overwrite: bool) -> None:
+    from partialfc.data.convert.pair_set import convert_pairs
+
+    report = convert_pairs(source, out, images, settings, overwrite, console_progress)
+    log(
+        f"{out}: {report.pairs:,} pairs in {report.folds} folds, {report.genuine:,} of the same identity; "
+        f"{report.stored:,} images" + (f" ({report.images:,} with equal ones)" if report.stored < report.images else "")
+    )
+    if report.contradictions:
+        log(
+            f"WARNING: {report.contradictions:,} pairs are of different identities by the list, while its other pairs "
+            "make them one"
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from partialfc.data.convert.images import ImageSettings, prepare
@@ -59,7 +59,7 @@ def convert_pairs(
     source: Path,
     out: Path,
     images: Path | None = None,
-    settings: ImageSettings | None = None,
+    settings: ImageSettings = ImageSettings(),  # noqa: B008  # immutable
     overwrite: bool = False,
     progress: Progress = no_progress,
 ) -> PairReport:
@@ -78,14 +78,14 @@ def convert_pairs(
         InvalidData: the source is not what it seems, or an image is missing or cannot be decoded: a benchmark without
             some of its pairs is another one.
         DataError: ``out`` is not empty.
-        DataUnavailable: an image cannot be read.
+        DataUnavailable: an image cannot be read, or ``out`` cannot be written.
     """
     is_bin = _is_bin(source)
     if is_bin and images is not None:
         raise ConfigError(f"--images: {source} holds its images itself")
     found = _open_bin(source) if is_bin else _open_list(source, images)
     names = list(dict.fromkeys(name for pair in found.pairs for name in (pair.first, pair.second)))
-    settings = settings or ImageSettings(decode=True)
+    settings = replace(settings, decode=True)
     digests = _check_images(found, names, source, settings, progress)
     first_of = dict(zip(reversed([digests[name] for name in names]), reversed(names), strict=True))
     stored = {name: first_of[digests[name]] for name in names}  # name of the image that stands for it
@@ -97,13 +97,17 @@ def convert_pairs(
             classes.append(name)
     keys = _keys(kept, found.key, digests)
     pairs = [pair._replace(first=keys[stored[pair.first]], second=keys[stored[pair.second]]) for pair in found.pairs]
-    with DatasetWriter(out, overwrite=overwrite) as writer, progress(f"writing {out}", len(kept)) as advance:
-        for name in kept:
-            data, extension = _prepared(found.read(name), settings, name, source)
-            writer.write(keys[name], data, extension, labels[name])
-            advance()
-        write_pairs(out, pairs)
-        writer.finish([{"name": keys[name]} for name in classes], {"source": {"kind": found.kind, "name": source.name}})
+    try:
+        with DatasetWriter(out, overwrite=overwrite) as writer, progress(f"writing {out}", len(kept)) as advance:
+            for name in kept:
+                data, extension = _prepared(found.read(name), settings, name, source)
+                writer.write(keys[name], data, extension, labels[name])
+                advance()
+            write_pairs(out, pairs)
+            about = {"source": {"kind": found.kind, "name": source.absolute().name}}
+            writer.finish([{"name": keys[name]} for name in classes], about)
+    except OSError as error:
+        raise DataUnavailable(f"{error.filename or out} cannot be written: {error.strerror}") from error
     return PairReport(
         pairs=len(pairs),
         genuine=sum(pair.same for pair in pairs),

@@ -16,6 +16,7 @@ from partialfc.data.pairs import read_pairs
 from partialfc.errors import ConfigError, DataError, InvalidData
 from partialfc.evaluate.sets import open_set
 from tests.harness.data_sets import png
+from tests.harness.running import partialfc
 
 FIXTURES = Path(__file__).parents[2] / "fixtures" / "insightface"
 
@@ -135,3 +136,19 @@ def test_the_same_source_gives_the_same_bytes(tmp_path: Path) -> None:
     files = sorted(path.name for path in (tmp_path / "one").iterdir())
     assert files == ["classes.jsonl", "index.json", "pairs.csv", "shard-000000.tar"]
     assert all((tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes() for file in files)
+
+
+def test_the_command_converts_pairs_and_refuses_options_that_would_change_the_benchmark(tmp_path: Path) -> None:
+    source = FIXTURES / "val_py2.bin"
+    done = partialfc("data", "convert", source, "--out", tmp_path / "set")
+    assert done.returncode == 0, done.stderr
+    assert "15 pairs in 10 folds, 8 of the same identity; 22 images (30 with equal ones)" in done.stdout
+    choice = partialfc("data", "convert", source, "--out", tmp_path / "other", "--min-samples", 2)
+    assert choice.returncode == 2
+    assert "a set of pairs is converted as a whole" in choice.stderr
+    lists = _write_lfw(tmp_path / "lfw").rename(tmp_path / "pairs.txt")
+    done = partialfc("data", "convert", lists, "--images", tmp_path / "lfw", "--out", tmp_path / "lfw-set")
+    assert done.returncode == 0, done.stderr
+    no_list = partialfc("data", "convert", tmp_path / "lfw", "--images", tmp_path, "--out", tmp_path / "other")
+    assert no_list.returncode == 2
+    assert "--images is for lists of pairs" in no_list.stderr
