@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 # Each instruction makes at most one small object. An image takes about ten of them, and has far more than 300 bytes.
-_FREE_INSTRUCTIONS, _BYTES_PER_INSTRUCTION = 1 << 20, 32
+_FREE_INSTRUCTIONS, _BYTES_PER_INSTRUCTION = 1 << 18, 32
 
 _CONSTANTS = {ord("N"): None, 0x88: True, 0x89: False}
 _NUMBERS = {ord("K"): (1, False), ord("M"): (2, False), ord("J"): (4, True)}
