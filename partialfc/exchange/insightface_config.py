@@ -85,14 +85,17 @@ class _Reader:
 
     def _assign(self, target: ast.expr, value: ast.expr) -> None:
         match target:
-            case ast.Name(name):
-                self.names.pop(name, None)  # if it cannot be read, no earlier value stands for it
-                self.names[name] = self._value(value)
+            case ast.Name(key):
+                place = self.names
             case ast.Attribute(owner, key) | ast.Subscript(owner, ast.Constant(str(key))):
-                self._dict(owner).pop(key, None)
-                self._dict(owner)[key] = self._value(value)
+                place = self._dict(owner)
             case _:
                 raise _NotPlain
+        try:
+            place[key] = self._value(value)
+        except BaseException:
+            place.pop(key, None)  # no earlier value stands for one that cannot be read
+            raise
 
     def _dict(self, expression: ast.expr) -> dict[str, Any]:
         found = self._value(expression)
@@ -140,9 +143,9 @@ class _Reader:
         if sign is ast.Pow and not (0 <= right <= _MAX_EXPONENT or left in (2, 10)):
             raise _NotPlain
         try:
-            found = _BINARY[sign](left, right)
+            found: int | float | complex = _BINARY[sign](left, right)
         except (ArithmeticError, ValueError):
             raise _NotPlain from None
         if isinstance(found, complex):
             raise _NotPlain
-        return found  # type: ignore[no-any-return]  # the sum of two numbers is one
+        return found
