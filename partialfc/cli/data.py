@@ -8,9 +8,15 @@ from typing import Annotated
 import typer
 
 from partialfc.cli.arguments import group
-from partialfc.tracking.console import console_progress, log
+from partialfc.cli.convert import convert_command
+from partialfc.errors import ConfigError, InvalidData
+from partialfc.tracking.console import console_progress, format_bytes, log, printable
 
-app = group("Make data sets.")
+app = group("Make data sets, look at them, and check them.")
+
+Source = Annotated[
+    list[str], typer.Argument(metavar="SET", help="data set folder, or shards of one set: folder, files, pattern")
+]
 
 
 @app.command("glyphs")
@@ -48,3 +54,52 @@ def glyphs_command(
         f"{report.look_alikes} pairs of look-alikes left out"
     )
     log(f"{report.closed_set}: {report.closed_set_samples:,} images of the training characters in held-out designs")
+
+
+app.command("convert")(convert_command)
+
+
+@app.command("inspect")
+def inspect_command(
+    source: Source,
+    sheet: Annotated[Path | None, typer.Option(help="PNG to draw: images of random classes")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="of the choice of classes and images")] = 0,
+) -> None:
+    """Show classes, samples per class, image sizes and modes, and shards of a set."""
+    from partialfc.data.dataset import TarDataset
+    from partialfc.data.inspect import count_samples, describe_set, draw_sheet
+
+    dataset = TarDataset(_as_set(source), console_progress)
+    counts = count_samples(dataset)
+    for line in describe_set(dataset, counts, seed):
+        print(printable(line))
+    if sheet is not None:
+        try:
+            classes = draw_sheet(dataset, counts, sheet, seed)
+        except OSError as error:
+            raise ConfigError(f"--sheet: {sheet} cannot be written: {error.strerror or error}") from error
+        print(f"{sheet}: images of {classes} classes")
+
+
+@app.command("verify")
+def verify_command(
+    source: Source,
+    max_pixels: Annotated[int, typer.Option(min=1, help="of an image, as data.max_pixels")] = 40_000_000,
+    workers: Annotated[int | None, typer.Option(min=1, help="number of processes; default: all cores")] = None,
+) -> None:
+    """Check sizes, digests, labels, class table and every image of a set: code 0 all is well, 2 there are problems."""
+    from partialfc.data.plain import describe
+    from partialfc.data.verify import verify
+
+    found = verify(_as_set(source), max_pixels, workers, console_progress)
+    for problem in found.problems.found:
+        print(printable(problem))
+    looked_at = f"{found.num_samples:,} samples in {found.num_shards:,} shards, {format_bytes(found.num_bytes)}"
+    if found.problems.count:
+        listed = f", the first {len(found.problems.found)} above" if found.problems.count > 1 else ", above"
+        raise InvalidData(f"{describe(_as_set(source))}: {found.problems.count:,} problems{listed}; read: {looked_at}")
+    log(f"{looked_at}: all is well")
+
+
+def _as_set(source: list[str]) -> str | list[str]:
+    return source[0] if len(source) == 1 else source

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import signal
-import struct
 import traceback
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +12,7 @@ from typing import NamedTuple, Self
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
@@ -23,12 +20,11 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from partialfc.config import Config
 from partialfc.data.augment import augment_by_name, sample_rng, to_pixels
 from partialfc.data.dataset import TarDataset
+from partialfc.data.decode import BadImage, open_image, require_plausible_size, to_8_bits
 from partialfc.data.order import BatchOrder, local_slice
 from partialfc.errors import ConfigError, DataUnavailable, InvalidData, PartialFCError
 
 _MODES = {1: "L", 3: "RGB"}
-# The largest encodings of a pixel and of all else: four channels of 16 bits uncompressed; colour profiles and texts.
-_MAX_PIXEL_BYTES, _MAX_HEADER_BYTES = 8, 16 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +113,7 @@ class StepDataset(Dataset[Batch | PartialFCError]):
         return Batch(
             step,
             torch.from_numpy(images),
-            torch.from_numpy(np.asarray(self.dataset.labels[indices], dtype=np.int64)),
+            torch.from_numpy(self.dataset.labels_of(indices)),
             torch.from_numpy(indices),
             [len(part) for part in parts],
             order.micro_batch_samples(step, settings.micro_batches),
@@ -224,32 +220,15 @@ def decode(dataset: TarDataset, index: int, settings: LoaderSettings) -> Image.I
         DataUnavailable: its shard cannot be read.
     """
     image_size, most = settings.image_size, settings.max_pixels
-    if dataset.num_bytes(index) > most * _MAX_PIXEL_BYTES + _MAX_HEADER_BYTES:
-        raise InvalidData(
-            f"{dataset.describe(index)} has {dataset.num_bytes(index):,} bytes, more than an image of "
-            f"data.max_pixels={most:,} pixels can have"
-        )
-    data = dataset.read(index)
     try:
-        # Untrusted data: Pillow may use only these decoders, and none before the size is known.
-        with _no_warning_of_size(), Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP")) as encoded:
-            if encoded.width * encoded.height > most:
-                raise InvalidData(
-                    f"{dataset.describe(index)} has {encoded.width:,} × {encoded.height:,} pixels, more than "
-                    f"data.max_pixels={most:,}"
-                )
-            image = encoded.convert(_MODES[settings.channels])
-    except UnidentifiedImageError as error:
-        raise InvalidData(f"{dataset.describe(index)} cannot be decoded: not a PNG, JPEG or WebP image") from error
-    except (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
-        raise InvalidData(f"{dataset.describe(index)} cannot be decoded: {_in_one_line(error)}") from error
+        require_plausible_size(dataset.num_bytes(index), most)
+        with open_image(dataset.read(index), most) as encoded:
+            image = to_8_bits(encoded).convert(_MODES[settings.channels])
+    except BadImage as error:
+        raise InvalidData(f"{dataset.describe(index)} {error}") from error
     if image.size != (image_size, image_size):
         image = image.resize((image_size, image_size), Image.Resampling.BILINEAR, reducing_gap=2.0)
     return image
-
-
-def _no_warning_of_size() -> warnings.catch_warnings[None]:
-    return warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning)
 
 
 def require_samples(dataset: TarDataset) -> None:

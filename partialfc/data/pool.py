@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any, Self
 
@@ -14,11 +19,20 @@ from partialfc.errors import DataError
 
 
 class Pool:
-    """Context manager of worker processes; with one worker everything runs in this process."""
+    """Context manager of worker processes; with one worker everything runs in this process.
+
+    An error, or the end of this process, ends the workers at once, in the middle of their tasks.
+    """
 
     def __init__(self, workers: int | None = None) -> None:
         self.workers = workers or len(os.sched_getaffinity(0))
-        self._executor = ProcessPoolExecutor(self.workers) if self.workers > 1 else None
+        self._executor: ProcessPoolExecutor | None = None
+        if self.workers > 1:
+            # Nothing is sent: the workers see its end when this process closes it, or is killed.
+            reader, self._lifeline = multiprocessing.Pipe(duplex=False)
+            self._executor = ProcessPoolExecutor(
+                self.workers, initializer=_begin_worker, initargs=(reader, self._lifeline)
+            )
 
     def map(self, function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
         """Yield ``function(*task)`` for each task, in order. Only a few results wait at a time, to bound memory."""
@@ -44,4 +58,21 @@ class Pool:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._executor is not None:
+            if kind is not None:
+                self._lifeline.close()
             self._executor.shutdown(cancel_futures=True)
+            self._lifeline.close()
+
+
+def _begin_worker(reader: Connection, lifeline: Connection) -> None:
+    lifeline.close()  # this process's copy would keep it open
+    # What this process's parent does at a signal is not for its workers.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, args=(reader,), daemon=True).start()
+
+
+def _end_with_parent(reader: Connection) -> None:
+    with suppress(EOFError, OSError):
+        reader.recv_bytes()
+    os._exit(1)

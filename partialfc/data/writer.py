@@ -6,18 +6,84 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Self
+from typing import Any, Self
 
 from partialfc.data.index import CLASSES, INDEX, content_digest
 from partialfc.data.offsets import OFFSETS
+from partialfc.data.pairs import PAIRS
 from partialfc.data.tar import END_OF_ARCHIVE, IMAGE_EXTENSIONS, padding, ustar_header
 from partialfc.errors import DataError
-from partialfc.files import write_atomically
+from partialfc.files import open_new, sync_to_disk, write_atomically
 
 UNFINISHED = ".unfinished"  # marks a folder in progress, which may be cleared and written again
+_PIECE = 1 << 20
+_LEFTOVERS = ("shard-*.tar*.tmp", ".*.json.[0-9]*", ".*.jsonl.[0-9]*", ".*.csv.[0-9]*")
+_FILES = ("shard-*.tar", CLASSES, OFFSETS, f".{OFFSETS}*", PAIRS, *_LEFTOVERS)
+
+
+class ShardWriter:
+    """Writes one shard; only :meth:`close` gives the file its name, so a shard is complete or absent."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.num_samples = 0
+        self._keys: set[str] = set()
+        self._digest, self._num_bytes = hashlib.sha256(), 0
+        # Its own in each process: one that was left over by a killed command may still write the same shard.
+        self._temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        self._file = open_new(self._temporary)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._keys
+
+    def write(self, key: str, image_bytes: bytes, extension: str, label: int) -> None:
+        """Append one sample, as :meth:`DatasetWriter.write` does."""
+        check_sample(key, extension, label)
+        if key in self._keys:
+            raise DataError(f"two samples have the key {key!r}")
+        self._keys.add(key)
+        self._add_member(f"{key}.{extension}", image_bytes)
+        self._add_member(f"{key}.cls", str(label).encode())
+        self.num_samples += 1
+
+    def close(self) -> dict[str, Any]:
+        """Complete the shard, on disk too, and return its entry in the index: url, nsamples, nbytes, sha256.
+
+        Raises:
+            OSError: the file cannot be written; it is removed.
+        """
+        try:
+            self._append(END_OF_ARCHIVE)
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            # Streamed sample by sample: `files.write_atomically` would need the whole shard in memory.
+            os.replace(self._temporary, self.path)
+        except BaseException:
+            self.discard()
+            raise
+        entry = {"url": self.path.name, "nsamples": self.num_samples, "nbytes": self._num_bytes}
+        return {**entry, "sha256": self._digest.hexdigest()}
+
+    def discard(self) -> None:
+        """Remove what is written so far."""
+        with suppress(OSError):  # a full disk refuses what is still buffered
+            self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+    def _add_member(self, name: str, data: bytes) -> None:
+        self._append(ustar_header(name, len(data)))
+        self._append(data)
+        self._append(padding(len(data)))
+
+    def _append(self, data: bytes) -> None:
+        self._file.write(data)
+        self._digest.update(data)
+        self._num_bytes += len(data)
 
 
 class DatasetWriter:
@@ -42,44 +108,26 @@ class DatasetWriter:
         self.finished = False
         self._shards: list[dict[str, Any]] = []
         self._samples_of_class: Counter[int] = Counter()
-        self._file: IO[bytes] | None = None
-        self._digest, self._in_shard, self._num_bytes = hashlib.sha256(), 0, 0
-        self._keys_in_shard: set[str] = set()
-        self._prepare_folder(overwrite)
-
-    def _prepare_folder(self, overwrite: bool) -> None:
+        self._shard: ShardWriter | None = None
         check_target(self.folder, overwrite)
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / UNFINISHED).touch()
-        (self.folder / INDEX).unlink(missing_ok=True)  # first: from here on the folder is incomplete
-        for pattern in ("shard-*.tar", "shard-*.tar.tmp", CLASSES, OFFSETS, ".*.json.[0-9]*", ".*.jsonl.[0-9]*"):
-            for path in self.folder.glob(pattern):
-                path.unlink()
+        remove_dataset(self.folder)
 
     def write(self, key: str, image_bytes: bytes, extension: str, label: int) -> None:
         """Append one sample.
 
         Args:
-            key: name of the sample: no dot, no slash, at most 95 bytes.
+            key: name of the sample, at most 95 bytes: no dot; folders, if any, as in ``a/b/0001``.
             extension: png, jpg or webp.
             label: class id.
         """
-        if extension not in IMAGE_EXTENSIONS:
-            raise DataError(f"extension must be one of {', '.join(IMAGE_EXTENSIONS)}, got {extension!r}")
-        if not key or "." in key or "/" in key or "\0" in key:
-            raise DataError(f"a sample's key must not be empty nor contain '.' or '/', got {key!r}")
-        if label < 0:
-            raise DataError(f"label of sample {key!r} must be a class id, got {label}")
-        if key in self._keys_in_shard:
-            raise DataError(f"two samples have the key {key!r}")
-        if self._file is None:
-            self._open_shard()
-        self._keys_in_shard.add(key)
-        self._add_member(f"{key}.{extension}", image_bytes)
-        self._add_member(f"{key}.cls", str(int(label)).encode())
+        check_sample(key, extension, label)
+        if self._shard is None:
+            self._shard = ShardWriter(self.folder / shard_name(len(self._shards)))
+        self._shard.write(key, image_bytes, extension, int(label))
         self._samples_of_class[int(label)] += 1
-        self._in_shard += 1
-        if self._in_shard == self.samples_per_shard:
+        if self._shard.num_samples == self.samples_per_shard:
             self._close_shard()
 
     def finish(self, classes: Iterable[Mapping[str, Any]], extra: Mapping[str, Any] | None = None) -> str:
@@ -89,26 +137,13 @@ class DatasetWriter:
             classes: one mapping per class, in the order of the ids, with at least ``name``.
             extra: further entries of the index, such as ``{"source": …}``, which do not enter the digest.
         """
-        if self._file is not None:
-            self._close_shard()
-        lines = [
-            json.dumps({"id": i, **entry, "samples": self._samples_of_class[i]}, ensure_ascii=False)
-            for i, entry in enumerate(classes)
-        ]
+        self._close_shard()
+        entries = list(classes)
         largest = max(self._samples_of_class, default=-1)
-        if largest >= len(lines):
-            raise DataError(f"{len(lines)} classes were given to finish(), but a sample has label {largest}")
-        table = "".join(f"{line}\n" for line in lines).encode()
-        digest = content_digest((shard["sha256"] for shard in self._shards), [table])
-        write_atomically(self.folder / CLASSES, table)
-        index = {
-            **(extra or {}),
-            "shardlist": self._shards,
-            "num_classes": len(lines),
-            "num_samples": sum(shard["nsamples"] for shard in self._shards),
-            "digest": digest,
-        }
-        write_atomically(self.folder / INDEX, json.dumps(index, ensure_ascii=False, indent=1).encode())
+        if largest >= len(entries):
+            raise DataError(f"{len(entries)} classes were given to finish(), but a sample has label {largest}")
+        table = ({"id": i, **entry, "samples": self._samples_of_class[i]} for i, entry in enumerate(entries))
+        digest = complete_dataset(self.folder, self._shards, table, extra or {})
         (self.folder / UNFINISHED).unlink()
         self.finished = True
         return digest
@@ -119,40 +154,77 @@ class DatasetWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._file is not None:
-            self._file.close()
+        if self._shard is not None:
+            self._shard.discard()
         if kind is None and not self.finished:
             raise DataError(f"{self.folder}: the writer was left without finish(); the data set is incomplete")
 
-    def _shard_path(self) -> Path:
-        return self.folder / f"shard-{len(self._shards):06d}.tar"
-
-    def _open_shard(self) -> None:
-        self._file = open(f"{self._shard_path()}.tmp", "wb", buffering=1 << 20)  # noqa: SIM115 - outlives this call
-        self._digest, self._in_shard, self._num_bytes = hashlib.sha256(), 0, 0
-        self._keys_in_shard.clear()
-
-    def _append(self, data: bytes) -> None:
-        assert self._file is not None
-        self._file.write(data)
-        self._digest.update(data)
-        self._num_bytes += len(data)
-
-    def _add_member(self, name: str, data: bytes) -> None:
-        self._append(ustar_header(name, len(data)) + data + padding(len(data)))
-
     def _close_shard(self) -> None:
-        assert self._file is not None
-        self._append(END_OF_ARCHIVE)
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self._file = None
-        path = self._shard_path()
-        # Streamed sample by sample: `files.write_atomically` would need the whole shard in memory.
-        os.replace(f"{path}.tmp", path)
-        entry = {"url": path.name, "nsamples": self._in_shard, "nbytes": self._num_bytes}
-        self._shards.append({**entry, "sha256": self._digest.hexdigest()})
+        if self._shard is not None:
+            self._shards.append(self._shard.close())
+            self._shard = None
+
+
+def shard_name(number: int) -> str:
+    """Return the file name of a data set's shard."""
+    return f"shard-{number:06d}.tar"
+
+
+def check_sample(key: str, extension: str, label: int) -> None:
+    """Raise a DataError if a sample could not be read back."""
+    if extension not in IMAGE_EXTENSIONS:
+        raise DataError(f"extension must be one of {', '.join(IMAGE_EXTENSIONS)}, got {extension!r}")
+    *folders, name = key.split("/")
+    if not name or "." in name or "\0" in key or not all(folder.strip(".") for folder in folders):
+        raise DataError(f"a sample's key must not be empty, contain '.' or lead out of its folder, got {key!r}")
+    if label < 0:
+        raise DataError(f"label of sample {key!r} must be a class id, got {label}")
+
+
+def complete_dataset(
+    folder: Path, shards: Sequence[Mapping[str, Any]], classes: Iterable[Mapping[str, Any]], extra: Mapping[str, Any]
+) -> str:
+    """Write the class table, and then the index, which makes the folder complete; return the digest of the content.
+
+    Args:
+        shards: entries of the index, in their order.
+        classes: lines of the class table, written as they come: their number does not matter to memory.
+        extra: further entries of the index.
+    """
+    num_classes = 0
+    temporary = folder / f".{CLASSES}.{os.getpid()}"
+    try:
+        with open_new(temporary) as file:
+            for entry in classes:
+                file.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
+                num_classes += 1
+            file.flush()
+            os.fsync(file.fileno())
+            file.seek(0)
+            shard_digests = (str(shard["sha256"]) for shard in shards)
+            digest = content_digest(shard_digests, iter(lambda: file.read(_PIECE), b""))
+        temporary.replace(folder / CLASSES)
+    finally:
+        temporary.unlink(missing_ok=True)
+    with suppress(OSError):  # some file systems cannot sync a folder
+        sync_to_disk(folder)
+    index = {
+        **extra,
+        "shardlist": list(shards),
+        "num_classes": num_classes,
+        "num_samples": sum(shard["nsamples"] for shard in shards),
+        "digest": digest,
+    }
+    write_atomically(folder / INDEX, json.dumps(index, ensure_ascii=False, indent=1).encode())
+    return digest
+
+
+def remove_dataset(folder: Path) -> None:
+    """Remove the files of a data set from a folder; others stay."""
+    (folder / INDEX).unlink(missing_ok=True)  # first: from here on the folder is incomplete
+    for pattern in _FILES:
+        for path in folder.glob(pattern):
+            path.unlink()
 
 
 def check_target(folder: Path, overwrite: bool) -> None:

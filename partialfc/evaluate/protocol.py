@@ -18,23 +18,28 @@ from partialfc.options import describe_unknown
 PROTOCOL = "protocol.json"
 LookAlikes = list[tuple[int, int]]
 
+_ALL = "all"  # in place of a list of designs
 _MAX_BYTES = 32 << 20  # of two million pairs of look-alikes
 _MAX_NAME = 128  # characters
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """Pairs to compare: every sample of a probe design with every sample of a gallery design."""
+    """Pairs to compare: every sample of a probe design with every sample of a gallery design; None: of all designs."""
 
     name: str
-    probe: frozenset[str]
-    gallery: frozenset[str]
+    probe: frozenset[str] | None
+    gallery: frozenset[str] | None
 
     def sides(self, designs: Sequence[str]) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
         """Return which samples are probes, and which are in the gallery: [N] each, from the designs of N samples."""
-        probe = np.fromiter((design in self.probe for design in designs), dtype=np.bool_, count=len(designs))
-        gallery = np.fromiter((design in self.gallery for design in designs), dtype=np.bool_, count=len(designs))
-        return probe, gallery
+        return _is_one_of(designs, self.probe), _is_one_of(designs, self.gallery)
+
+
+def _is_one_of(designs: Sequence[str], side: frozenset[str] | None) -> npt.NDArray[np.bool_]:
+    if side is None:
+        return np.ones(len(designs), dtype=np.bool_)
+    return np.fromiter((design in side for design in designs), dtype=np.bool_, count=len(designs))
 
 
 def read_protocols(folder: Path) -> tuple[list[Protocol], LookAlikes]:
@@ -79,9 +84,13 @@ def _parse_protocol(name: str, sides: Any) -> Protocol:
     return Protocol(name, probe, gallery)
 
 
-def _parse_designs(name: str, side: str, designs: Any) -> frozenset[str]:
+def _parse_designs(name: str, side: str, designs: Any) -> frozenset[str] | None:
+    if designs == _ALL:
+        return None
     if not isinstance(designs, list) or not designs or not all(isinstance(design, str) for design in designs):
-        raise ValueError(f"{side!r} of {name!r} must be a list of designs, got {shortened(designs)}")
+        raise ValueError(
+            f"{side!r} of {name!r} must be a list of designs, got {shortened(designs)}; {_ALL!r} means any"
+        )
     return frozenset(designs)
 
 
@@ -103,7 +112,7 @@ def check_protocol(
     """
     where = f"{folder / PROTOCOL}: protocol {protocol.name!r}"
     known = set(designs)
-    for design in sorted(protocol.probe | protocol.gallery):
+    for design in sorted((protocol.probe or frozenset()) | (protocol.gallery or frozenset())):
         if design not in known:
             shown = [name for name in sorted(known) if name.isprintable()][:20]
             raise InvalidData(f"{where}, design: {describe_unknown(design, shown)}")

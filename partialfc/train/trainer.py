@@ -102,7 +102,7 @@ class Trainer:
     def _prepare(self) -> dict[str, str]:
         """Open the data and build the backbone, without the other ranks; return the facts in which all must agree."""
         config, process = self.config, self.process
-        self.dataset = TarDataset(config.data.train, console_progress if process.is_first else no_progress)
+        self.dataset = TarDataset(config.data.train, console_progress)  # shown by the rank that indexes, of each host
         require_samples(self.dataset)
         require_num_classes(config, self.dataset.num_classes)
         self.evaluation = Evaluation(config)

@@ -41,6 +41,13 @@ class Unreadable:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """Something in a source that is no record. How often each reason occurs is reported, once for the whole source."""
+
+    reason: str
+
+
 class Source(Protocol):
     """A place that images come from. It is pickled to other processes, and opens its files where it is used.
 
@@ -63,17 +70,24 @@ class Source(Protocol):
         """Return the parts that can be listed independently of each other, in a fixed order: files, folders, ranges."""
 
     def num_records(self) -> int | None:
-        """Return the number of records for the progress display, if it is known before they are listed."""
+        """Return the number of records that the source says it has, if it does; a warning tells if there are others."""
+        return None
 
-    def list_part(self, part: Any) -> Iterator[Record]:
-        """Yield the records of a part, always in the same order.
+    def num_identities(self) -> int | None:
+        """Return the number of identities that the source says it has, likewise."""
+        return None
+
+    def list_part(self, part: Any) -> Iterator[Record | Skipped]:
+        """Yield the records of a part, always in the same order, and what was left out.
 
         Raises:
             InvalidData: the part is damaged; the message names file and offset.
         """
 
     def read(self, records: Sequence[Record]) -> Iterator[bytes | Unreadable]:
-        """Yield the encoded image of each record, in their order, which is a shuffled one.
+        """Yield the encoded image of each record, in their order, which is a shuffled one; they come without identity.
+
+        Where ``in_blocks`` is set, records of a block follow each other.
 
         Memory stays bounded by the largest record, whatever their number.
 
@@ -92,11 +106,18 @@ def sample_key(path: str) -> str:
     # A folder may contain dots, but not consist of them: no reader would take "../a".
     folders = [folder if folder.strip(".") else folder.replace(".", "%2E") for folder in folders]
     key = "/".join([*folders, name.replace(".", "%2E")])
+    return fit_key(key)
+
+
+def fit_key(key: str) -> str:
+    """Return a key as it is, or if it is too long for a tar header, its beginning and 16 digits of its SHA-256."""
     encoded = key.encode()
     if len(encoded) <= MAX_KEY_BYTES:
         return key
     digest = hashlib.sha256(encoded).hexdigest()[:16]
-    return encoded[: MAX_KEY_BYTES - 17].decode(errors="ignore").replace("/", "_") + "~" + digest
+    # What is left may end within a folder, whose dots would end the key.
+    begin = encoded[: MAX_KEY_BYTES - 17].decode(errors="ignore").replace("/", "_").replace(".", "_")
+    return f"{begin}~{digest}"
 
 
 def _percent(found: re.Match[str]) -> str:
