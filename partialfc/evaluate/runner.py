@@ -93,7 +93,7 @@ class Evaluation:
                 results[found.folder.name] = {"accuracy": float(correct.double().mean()), "samples": len(ids)}
                 continue
             embeddings = nn.functional.normalize(embeddings)
-            labels = torch.from_numpy(found.dataset.labels).to(process.device)
+            labels = torch.tensor(found.dataset.labels).to(process.device)
             for protocol in found.protocols:
                 scores = score_pairs(embeddings, labels, found.designs, protocol, found.look_alikes, interrupted)
                 if process.agree_to_stop():
