@@ -57,7 +57,14 @@ def glyphs_command(
 def convert_command(
     source: Annotated[Path, typer.Argument(metavar="SOURCE", help="folder or file of images and identities")],
     out: Annotated[Path, typer.Option(help="folder to write the data set to")],
-    format: Annotated[str | None, typer.Option(help="recordio or folders; default: by what SOURCE looks like")] = None,
+    format: Annotated[
+        str | None, typer.Option(help="recordio, folders, manifest, parquet or webdataset; default: told by its looks")
+    ] = None,
+    images: Annotated[Path | None, typer.Option(help="folder of the image files that a table names")] = None,
+    image_field: Annotated[str | None, typer.Option(help="column or extension of the image")] = None,
+    label_field: Annotated[str | None, typer.Option(help="column, extension or JSON field of the identity")] = None,
+    key_field: Annotated[str | None, typer.Option(help="column of the key")] = None,
+    split: Annotated[str | None, typer.Option(help="split of a Parquet data set; default: train")] = None,
     resize: Annotated[int | None, typer.Option(min=1, help="pixels of a side; default: bytes are kept")] = None,
     fit: Annotated[str, typer.Option(help="with --resize: squash to a square, or keep the aspect")] = "squash",
     decode: Annotated[bool, typer.Option("--decode", help="decode every image to see whether that works")] = False,
@@ -72,8 +79,8 @@ def convert_command(
     workers: Annotated[int | None, typer.Option(min=1, help="number of processes; default: all cores")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the data set in --out")] = False,
 ) -> None:
-    """Make a data set of InsightFace's RecordIO or of a folder per identity. Stopped, the same command goes on."""
-    from partialfc.data.convert.detect import open_source
+    """Make a data set of RecordIO, folders, tables or WebDataset tars. Stopped, the same command goes on."""
+    from partialfc.data.convert.detect import SourceOptions, open_source
     from partialfc.data.convert.images import ImageSettings
     from partialfc.data.convert.pipeline import Options, convert
     from partialfc.data.convert.plan import Selection
@@ -92,9 +99,13 @@ def convert_command(
         samples_per_shard=samples_per_shard,
         max_bad=max_bad,
     )
+    told = SourceOptions(
+        images=images, image_field=image_field, label_field=label_field, key_field=key_field, split=split
+    )
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        report = convert(open_source(source, format), source, out, options, workers, overwrite, console_progress)
+        opened = open_source(source, format, told)
+        report = convert(opened, source, out, options, workers, overwrite, console_progress)
     except KeyboardInterrupt:
         fail(Interrupted("stopped; finished shards stay, and the same command goes on from there"), STOPPED)
     log(
