@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from partialfc.cli.arguments import group
-from partialfc.cli.exits import STOPPED, fail
-from partialfc.errors import ConfigError, Interrupted, InvalidData
+from partialfc.cli.convert import convert_command
+from partialfc.errors import ConfigError, InvalidData
 from partialfc.tracking.console import console_progress, format_bytes, log, printable
 
 app = group("Make data sets, look at them, and check them.")
@@ -57,59 +56,7 @@ def glyphs_command(
     log(f"{report.closed_set}: {report.closed_set_samples:,} images of the training characters in held-out designs")
 
 
-@app.command("convert")
-def convert_command(
-    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="folder or file of images and identities")],
-    out: Annotated[Path, typer.Option(help="folder to write the data set to")],
-    format: Annotated[str | None, typer.Option(help="recordio or folders; default: by what SOURCE looks like")] = None,
-    resize: Annotated[int | None, typer.Option(min=1, help="pixels of a side; default: bytes are kept")] = None,
-    fit: Annotated[str, typer.Option(help="with --resize: squash to a square, or keep the aspect")] = "squash",
-    decode: Annotated[bool, typer.Option("--decode", help="decode every image to see whether that works")] = False,
-    classes: Annotated[Path | None, typer.Option(help="classes.jsonl of an earlier set, whose ids stay")] = None,
-    exclude: Annotated[Path | None, typer.Option(help="CSV with a column key or identity: left out")] = None,
-    merge: Annotated[Path | None, typer.Option(help="CSV with columns identity,into: become one class")] = None,
-    min_samples: Annotated[int, typer.Option(min=1, help="identities with fewer images are left out")] = 1,
-    max_samples: Annotated[int | None, typer.Option(min=1, help="images taken of an identity at most")] = None,
-    holdout: Annotated[int, typer.Option(min=0, help="identities set aside in OUT/verification")] = 0,
-    max_bad: Annotated[float, typer.Option(min=0, max=1, help="share of images that may be unreadable")] = 0.001,
-    samples_per_shard: Annotated[int, typer.Option(min=1, help="images in a tar file")] = 10_000,
-    workers: Annotated[int | None, typer.Option(min=1, help="number of processes; default: all cores")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the data set in --out")] = False,
-) -> None:
-    """Make a data set of InsightFace's RecordIO or of a folder per identity. Stopped, the same command goes on."""
-    from partialfc.data.convert.detect import open_source
-    from partialfc.data.convert.images import ImageSettings
-    from partialfc.data.convert.pipeline import Options, convert
-    from partialfc.data.convert.plan import Selection
-
-    selection = Selection(
-        classes=classes,
-        exclude=exclude,
-        merge=merge,
-        min_samples=min_samples,
-        max_samples=max_samples,
-        holdout=holdout,
-    )
-    options = Options(
-        selection=selection,
-        images=ImageSettings(decode=decode, resize=resize, fit=fit),
-        samples_per_shard=samples_per_shard,
-        max_bad=max_bad,
-    )
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        report = convert(open_source(source, format), source, out, options, workers, overwrite, console_progress)
-    except KeyboardInterrupt:
-        fail(Interrupted("stopped; finished shards stay, and the same command goes on from there"), STOPPED)
-    log(
-        f"{out}: {report.num_samples:,} images of {report.num_classes:,} classes"
-        + (f"; {report.num_bad:,} could not be used, see {out / 'bad.csv'}" if report.num_bad else "")
-    )
-    if holdout:
-        log(
-            f"{out / 'verification'}: {report.verification_samples:,} images of {report.verification_classes:,} other "
-            "identities"
-        )
+app.command("convert")(convert_command)
 
 
 @app.command("inspect")

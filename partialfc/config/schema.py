@@ -196,7 +196,9 @@ class EngineConfig(Section):
 class EvaluationConfig(Section):
     """Evaluation sets."""
 
-    sets: list[Path] = Field([], description="folders: verification (with protocol.json) or samples of known classes")
+    sets: list[Path] = Field(
+        [], description="folders: verification (with protocol.json or pairs.csv) or samples of known classes"
+    )
     every: int = Field(0, ge=0, le=_MANY, description="steps between evaluations; 0: only at the end")
     batch_size: int = Field(256, ge=1, le=1 << 24, description="images embedded at once per rank")
 

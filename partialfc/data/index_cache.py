@@ -42,7 +42,7 @@ def open_index(indexed: IndexedSet, folder: Path, needs_table: bool, progress: P
 
     Args:
         folder: beside the data; created if it is missing.
-        needs_table: whether a class table is kept beside the index.
+        needs_table: a class table is kept beside the index.
 
     Raises:
         InvalidData: a shard is damaged or hostile.

@@ -40,7 +40,7 @@ class FolderPerIdentity(Source):
 
     @staticmethod
     def matches(path: Path) -> bool:
-        """Return whether a path is a folder."""
+        """Return True if a path is a folder."""
         return path.is_dir()
 
     @classmethod
@@ -99,9 +99,7 @@ class FolderPerIdentity(Source):
     def _identities(self) -> list[str]:
         names = [name for name, entry in self._entries("") if entry.is_dir(follow_symlinks=False)]
         if not names:
-            raise InvalidData(
-                f"{self.root}: expected a folder for each identity, found no folder (links are not followed)"
-            )
+            raise InvalidData(f"{self.root}: expected a folder for each identity, found none (links are not followed)")
         known = set(names)
         for name in names:
             if _shown(name) != name and _shown(name) in known:

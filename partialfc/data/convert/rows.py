@@ -78,7 +78,7 @@ class Csv:
     Attributes:
         image_field: name of the column of the images.
         start: byte at which the rows begin.
-        splits: whether every line break ends a row, so that ranges of bytes can be read apart.
+        splits: True if every line break ends a row, so that ranges of bytes can be read apart.
     """
 
     image_field: str
@@ -143,7 +143,7 @@ class Csv:
 
 @dataclass(frozen=True)
 class JsonLines:
-    """Rows that are JSON objects, one a line; the first one names the columns. Its members are those of :class:`Csv`."""
+    """Rows that are JSON objects, one a line; the first one names the columns. Members as of :class:`Csv`."""
 
     image_field: str
     start: int

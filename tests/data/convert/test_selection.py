@@ -98,8 +98,8 @@ def test_merges_end_where_following_them_does_and_circles_are_refused(
     [
         ("", "expected the column key or identity, got "),
         ("name\nada\n", "expected the column key or identity, got name"),
-        ("identity\n''\n\n,\n", "row 2: expected identity, got ,"),
-        ('key,note\n"",x\n', "row 1: expected key, note, got ,x"),
+        ("identity\n''\n\n,\n", "row 2: expected identity, got ','"),
+        ('key,note\n"",x\n', "row 1: expected key, note, got ',x'"),
         ('identity\n"ada\n', "not a CSV file in UTF-8"),
     ],
 )

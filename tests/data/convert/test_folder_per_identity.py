@@ -139,7 +139,7 @@ def test_two_folders_that_would_be_one_identity_are_refused(tmp_path: Path) -> N
 
 
 def test_images_without_identity_folders_are_no_source(tmp_path: Path) -> None:
-    with pytest.raises(InvalidData, match="expected a folder for each identity, found no folder"):
+    with pytest.raises(InvalidData, match="expected a folder for each identity, found none"):
         run(touch(tmp_path / "in", "1.jpg", "2.jpg"), tmp_path / "out")
     (tmp_path / "in" / "a").mkdir()
     with pytest.raises(InvalidData, match="no images were found: 2 × image beside the identity folders"):
