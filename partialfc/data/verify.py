@@ -81,32 +81,42 @@ def verify(
     """
     result = Verification()
     try:
-        tasks, num_classes, table = _plan(source, result.problems)
+        plan = _plan(source, result.problems)
     except InvalidData as error:
         result.problems.add(error)
         return result
-    counts = np.zeros(num_classes or 0, dtype=np.int64)
+    counts = np.zeros(plan.num_classes or 0, dtype=np.int64)
+    tasks = [(path, entry, plan.num_classes, max_pixels) for path, entry in plan.shards]
     with progress(f"verifying {describe(source)}", len(tasks)) as advance, Pool(workers) as pool:
         found: ShardFindings
-        for found in pool.map(verify_shard, [(*task, num_classes, max_pixels) for task in tasks]):
+        for found in pool.map(verify_shard, tasks):
             result.problems.extend(found.problems)
             result.num_shards += 1
             result.num_samples += found.num_samples
             result.num_bytes += found.num_bytes
-            counts[list(found.labels)] += list(found.labels.values())
+            for label, number in found.labels.items():
+                counts[label] += number
             advance(1, f"{result.problems.count:,} problems" if result.problems.count else "")
-    if table is not None:
-        is_whole = result.num_samples == sum(entry["nsamples"] for _, entry in tasks)
-        _check_table(table, counts, is_whole, result.problems)
+    if plan.table is not None:
+        _check_table(plan.table, counts, result.num_samples == plan.num_samples, result.problems)
     return result
 
 
-def _plan(source: DataPath, problems: Problems) -> tuple[list[tuple[Path, dict[str, Any]]], int | None, Path | None]:
-    """Return shards with their entries in the index, number of classes, and class table; None: there is none."""
+@dataclass(frozen=True)
+class _Plan:
+    """What is to be looked at, and what the index says; None: there is none."""
+
+    shards: list[tuple[Path, dict[str, Any]]]  # with their entries in the index
+    num_classes: int | None = None
+    num_samples: int | None = None
+    table: Path | None = None
+
+
+def _plan(source: DataPath, problems: Problems) -> _Plan:
     folder = set_folder(source)
     if folder is None:
         TarDataset(source)  # which finds labels of two kinds
-        return [(path, {}) for path in list_shards(source)], None, None
+        return _Plan([(path, {}) for path in list_shards(source)])
     index = read_index(folder)
     shards = []
     for entry in index["shardlist"]:
@@ -119,7 +129,7 @@ def _plan(source: DataPath, problems: Problems) -> tuple[list[tuple[Path, dict[s
     except InvalidData as error:
         problems.add(error)
     has_table = "digest" in index or os.path.lexists(folder / CLASSES)  # an evaluation set needs none
-    return shards, index["num_classes"], folder / CLASSES if has_table else None
+    return _Plan(shards, index["num_classes"], index["num_samples"], folder / CLASSES if has_table else None)
 
 
 def verify_shard(path: Path, entry: dict[str, Any], num_classes: int | None, max_pixels: int) -> ShardFindings:

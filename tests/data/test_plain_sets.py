@@ -213,7 +213,9 @@ def test_what_is_no_set_is_explained(tmp_path: Path) -> None:
 def test_an_unfinished_folder_is_no_plain_set(tmp_path: Path) -> None:
     folder = write_samples(tmp_path / "d", [0, 1])
     (folder / "index.json").unlink()
-    (folder / ".unfinished").touch()
+    with pytest.raises(InvalidData, match=r"index\.json is missing"):
+        TarDataset(folder)
+    (folder / "classes.jsonl").rename(folder / ".unfinished")
     with pytest.raises(InvalidData, match=r"index\.json is missing"):
         TarDataset(folder)
 
