@@ -18,7 +18,7 @@ import numpy.typing as npt
 from partialfc.data.convert.source import Record, Source
 from partialfc.data.pool import Pool
 from partialfc.errors import InvalidData
-from partialfc.files import open_new, read_json, write_atomically
+from partialfc.files import open_new, read_json, sync_to_disk, write_atomically
 from partialfc.tracking.console import Progress
 
 ROW = np.dtype(
@@ -66,7 +66,7 @@ class Listing:
 
     def names(self) -> list[str]:
         """Return the names of the identities, by number."""
-        return _split_names(self.folder / _NAMES)
+        return _read_names(self.folder / _NAMES)
 
     def records(self, numbers: npt.NDArray[np.int64]) -> list[Record]:
         """Return records by their numbers, without the name of the identity."""
@@ -106,7 +106,9 @@ def make_listing(source: Source, folder: Path, pool: Pool, progress: Progress) -
             advance(note=f"{num_records:,} images")
     if not num_records:
         raise InvalidData(f"no images were found{': ' if skipped else ''}{describe_skipped(skipped)}")
-    (folder / _NAMES).write_bytes("".join(f"{name}\0" for name in numbers).encode())
+    _write_names(folder / _NAMES, numbers)
+    for name in (_ROWS, _TEXTS, _NAMES):  # the summary says that they are whole, after a power failure too
+        sync_to_disk(folder / name)
     summary = {"records": num_records, "identities": len(numbers), "bytes": num_bytes, "skipped": skipped}
     write_atomically(folder / _SUMMARY, json.dumps(summary))
     listing = Listing.open(folder)
@@ -141,7 +143,7 @@ def _list_part(source: Source, part: Any, stem: Path) -> dict[str, int]:
                 chunk.clear()
         rows.write(np.array(chunk, ROW).tobytes())
     _check_names(numbers, source.kind)
-    stem.with_suffix(".names").write_bytes("".join(f"{name}\0" for name in numbers).encode())
+    _write_names(stem.with_suffix(".names"), numbers)
     return dict(skipped)
 
 
@@ -159,7 +161,7 @@ def _check_names(names: Iterable[str], kind: str) -> None:
 
 def _append(stem: Path, rows: BinaryIO, texts: BinaryIO, numbers: dict[str, int]) -> tuple[int, int]:
     """Move a part's files to the end of the whole; return the number of its records and the sum of their sizes."""
-    names = _split_names(stem.with_suffix(".names"))
+    names = _read_names(stem.with_suffix(".names"))
     known = np.array([numbers.setdefault(name, len(numbers)) for name in names], dtype=np.uint32)
     num_records, num_bytes, place = 0, 0, texts.tell()
     with open(stem.with_suffix(".rows"), "rb") as file:
@@ -176,5 +178,9 @@ def _append(stem: Path, rows: BinaryIO, texts: BinaryIO, numbers: dict[str, int]
     return num_records, num_bytes
 
 
-def _split_names(path: Path) -> list[str]:
+def _write_names(path: Path, names: Iterable[str]) -> None:
+    path.write_bytes("".join(f"{name}\0" for name in names).encode())
+
+
+def _read_names(path: Path) -> list[str]:
     return path.read_bytes().decode().split("\0")[:-1]
