@@ -10,11 +10,12 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
+from partialfc.data.class_table import class_line
 from partialfc.data.index import CLASSES
 from partialfc.data.indexing import Classes, write_index
 from partialfc.data.offsets import OFFSETS, IndexedSet, SampleIndex, load_index
@@ -100,8 +101,9 @@ def _make(folder: Path, indexed: IndexedSet, needs_table: bool, progress: Progre
     lock = FileLock(folder / _LOCK)
     try:
         _wait_for(lock, indexed)
-        index = _load(folder, indexed, needs_table) if lock.waited else None
+        index = _load(folder, indexed, needs_table)  # another process may just have made it
         if index is None:
+            _remove_leftovers(folder)
             _write(folder, indexed, needs_table, progress, alive=lambda: _touch(lock.path))
             index = _load(folder, indexed, needs_table)
         if index is None:
@@ -111,6 +113,17 @@ def _make(folder: Path, indexed: IndexedSet, needs_table: bool, progress: Progre
         with suppress(OSError):
             lock.path.unlink()
         lock.release()
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes of this host have left, which may be gigabytes."""
+    for path in folder.glob(_temporary_name("*")):
+        with suppress(OSError):
+            path.unlink()
+
+
+def _temporary_name(process: int | str) -> str:
+    return f".{OFFSETS}.{socket.gethostname()}-{process}"
 
 
 def _touch(path: Path) -> None:
@@ -138,14 +151,14 @@ def _wait_for(lock: FileLock, indexed: IndexedSet) -> None:
 
 
 def _write(folder: Path, indexed: IndexedSet, needs_table: bool, progress: Progress, alive: Callable[[], None]) -> None:
-    name = f".{OFFSETS}.{socket.gethostname()}-{os.getpid()}"
-    temporary, table = folder / name, folder / f"{name}.classes"
+    temporary = folder / _temporary_name(os.getpid())
+    table = temporary.with_name(f"{temporary.name}.classes")
     try:
         # Renamed, not synced to the disk: an index that a crash tears is found to be damaged, and made again.
         classes = write_index(temporary, indexed, progress, alive)
         if needs_table:
             with open_new(table) as file:
-                _write_table(file, classes)
+                file.writelines(map(class_line, _table(classes)))
             table.replace(folder / CLASSES)
         temporary.replace(folder / OFFSETS)
     finally:
@@ -154,8 +167,7 @@ def _write(folder: Path, indexed: IndexedSet, needs_table: bool, progress: Progr
                 path.unlink()
 
 
-def _write_table(file: BinaryIO, classes: Classes) -> None:
-    names = classes.names
+def _table(classes: Classes) -> Iterator[dict[str, Any]]:
     for number, samples in enumerate(classes.samples.tolist()):
-        entry = {"id": number, "name": str(number) if names is None else names[number], "samples": samples}
-        file.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
+        name = str(number) if classes.names is None else classes.names[number]
+        yield {"id": number, "name": name, "samples": samples}

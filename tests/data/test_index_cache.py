@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 import threading
@@ -145,6 +146,16 @@ def test_a_process_that_dies_while_indexing_is_followed_by_a_waiting_one(tmp_pat
     with hold(folder, 60, "") as other:
         threading.Timer(0.3, other.kill).start()
         assert TarDataset(folder).labels.tolist() == [0, 1]
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next_one(tmp_path: Path) -> None:
+    folder = write_samples(tmp_path / "d", [0, 1])
+    left = folder / f".{OFFSETS}.{socket.gethostname()}-1"
+    foreign = folder / f".{OFFSETS}.another-host-1"
+    for path in (left, left.with_name(f"{left.name}.classes"), foreign):
+        path.write_bytes(b"half")
+    assert TarDataset(folder).labels.tolist() == [0, 1]
+    assert [path.name for path in folder.glob(".*")] == [foreign.name]
 
 
 def test_a_process_that_stops_while_indexing_is_not_waited_for_forever(
