@@ -13,16 +13,23 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from partialfc.data.convert.source import Record, Skipped, Source, Unreadable, sample_key
+from partialfc.data.convert.source import (
+    EXTENSIONS,
+    MAX_IMAGE_BYTES,
+    MAX_SIZE,
+    TOO_LARGE,
+    Record,
+    Skipped,
+    Source,
+    Unreadable,
+    sample_key,
+)
 from partialfc.errors import DataUnavailable, InvalidData
 from partialfc.files import read_bounded
-
-EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 
 _BYTES = "utf-8", "surrogateescape"
 _LEFT_BEHIND = (b"__MACOSX", b"Thumbs.db", b"desktop.ini")
 _IDENTITIES_IN_PART = 256
-_MAX_BYTES = (1 << 32) - 1  # that a record can say
 _LINK = Skipped("symbolic link, which is not followed")
 _SPECIAL = Skipped("device, socket or FIFO")
 _OTHER = Skipped(f"file that is not called {', '.join(f'.{extension}' for extension in EXTENSIONS)}")
@@ -88,6 +95,9 @@ class FolderPerIdentity(Source):
     def read(self, records: Sequence[Record]) -> Iterator[bytes | Unreadable]:
         """Yield the content of the files; one that the permissions forbid is unreadable."""
         for record in records:
+            if record.size > MAX_IMAGE_BYTES:
+                yield TOO_LARGE
+                continue
             try:
                 # No more than was listed, which bounds the memory.
                 yield read_bounded(self._native(record.path), record.size)
@@ -135,7 +145,7 @@ class FolderPerIdentity(Source):
                 stem = name.rpartition(".")[0]
                 key = sample_key(path if stem in stems else f"{folder}/{stem}")
                 stems.add(name if stem in stems else stem)
-                yield Record(key, identity, path, size=min(self._size(path, entry), _MAX_BYTES))
+                yield Record(key, identity, path, size=min(self._size(path, entry), MAX_SIZE))
 
     def _entries(self, folder: str) -> list[tuple[str, os.DirEntry[str]]]:
         """Return the entries of a folder that are not hidden, in the order of the bytes of their names."""

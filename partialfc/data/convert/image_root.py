@@ -8,13 +8,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from partialfc.data.convert.source import Unreadable
+from partialfc.data.convert.source import MAX_IMAGE_BYTES, Unreadable
 from partialfc.errors import DataUnavailable, InvalidData
 from partialfc.files import read_bounded
 
 _NO_NAME = "cannot be opened: no file can have such a name"  # a NUL, half of a UTF-16 pair
-
-MAX_IMAGE_BYTES = 512 << 20  # more than any image that the trainer takes by default
 
 # What is wrong with one file; other errors are of the disk or the network, and may be gone next time.
 _NO_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}

@@ -15,7 +15,6 @@ from partialfc.files import open_regular, read_bounded
 _LICENCES = ("LICENSE", "LICENCE", "COPYING", "README-LICENSE", "README-LICENCE")
 _SUFFIXES = ("", ".txt", ".md")
 _MAX_LICENCE_BYTES = 64 << 10
-_PIECE = 1 << 20
 
 
 def describe_source(source: Source, origin: Path) -> dict[str, Any]:
@@ -43,11 +42,9 @@ def require_apart(origin: Path, out: Path) -> None:
 
 
 def _describe_file(path: Path) -> dict[str, str]:
-    digest = hashlib.sha256()
     try:
         with open_regular(path) as file:
-            while piece := file.read(_PIECE):
-                digest.update(piece)
+            digest = hashlib.file_digest(file, "sha256")
     except OSError as error:
         raise InvalidData(f"{path} cannot be read: {error.strerror}") from error
     return {"name": path.name, "sha256": digest.hexdigest()}
