@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ from PIL import Image
 from partialfc.data.dataset import DatasetWriter, TarDataset
 from partialfc.data.inspect import count_samples, describe_set, draw_sheet
 from tests.harness.data_sets import png, write_samples
-from tests.harness.running import partialfc
+from tests.harness.running import ENVIRONMENT, partialfc
 from tests.harness.tars import sample_members, write_tar
 
 
@@ -92,6 +94,14 @@ def test_the_command_takes_files_and_draws(tmp_path: Path) -> None:
     assert (tmp_path / "sheet.png").read_bytes().startswith(b"\x89PNG")
     done = partialfc("data", "inspect", *paths, "--sheet", "/nowhere/sheet.png")
     assert (done.returncode, "--sheet: /nowhere/sheet.png cannot be written" in done.stderr) == (2, True)
+
+
+def test_an_encoding_without_bars_and_dashes_gets_escapes(tmp_path: Path) -> None:
+    folder = write_samples(tmp_path / "d", [0, 0, 1])
+    command = [sys.executable, "-m", "partialfc", "data", "inspect", str(folder)]
+    done = subprocess.run(command, env=ENVIRONMENT | {"PYTHONIOENCODING": "latin-1"}, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert b"\\u2588" in done.stdout
 
 
 @pytest.mark.parametrize("words", [["inspect", "/nowhere"], ["verify", "/nowhere"]])
