@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -46,8 +47,8 @@ def list_shards(source: DataPath) -> list[Path]:
     found = [shard for part in parts for shard in _shards_of(part)]
     if not found:
         raise InvalidData(f"{describe(source)}: no shards; expected a data set folder, or .tar files")
-    if len(set(found)) < len(found):
-        twice = next(shard for number, shard in enumerate(found) if shard in found[:number])
+    twice, times = Counter(found).most_common(1)[0]
+    if times > 1:
         raise InvalidData(f"{describe(source)}: shard {twice} is listed twice")
     return found
 
@@ -56,7 +57,9 @@ def describe(source: DataPath) -> str:
     """Return a set's name for messages."""
     if isinstance(source, (str, Path)):
         return str(source)
-    return str(source[0]) + (f" and {len(source) - 1} more" if len(source) > 1 else "") if source else "[]"
+    if len(source) < 2:
+        return str(source[0]) if source else "[]"
+    return f"{source[0]} and {len(source) - 1} more"
 
 
 def _shards_of(part: Path | str) -> list[Path]:

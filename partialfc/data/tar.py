@@ -14,7 +14,6 @@ from typing import BinaryIO, NamedTuple, NoReturn
 from zlib import adler32
 
 from partialfc.errors import DataError, InvalidData
-from partialfc.files import open_regular
 
 BLOCK = 512
 MAX_NAME_BYTES = 4096
@@ -72,17 +71,6 @@ class Member(NamedTuple):
     name: str
     offset: int  # of the content, from the start of the file
     size: int
-
-
-def walk_members(path: Path) -> Iterator[Member]:
-    """Yield the regular members of a tar in order; nothing in the archive is trusted.
-
-    Raises:
-        OSError: the file cannot be read.
-        InvalidData: as :meth:`TarReader.members`.
-    """
-    with open_regular(path) as file:
-        yield from TarReader(file, path).members()
 
 
 class TarReader:

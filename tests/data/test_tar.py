@@ -6,18 +6,25 @@ import io
 import subprocess
 import tarfile
 import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from partialfc.data.tar import END_OF_ARCHIVE, walk_members
+from partialfc.data.tar import END_OF_ARCHIVE, Member, TarReader
 from partialfc.errors import InvalidData
+from partialfc.files import open_regular
 from tests.harness.tars import entry, header, make_tar, pax, pax_record, write_tar
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
 LONG = "folder/" + "x" * 180 + "é"
+
+
+def walk_members(path: Path) -> Iterator[Member]:
+    with open_regular(path) as file:
+        yield from TarReader(file, path).members()
 
 
 def read(path: Path) -> list[tuple[str, bytes]]:
