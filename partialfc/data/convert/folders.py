@@ -147,15 +147,18 @@ class FolderPerIdentity(Source):
                 stems.add(name if stem in stems else stem)
                 yield Record(key, identity, path, size=min(self._size(path, entry), MAX_SIZE))
 
-    def _entries(self, folder: str) -> list[tuple[str, os.DirEntry[str]]]:
-        """Return the entries of a folder that are not hidden, in the order of the bytes of their names."""
+    def _entries(self, folder: str) -> Iterator[tuple[str, os.DirEntry[str]]]:
+        """Yield the entries of a folder that are not hidden, in the order of the bytes of their names."""
         try:
             with os.scandir(self._native(folder)) as entries:
                 named = [(os.fsencode(entry.name), entry) for entry in entries]
         except OSError as error:
             raise self._unavailable(folder, error) from error
-        named = [(name, entry) for name, entry in named if not name.startswith(b".") and name not in _LEFT_BEHIND]
-        return [(name.decode(*_BYTES), entry) for name, entry in sorted(named, key=itemgetter(0))]
+        named.sort(key=itemgetter(0), reverse=True)
+        while named:
+            name, entry = named.pop()  # not kept: an entry that was looked at holds hundreds of bytes
+            if not name.startswith(b".") and name not in _LEFT_BEHIND:
+                yield name.decode(*_BYTES), entry
 
     def _modified(self, folder: str) -> int:
         try:
