@@ -33,7 +33,7 @@ from partialfc.errors import DataUnavailable, InvalidData
 from partialfc.files import parse_json
 
 _MAX_JSON_BYTES = 1 << 20
-_LOOKED_AT = 1000  # members of the first tar that show where labels are
+_LOOKED_AT = 1000  # members of the first tar, at least, that show where labels are
 _NO_IDENTITY = Skipped("sample without an identity")
 
 
@@ -133,23 +133,26 @@ class WebDatasetTars(Source):
     @cached_property
     def _wanted(self) -> Wanted:
         """What the first members of the first tar, and the options, tell of images and labels."""
+        found = set[str]()
         with self._tar(0) as tar:
-            found = {extension for member in islice(tar.members(), _LOOKED_AT) for extension in _extension(member)}
-        types = {extension.rpartition(".")[2] for extension in found}
-        label = self.fields.label
-        if label is None:
-            label = next((type for type in ("cls", "txt") if type in types), None)
-        elif label.lower() in found | types:
-            label = label.lower()
-        elif "json" in types:
-            label = "json"
-        else:
-            label = None
+            for number, member in enumerate(tar.members(), start=1):
+                found.update(_extension(member))
+                if number >= _LOOKED_AT and self._label_among(found):  # labels may lie behind all images
+                    break
+        label = self._label_among(found)
         if label is None:
             have = ", ".join("." + extension for extension in sorted(found)[:20]) or "none"
             expected = f".{self.fields.label} or .json" if self.fields.label else ".cls or .txt"
             raise InvalidData(f"{self._files[0]}: no labels: expected {expected}, found {have}; see --label-field")
         return Wanted(label, self.fields.image.lower() if self.fields.image else None)
+
+    def _label_among(self, extensions: set[str]) -> str | None:
+        """Return the last part of the extension of the labels; None if there are none."""
+        types = {extension.rpartition(".")[2] for extension in extensions}
+        label = self.fields.label
+        if label is None:
+            return next((type for type in ("cls", "txt") if type in types), None)
+        return label.lower() if label.lower() in extensions | types else "json" if "json" in types else None
 
     @property
     def _json_field(self) -> str | None:
