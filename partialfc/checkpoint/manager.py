@@ -29,6 +29,7 @@ from partialfc.config import Config
 from partialfc.data.dataset import TarDataset
 from partialfc.data.index import CLASSES
 from partialfc.data.order import BatchOrder
+from partialfc.data.plain import describe
 from partialfc.errors import ConfigError, DamagedCheckpoint, Diverged
 from partialfc.runs.folder import RunFolder
 from partialfc.runtime.collectives import broadcast_from_rank0, run_on_rank0
@@ -192,7 +193,7 @@ class Checkpoints:
         changes = config_changes(manifest.get("config", {}), self.config.model_dump(mode="json"))
         # Earlier versions wrote no digest where the index has none.
         if manifest.get("data_digest") not in ("", self.dataset.digest) and not new_classes:
-            change = Change("data.train", "another data set", str(self.config.data.train), "needs --force")
+            change = Change("data.train", "another data set", describe(self.config.data.train), "needs --force")
             changes = [other for other in changes if other.key != "data.train"] + [change]
         impossible = [str(change) for change in changes if change.severity == "impossible"]
         forced = [str(change) for change in changes if change.severity == "needs --force"]

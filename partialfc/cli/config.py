@@ -22,12 +22,12 @@ def config_command(
     """Check a config and print it with every key spelled out, or list the keys that there are."""
     if not keys and config is None:
         raise ConfigError("config needs a CONFIG, or --keys")
-    from partialfc.config import Config, describe_keys, load_config, to_yaml, value_of
+    from partialfc.config import Config, describe_keys, load_config, loss_keys, to_yaml, value_of
 
     if keys:
         if config or get:
             raise ConfigError("config --keys lists all keys; it takes no CONFIG and no --get")
-        print("\n".join(describe_keys(Config)))
+        print("\n".join(describe_keys(Config, {"head.loss.name": loss_keys()})))
         return
     assert config is not None
     resolved = load_config(config, overrides or [])

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from partialfc.cli.arguments import group
-from partialfc.cli.exits import STOPPED, fail
-from partialfc.errors import Interrupted
-from partialfc.tracking.console import console_progress, log
+from partialfc.cli.convert import convert_command
+from partialfc.errors import ConfigError, InvalidData
+from partialfc.tracking.console import console_progress, format_bytes, log, printable
 
-app = group("Make data sets.")
+app = group("Make data sets, look at them, and check them.")
+
+Source = Annotated[
+    list[str], typer.Argument(metavar="SET", help="data set folder, or shards of one set: folder, files, pattern")
+]
 
 
 @app.command("glyphs")
@@ -53,67 +56,50 @@ def glyphs_command(
     log(f"{report.closed_set}: {report.closed_set_samples:,} images of the training characters in held-out designs")
 
 
-@app.command("convert")
-def convert_command(
-    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="folder or file of images and identities")],
-    out: Annotated[Path, typer.Option(help="folder to write the data set to")],
-    format: Annotated[
-        str | None, typer.Option(help="recordio, folders, manifest, parquet or webdataset; default: told by its looks")
-    ] = None,
-    images: Annotated[Path | None, typer.Option(help="folder of the image files that a table names")] = None,
-    image_field: Annotated[str | None, typer.Option(help="column or extension of the image")] = None,
-    label_field: Annotated[str | None, typer.Option(help="column, extension or JSON field of the identity")] = None,
-    key_field: Annotated[str | None, typer.Option(help="column of the key")] = None,
-    split: Annotated[str | None, typer.Option(help="split of a Parquet data set; default: train")] = None,
-    resize: Annotated[int | None, typer.Option(min=1, help="pixels of a side; default: bytes are kept")] = None,
-    fit: Annotated[str, typer.Option(help="with --resize: squash to a square, or keep the aspect")] = "squash",
-    decode: Annotated[bool, typer.Option("--decode", help="decode every image to see whether that works")] = False,
-    classes: Annotated[Path | None, typer.Option(help="classes.jsonl of an earlier set, whose ids stay")] = None,
-    exclude: Annotated[Path | None, typer.Option(help="CSV with a column key or identity: left out")] = None,
-    merge: Annotated[Path | None, typer.Option(help="CSV with columns identity,into: become one class")] = None,
-    min_samples: Annotated[int, typer.Option(min=1, help="identities with fewer images are left out")] = 1,
-    max_samples: Annotated[int | None, typer.Option(min=1, help="images taken of an identity at most")] = None,
-    holdout: Annotated[int, typer.Option(min=0, help="identities set aside in OUT/verification")] = 0,
-    max_bad: Annotated[float, typer.Option(min=0, max=1, help="share of images that may be unreadable")] = 0.001,
-    samples_per_shard: Annotated[int, typer.Option(min=1, help="images in a tar file")] = 10_000,
-    workers: Annotated[int | None, typer.Option(min=1, help="number of processes; default: all cores")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the data set in --out")] = False,
-) -> None:
-    """Make a data set of RecordIO, folders, tables or WebDataset tars. Stopped, the same command goes on."""
-    from partialfc.data.convert.detect import SourceOptions, open_source
-    from partialfc.data.convert.images import ImageSettings
-    from partialfc.data.convert.pipeline import Options, convert
-    from partialfc.data.convert.plan import Selection
+app.command("convert")(convert_command)
 
-    selection = Selection(
-        classes=classes,
-        exclude=exclude,
-        merge=merge,
-        min_samples=min_samples,
-        max_samples=max_samples,
-        holdout=holdout,
-    )
-    options = Options(
-        selection=selection,
-        images=ImageSettings(decode=decode, resize=resize, fit=fit),
-        samples_per_shard=samples_per_shard,
-        max_bad=max_bad,
-    )
-    told = SourceOptions(
-        images=images, image_field=image_field, label_field=label_field, key_field=key_field, split=split
-    )
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        opened = open_source(source, format, told)
-        report = convert(opened, source, out, options, workers, overwrite, console_progress)
-    except KeyboardInterrupt:
-        fail(Interrupted("stopped; finished shards stay, and the same command goes on from there"), STOPPED)
-    log(
-        f"{out}: {report.num_samples:,} images of {report.num_classes:,} classes"
-        + (f"; {report.num_bad:,} could not be used, see {out / 'bad.csv'}" if report.num_bad else "")
-    )
-    if holdout:
-        log(
-            f"{out / 'verification'}: {report.verification_samples:,} images of {report.verification_classes:,} other "
-            "identities"
-        )
+
+@app.command("inspect")
+def inspect_command(
+    source: Source,
+    sheet: Annotated[Path | None, typer.Option(help="PNG to draw: images of random classes")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="of the choice of classes and images")] = 0,
+) -> None:
+    """Show classes, samples per class, image sizes and modes, and shards of a set."""
+    from partialfc.data.dataset import TarDataset
+    from partialfc.data.inspect import count_samples, describe_set, draw_sheet
+
+    dataset = TarDataset(_as_set(source), console_progress)
+    counts = count_samples(dataset)
+    for line in describe_set(dataset, counts, seed):
+        print(printable(line))
+    if sheet is not None:
+        try:
+            classes = draw_sheet(dataset, counts, sheet, seed)
+        except OSError as error:
+            raise ConfigError(f"--sheet: {sheet} cannot be written: {error.strerror or error}") from error
+        print(f"{sheet}: images of {classes} classes")
+
+
+@app.command("verify")
+def verify_command(
+    source: Source,
+    max_pixels: Annotated[int, typer.Option(min=1, help="of an image, as data.max_pixels")] = 40_000_000,
+    workers: Annotated[int | None, typer.Option(min=1, help="number of processes; default: all cores")] = None,
+) -> None:
+    """Check sizes, digests, labels, class table and every image of a set: code 0 all is well, 2 there are problems."""
+    from partialfc.data.plain import describe
+    from partialfc.data.verify import verify
+
+    found = verify(_as_set(source), max_pixels, workers, console_progress)
+    for problem in found.problems.found:
+        print(printable(problem))
+    looked_at = f"{found.num_samples:,} samples in {found.num_shards:,} shards, {format_bytes(found.num_bytes)}"
+    if found.problems.count:
+        listed = f", the first {len(found.problems.found)} above" if found.problems.count > 1 else ", above"
+        raise InvalidData(f"{describe(_as_set(source))}: {found.problems.count:,} problems{listed}; read: {looked_at}")
+    log(f"{looked_at}: all is well")
+
+
+def _as_set(source: list[str]) -> str | list[str]:
+    return source[0] if len(source) == 1 else source

@@ -6,7 +6,7 @@ Imports ``models``, ``head``, ``losses`` and ``options``, to check their paramet
 
 from partialfc.config.keys import describe_keys
 from partialfc.config.load import load_config, parse_config, require_num_classes, to_yaml, value_of
-from partialfc.config.objects import build_loss, build_sample_rate, spelled_out
+from partialfc.config.objects import build_loss, build_sample_rate, loss_keys, spelled_out
 from partialfc.config.reading import read_yaml
 from partialfc.config.schema import Config, EngineConfig, OptimConfig, TrackingConfig, WandbConfig
 
@@ -20,6 +20,7 @@ __all__ = [
     "build_sample_rate",
     "describe_keys",
     "load_config",
+    "loss_keys",
     "parse_config",
     "read_yaml",
     "require_num_classes",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
+
+KeyRow = tuple[str, str, str]  # name, default, documentation
 
 
 def takes(annotation: Any, *kinds: type) -> bool:
@@ -37,17 +39,21 @@ def type_at(schema: type[BaseModel], names: list[str]) -> Any:
     return annotation
 
 
-def describe_keys(schema: type[BaseModel]) -> list[str]:
-    """Return a line for each key: its name, its default, and its documentation."""
-    rows = list(_rows(schema, ""))
+def describe_keys(schema: type[BaseModel], more: Mapping[str, Iterable[KeyRow]]) -> list[str]:
+    """Return a line for each key: its name, its default, and its documentation.
+
+    Args:
+        more: rows that follow the row of a key, for keys that the schema leaves open.
+    """
+    rows = [found for row in _rows(schema, "") for found in (row, *more.get(row[0], ()))]
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     return [f"{key:<{widths[0]}}  {default:<{widths[1]}}  {about}" for key, default, about in rows]
 
 
-def _rows(schema: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str]]:
+def _rows(schema: type[BaseModel], prefix: str) -> Iterator[KeyRow]:
     for name, field in schema.model_fields.items():
         section = section_of(field.annotation)
-        default = "" if field.is_required() else _written(field.default)
+        default = "" if field.is_required() else written(field.default)
         choices = _choices(field.annotation)
         about = (field.description or "") + (f" ({', '.join(choices)})" if choices else "")
         if section is None or field.default is None:  # a section that is absent by default is a key, too
@@ -58,10 +64,10 @@ def _rows(schema: type[BaseModel], prefix: str) -> Iterator[tuple[str, str, str]
 
 def _choices(annotation: Any) -> list[str]:
     found = (kind for kind in _alternatives(annotation) if get_origin(kind) is Literal)
-    return [_written(value) for kind in found for value in get_args(kind)]
+    return [written(value) for kind in found for value in get_args(kind)]
 
 
-def _written(value: Any) -> str:
+def written(value: Any) -> str:
     """Return a value as YAML writes it."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]

@@ -63,7 +63,7 @@ def require_num_classes(config: Config, found: int) -> None:
     """
     expected = config.data.num_classes
     if expected not in (None, found):
-        raise ConfigError(f"data.num_classes: {expected:,} expected, and {config.data.train} has {found:,}")
+        raise ConfigError(f"data.num_classes: {expected:,} expected, and data.train has {found:,}")
 
 
 def _check_run(config: Config) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import re
+from collections.abc import Iterator
 from typing import Any
 
 from partialfc import losses
+from partialfc.config.keys import KeyRow, written
 from partialfc.config.schema import HeadConfig, LossConfig, SampleRateConfig
 from partialfc.errors import ConfigError
 from partialfc.head import LinearRate, StepRate
@@ -55,6 +58,23 @@ def spelled_out(tree: dict[str, Any]) -> dict[str, Any]:
     if isinstance(given.get("loss"), dict):
         given["loss"] = spelled_out(given["loss"])
     return {"name": tree["name"]} | with_defaults(kind, given)
+
+
+def loss_keys() -> Iterator[KeyRow]:
+    """Yield a row for each parameter of each loss, documented by the ``Args`` of its class or of a base."""
+    for name, kind in losses.BY_NAME.items():
+        about = {option: text for base in reversed(kind.__mro__) for option, text in _documented_args(base)}
+        for option, parameter in inspect.signature(kind).parameters.items():
+            default = "" if parameter.default is parameter.empty else written(parameter.default)
+            yield f"head.loss.{option}", default, f"{name}: {about[option]}"
+
+
+def _documented_args(kind: type) -> Iterator[tuple[str, str]]:
+    _, _, args = inspect.cleandoc(kind.__doc__ or "").partition("\nArgs:\n")
+    for options, text in re.findall(r"^    (\w+(?:, \w+)*): (.*(?:\n {8}.*)*)", args, re.MULTILINE):
+        if not text.startswith("see "):  # documented by a base
+            line = " ".join(text.replace("``", "").split()).rstrip(".")
+            yield from ((option, line) for option in options.split(", "))
 
 
 def build_sample_rate(head: HeadConfig, steps_per_epoch: int, first_step: int = 0) -> SampleRate:

@@ -53,7 +53,7 @@ def read_value(key: str, text: str, schema: Any = None) -> Any:
     """Return the value of ``key=text`` on a command line: YAML without comments, so that ``#`` stands for itself.
 
     Args:
-        schema: type of the key. A text is taken as it is, unless it is quoted.
+        schema: type of the key. A text is taken as it is, unless it is quoted, or a list ``[a, b]`` where one may be.
 
     Raises:
         ConfigError: the text is not valid YAML.
@@ -61,7 +61,9 @@ def read_value(key: str, text: str, schema: Any = None) -> Any:
     hash_sign = next(sign for sign in map(chr, range(0xE000, 0xF900)) if sign not in text)
     try:
         loader = _Loader(text.replace("#", hash_sign), hash_sign)
-        if takes(schema, str, Path) and text and not re.fullmatch(r"""(["']).*\1""", text, re.DOTALL):
+        is_list = element_of(schema) is not None and text.startswith("[")
+        is_quoted = re.fullmatch(r"""(["']).*\1""", text, re.DOTALL)
+        if takes(schema, str, Path) and text and not is_quoted and not is_list:
             tag = loader.resolve(yaml.ScalarNode, text, (True, False))
             return loader.value(yaml.ScalarNode(tag, text, style=None), schema, key)
         return loader.read(schema, key)

@@ -38,6 +38,9 @@ class RunConfig(Section):
 
     dir: Path = Field(Path("runs/run"), description="run folder: metrics, checkpoints, figures")
     seed: int = Field(0, ge=0, lt=2**31, description="seed of weights, sample order, augmentation and negatives")
+    deterministic: bool = Field(
+        False, description="the same bits in every run with the same ranks on the same kind of device; slower on GPUs"
+    )
     timeout: float = Field(120.0, gt=0, le=1e6, description="seconds after which a silent rank ends the run")
     skipped_in_a_row: int = Field(10, ge=1, le=_MANY, description="skipped steps in a row that end the run")
     restarts_without_progress: int = Field(
@@ -48,7 +51,9 @@ class RunConfig(Section):
 class DataConfig(Section):
     """Data set and loading."""
 
-    train: Path = Field(description="data set folder with index.json")
+    train: Path | list[Path] = Field(
+        description="data set folder, or WebDataset shards of one set: their folder, a pattern, a list"
+    )
     num_classes: int | None = Field(
         None, ge=1, le=_MANY, description="number of classes that the data set must have; null: any"
     )
@@ -68,6 +73,14 @@ class DataConfig(Section):
         "light", description="light: random affine maps and noise; flip: random mirroring, usual for faces"
     )
     workers: int = Field(0, ge=0, le=256, description="loader processes per rank; 0 loads in the training process")
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _require_paths(cls, value: Any) -> Any:
+        paths = value if isinstance(value, list) else [value]
+        if not paths or not all(isinstance(path, (str, Path)) for path in paths):
+            raise PydanticCustomError("paths", "expected a path, or a list of paths")
+        return value
 
 
 class ModelConfig(Section):
@@ -179,14 +192,16 @@ class EngineConfig(Section):
     )
     compile: bool = Field(False, description="torch.compile the backbone; the first step takes longer")
     sync_batchnorm: Literal[True, False, "auto"] = Field(
-        "auto", description="batch statistics over all ranks, on GPUs only; auto: on GPUs"
+        False, description="batch statistics over all ranks' images, on GPUs only; auto: on GPUs"
     )
 
 
 class EvaluationConfig(Section):
     """Evaluation sets."""
 
-    sets: list[Path] = Field([], description="folders: verification (with protocol.json) or samples of known classes")
+    sets: list[Path] = Field(
+        [], description="folders: verification (with protocol.json or pairs.csv) or samples of known classes"
+    )
     every: int = Field(0, ge=0, le=_MANY, description="steps between evaluations; 0: only at the end")
     batch_size: int = Field(256, ge=1, le=1 << 24, description="images embedded at once per rank")
 

@@ -20,11 +20,12 @@ from partialfc.data.indexing import Classes, write_index
 from partialfc.data.offsets import OFFSETS, IndexedSet, SampleIndex, load_index
 from partialfc.errors import DataUnavailable
 from partialfc.files import FileLock, open_new
-from partialfc.tracking.console import Progress, log, no_progress
+from partialfc.tracking.console import Progress, log
 
 _LOCK = f".{OFFSETS}.lock"
 _SILENT_SECONDS = 600.0  # after which the process that makes an index counts as stuck
 _WAIT_SECONDS = 5.0
+_QUIET_SECONDS = 30.0  # of waiting, before a line says so
 
 
 def beside(shards: Sequence[Path]) -> Path:
@@ -41,7 +42,7 @@ def open_index(indexed: IndexedSet, folder: Path, needs_table: bool, progress: P
 
     Args:
         folder: beside the data; created if it is missing.
-        needs_table: whether a class table is kept beside the index.
+        needs_table: a class table is kept beside the index.
 
     Raises:
         InvalidData: a shard is damaged or hostile.
@@ -98,7 +99,7 @@ def _make(folder: Path, indexed: IndexedSet, needs_table: bool, progress: Progre
         raise OSError("a symbolic link")
     lock = FileLock(folder / _LOCK)
     try:
-        _wait_for(lock, indexed, progress)
+        _wait_for(lock, indexed)
         index = _load(folder, indexed, needs_table) if lock.waited else None
         if index is None:
             _write(folder, indexed, needs_table, progress, alive=lambda: _touch(lock.path))
@@ -117,22 +118,23 @@ def _touch(path: Path) -> None:
         os.utime(path)
 
 
-def _wait_for(lock: FileLock, indexed: IndexedSet, progress: Progress) -> None:
-    def say() -> None:
-        if progress is not no_progress:
-            log(f"another process indexes {indexed.name}; waiting for it")
-
-    seen, since = 0, time.monotonic()
-    while not lock.acquire(_WAIT_SECONDS, say):
+def _wait_for(lock: FileLock, indexed: IndexedSet) -> None:
+    began = since = time.monotonic()
+    seen, said = 0, False
+    while not lock.acquire(_WAIT_SECONDS):
+        now = time.monotonic()
         with suppress(FileNotFoundError):  # it has just finished
             modified = lock.path.stat().st_mtime_ns
             if modified != seen:
-                seen, since = modified, time.monotonic()
-        if time.monotonic() - since > _SILENT_SECONDS:
+                seen, since = modified, now
+        if now - since > _SILENT_SECONDS:
             raise DataUnavailable(
                 f"another process has not gone on indexing {indexed.name} for {_SILENT_SECONDS:.0f} s; "
                 f"end the one that holds {lock.path}, and start again"
             )
+        if not said and now - began > _QUIET_SECONDS:
+            said = True
+            log(f"another process indexes {indexed.name}; waiting for it")
 
 
 def _write(folder: Path, indexed: IndexedSet, needs_table: bool, progress: Progress, alive: Callable[[], None]) -> None:

@@ -160,7 +160,8 @@ def _collect(
     counts: list[int] = []
     places: dict[str, int] = {}
     largest, key_bytes, shards = -1, 0, indexed.shards
-    with progress(f"indexing {indexed.name}", len(shards)) as advance:
+    total = len(shards) if indexed.num_samples is None else sum(indexed.num_samples)
+    with progress(f"indexing {indexed.name}", total) as advance:
         for shard, entries in zip(shards, _read_shards(indexed), strict=True):
             expected = indexed.num_samples[len(counts)] if indexed.num_samples is not None else len(entries.labels)
             if len(entries.labels) != expected:
@@ -181,7 +182,7 @@ def _collect(
                 section.write(values)
             counts.append(len(labels))
             key_bytes += len(entries.keys)
-            advance()
+            advance(1 if indexed.num_samples is None else len(labels))
             alive()
     num_classes = indexed.num_classes if indexed.num_classes is not None else (len(places) or largest + 1)
     _require_dense(indexed, num_classes, sum(counts))

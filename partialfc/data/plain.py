@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from partialfc.data.index import INDEX
+from partialfc.data.index import CLASSES, INDEX
 from partialfc.data.urls import expand, is_pattern
 from partialfc.data.writer import UNFINISHED
 from partialfc.errors import InvalidData
@@ -23,8 +23,8 @@ def set_folder(source: DataPath) -> Path | None:
         return None
     path = Path(source)
     if path.is_dir():
-        is_plain = not os.path.lexists(path / INDEX) and not (path / UNFINISHED).exists() and _tars_in(path)
-        return None if is_plain else path
+        is_of_ours = any(os.path.lexists(path / name) for name in (INDEX, CLASSES, UNFINISHED))  # if incomplete
+        return path if is_of_ours or not _tars_in(path) else None
     return None if path.suffix == ".tar" or is_pattern(str(source)) else path
 
 

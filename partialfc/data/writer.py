@@ -14,13 +14,15 @@ from typing import Any, Self
 
 from partialfc.data.index import CLASSES, INDEX, content_digest
 from partialfc.data.offsets import OFFSETS
+from partialfc.data.pairs import PAIRS
 from partialfc.data.tar import END_OF_ARCHIVE, IMAGE_EXTENSIONS, padding, ustar_header
 from partialfc.errors import DataError
 from partialfc.files import open_new, sync_to_disk, write_atomically
 
 UNFINISHED = ".unfinished"  # marks a folder in progress, which may be cleared and written again
 _PIECE = 1 << 20
-_FILES = ("shard-*.tar", "shard-*.tar*.tmp", CLASSES, OFFSETS, ".*.json.[0-9]*", ".*.jsonl.[0-9]*")
+_LEFTOVERS = ("shard-*.tar*.tmp", ".*.json.[0-9]*", ".*.jsonl.[0-9]*", ".*.csv.[0-9]*")
+_FILES = ("shard-*.tar", CLASSES, OFFSETS, f".{OFFSETS}*", PAIRS, *_LEFTOVERS)
 
 
 class ShardWriter:

@@ -10,16 +10,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from partialfc.config import Config
 from partialfc.data.dataset import TarDataset
 from partialfc.data.loader import LoaderSettings, evaluation_batches
+from partialfc.data.pairs import PairList
 from partialfc.evaluate.embed import embed
 from partialfc.evaluate.figures import draw_roc
 from partialfc.evaluate.identification import nearest_classes
-from partialfc.evaluate.sets import open_set, require_different_names, training_ids
+from partialfc.evaluate.listed_pairs import cosines_of_pairs, fold_accuracies, scores_of_pairs
+from partialfc.evaluate.sets import EvaluationSet, open_set, require_different_names, training_ids
 from partialfc.evaluate.verification import Scores, score_pairs
 from partialfc.files import write_atomically
 from partialfc.head import PartialFC
@@ -34,11 +38,11 @@ _FOLDER = "evaluation"
 class Evaluation:
     """Evaluates a network on all sets of a config.
 
-    A set with ``protocol.json`` is for verification. Any other is for identification, with labelled samples of training
-    classes: ``accuracy`` is the share of samples whose own class has the highest logit.
+    A set with ``protocol.json`` or ``pairs.csv`` is for verification. Any other is for identification, with labelled
+    samples of training classes: ``accuracy`` is the share of samples whose own class has the highest logit.
 
     Raises:
-        InvalidData: a set is missing, incomplete or empty, or its protocol compares nothing.
+        InvalidData: a set is missing, incomplete or empty, or its protocol or list of pairs compares nothing.
         ConfigError: the results of two sets have the same name.
     """
 
@@ -58,7 +62,7 @@ class Evaluation:
             InvalidData: on every rank, if a class of a set is not in the training set, or a class table is damaged.
         """
         for found in self.sets:
-            if not found.protocols:
+            if found.by_class:
                 table, count = found.dataset.class_table, found.dataset.num_classes
                 find = partial(training_ids, table, count, class_table, num_classes)
                 found.class_ids = broadcast_from_rank0(find)
@@ -92,13 +96,10 @@ class Evaluation:
                 correct = nearest_classes(head, embeddings) == ids
                 results[found.folder.name] = {"accuracy": float(correct.double().mean()), "samples": len(ids)}
                 continue
-            embeddings = nn.functional.normalize(embeddings)
-            labels = torch.tensor(found.dataset.labels).to(process.device)
-            for protocol in found.protocols:
-                scores = score_pairs(embeddings, labels, found.designs, protocol, found.look_alikes, interrupted)
+            for name_of_result, scores, accuracy in _verify(found, embeddings, interrupted):
                 if process.agree_to_stop():
                     return None
-                curves[protocol.name], results[protocol.name] = scores, _summarize(scores)
+                curves[name_of_result], results[name_of_result] = scores, accuracy | _summarize(scores)
         if process.is_first and results and name:
             try:
                 self._write(results, curves, name)
@@ -139,6 +140,33 @@ class Evaluation:
             log(f"WARNING: {path} cannot be drawn: {type(error).__name__}: {error}")
 
 
+def _verify(
+    found: EvaluationSet, embeddings: Tensor, interrupted: Callable[[], bool]
+) -> Iterator[tuple[str, Scores, dict[str, Any]]]:
+    """Yield the results of a verification set: their name, scores, and accuracy over folds if it has any. Collective
+    work is done before each.
+    """
+    embeddings = nn.functional.normalize(embeddings)
+    if found.pairs is not None:
+        cosines = cosines_of_pairs(embeddings, found.pairs, interrupted)
+        yield found.folder.name, scores_of_pairs(cosines, found.pairs.same), _accuracy(cosines, found.pairs)
+    labels = torch.from_numpy(found.dataset.labels).to(embeddings.device)
+    for protocol in found.protocols:
+        yield (
+            protocol.name,
+            score_pairs(embeddings, labels, found.designs, protocol, found.look_alikes, interrupted),
+            {},
+        )
+
+
+def _accuracy(cosines: npt.NDArray[np.float64], pairs: PairList) -> dict[str, Any]:
+    """Return the accuracy over folds; nothing if there is only one."""
+    if not pairs.folds.any():
+        return {}
+    found = fold_accuracies(cosines, pairs.same, pairs.folds)
+    return {"accuracy": float(found.mean()), "fold_deviation": float(found.std()), "folds": len(found)}
+
+
 def why_not_writable(run: Path) -> str:
     """Return the reason that results cannot be written into a run folder; ``""`` if they can."""
     folder = run / _FOLDER
@@ -168,7 +196,12 @@ def describe_results(results: dict[str, Any]) -> list[str]:
 
 
 def _describe(found: dict[str, Any]) -> str:
+    parts = []
     if "accuracy" in found:
-        return f"accuracy {found['accuracy']:.4f}"
-    rates = [f"TAR {value:.4f} at FAR {far}" for far, value in found["tar_at_far"].items()]
-    return "  ".join(rates) or f"no TAR: {found['impostor_pairs']} impostor pairs are too few for FAR {max(FARS):g}"
+        over = f" ± {found['fold_deviation']:.4f} over {found['folds']} folds" if "folds" in found else ""
+        parts.append(f"accuracy {found['accuracy']:.4f}{over}")
+    if "tar_at_far" in found:
+        parts += [f"TAR {value:.4f} at FAR {far}" for far, value in found["tar_at_far"].items()] or [
+            f"no TAR: {found['impostor_pairs']} impostor pairs are too few for FAR {max(FARS):g}"
+        ]
+    return "  ".join(parts)

@@ -13,17 +13,19 @@ import numpy.typing as npt
 from partialfc.data.class_table import match_classes
 from partialfc.data.dataset import TarDataset
 from partialfc.data.loader import require_samples
+from partialfc.data.pairs import PAIRS, PairList, read_pairs
 from partialfc.errors import ConfigError, InvalidData
 from partialfc.evaluate.protocol import PROTOCOL, LookAlikes, Protocol, check_protocol, read_protocols
 
 
 @dataclass
 class EvaluationSet:
-    """A set of a config.
+    """A set of a config: for verification by protocols or by listed pairs, or for identification.
 
     Attributes:
-        protocols: of a verification set; empty for identification.
-        designs: of the samples of a verification set, [N].
+        protocols: of a verification set.
+        designs: of the samples of a set with protocols, [N].
+        pairs: listed pairs of a verification set.
         class_ids: int64 [classes of the set], the ids of its classes in the training set, for identification.
     """
 
@@ -32,7 +34,13 @@ class EvaluationSet:
     protocols: list[Protocol] = field(default_factory=list)
     look_alikes: LookAlikes = field(default_factory=list)
     designs: list[str] = field(default_factory=list)
+    pairs: PairList | None = None
     class_ids: npt.NDArray[np.int64] | None = None
+
+    @property
+    def by_class(self) -> bool:
+        """True if it is for identification, with samples of the training classes."""
+        return not self.protocols and self.pairs is None
 
     @property
     def result_names(self) -> list[str]:
@@ -41,25 +49,26 @@ class EvaluationSet:
 
 
 def open_set(folder: Path) -> EvaluationSet:
-    """Open an evaluation set, and check its protocols against its samples.
+    """Open an evaluation set, and check its protocols or pairs against its samples.
 
     Raises:
-        InvalidData: it is missing, incomplete or empty, or a protocol compares nothing.
+        InvalidData: it is missing, incomplete or empty, or a protocol or its list of pairs compares nothing.
     """
     dataset = TarDataset(folder)
     require_samples(dataset)
     found = EvaluationSet(folder, dataset)
-    if is_verification(folder):
+    # A file that cannot be read is no reason to take a set for another kind.
+    by_protocols, by_pairs = (os.path.lexists(folder / name) for name in (PROTOCOL, PAIRS))
+    if by_protocols and by_pairs:
+        raise InvalidData(f"{folder} has both {PROTOCOL} and {PAIRS}; remove the one that it is not to be evaluated by")
+    if by_pairs:
+        found.pairs = read_pairs(folder, dataset.keys)
+    if by_protocols:
         found.protocols, found.look_alikes = read_protocols(folder)
         found.designs = [intern(key.partition("-")[2]) for key in dataset.keys]
         for protocol in found.protocols:
             check_protocol(folder, protocol, found.look_alikes, dataset.labels, found.designs)
     return found
-
-
-def is_verification(folder: Path) -> bool:
-    """Return True if a set has protocols; one that cannot be read is no reason to take it for another kind."""
-    return os.path.lexists(folder / PROTOCOL)
 
 
 def training_ids(table: Path, num_classes: int, trained: Path | None, num_trained: int) -> npt.NDArray[np.int64]:

@@ -74,6 +74,12 @@ class Scores:
         return {"far": far[chosen].tolist(), "tar": tar[chosen].tolist()}
 
 
+def histogram(cosines: Tensor) -> Tensor:
+    """Return how many of some cosines [n] lie in each bin, [bins] int64."""
+    bins = ((cosines + 1.0) * (_BINS / 2)).long().clamp_(0, _BINS - 1)
+    return torch.bincount(bins, minlength=_BINS)
+
+
 def score_pairs(
     embeddings: Tensor,
     labels: Tensor,
@@ -108,14 +114,13 @@ def score_pairs(
         both_orders = is_gallery[rows][:, None] & is_probe[gallery]
         counted = ~both_orders | (rows[:, None] < gallery)
         same = labels[rows][:, None] == labels[gallery]
-        bins = ((cosines + 1.0) * (_BINS / 2)).long().clamp_(0, _BINS - 1)
-        genuine += torch.bincount(bins[same & counted], minlength=_BINS)
+        genuine += histogram(cosines[same & counted])
         other = ~same & counted
         if len(left_out):
             low = torch.minimum(labels[rows][:, None], labels[gallery])
             high = torch.maximum(labels[rows][:, None], labels[gallery])
             other &= ~torch.isin(low * (int(labels.max()) + 1) + high, left_out)
-        impostors += torch.bincount(bins[other], minlength=_BINS)
+        impostors += histogram(cosines[other])
     if dist.is_initialized():
         dist.all_reduce(genuine)
         dist.all_reduce(impostors)

@@ -121,7 +121,8 @@ def _describe(
     count, dtype, a, b = (header[field] for field in (Field.COUNT, Field.DTYPE, Field.DETAIL_A, Field.DETAIL_B))
     match Problem(header[Field.PROBLEM]):
         case Problem.NOT_2D:
-            text = f"embeddings must be [batch, {dim}], got a tensor of {a} dimensions"
+            found = f"a tensor of {a} dimensions" if a else "a number, or no tensor"
+            text = f"embeddings must be [batch, {dim}], got {found}"
         case Problem.NOT_FLOAT:
             text = f"embeddings must be float32, float64, float16 or bfloat16, got {_dtype_name(dtype)}"
         case Problem.WRONG_DIM:

@@ -85,7 +85,7 @@ class PartialFC(nn.Module):
     which advances once per optimizer step, applied or skipped, and the loss's ``state``, if it has one.
 
     Raises:
-        ConfigError: an argument is out of its range.
+        ConfigError: an argument is of the wrong type, or out of its range.
     """
 
     step: Tensor
@@ -110,9 +110,11 @@ class PartialFC(nn.Module):
     ) -> None:
         super().__init__()
         compute_dtype = compute_dtype or (torch.float32 if weight_dtype is torch.bfloat16 else weight_dtype)
-        check_sizes(num_classes, embedding_dim, memory_budget_mb)
+        check_sizes(num_classes, embedding_dim, seed, memory_budget_mb)
         check_loss(loss)
-        check_options(loss, sample_rate, filter_threshold, on_nonfinite, weight_dtype, compute_dtype, matmul_precision)
+        check_options(
+            sample_rate, center_loss, filter_threshold, on_nonfinite, weight_dtype, compute_dtype, matmul_precision
+        )
         self.num_classes, self.embedding_dim, self.loss = num_classes, embedding_dim, loss
         self.sample_rate, self.seed, self.center_loss = sample_rate, seed, center_loss
         self.filter_threshold, self.correct_sampling = filter_threshold, correct_sampling

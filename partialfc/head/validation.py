@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral, Real
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from partialfc.errors import ConfigError
+from partialfc.head.center_loss import CenterLoss
 from partialfc.head.sample_rate import SampleRate
 from partialfc.head.softmax.products import PRECISIONS
 from partialfc.losses import Loss, Samples
@@ -17,28 +19,37 @@ from partialfc.losses.base import NEEDS
 WEIGHT_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
-def check_sizes(num_classes: int, embedding_dim: int, memory_budget_mb: float) -> None:
-    """Raise ConfigError unless all are positive."""
+def check_sizes(num_classes: int, embedding_dim: int, seed: int, memory_budget_mb: float) -> None:
+    """Raise ConfigError unless all are numbers of their kind, and all but the seed positive."""
+    for name, value in (("num_classes", num_classes), ("embedding_dim", embedding_dim), ("seed", seed)):
+        if not isinstance(value, Integral) or isinstance(value, bool):
+            raise ConfigError(f"{name} must be an int, got {value!r}")
     if num_classes < 1 or embedding_dim < 1:
         raise ConfigError(f"num_classes and embedding_dim must be at least 1, got {num_classes} and {embedding_dim}")
-    if not memory_budget_mb > 0:
-        raise ConfigError(f"memory_budget_mb must be positive, got {memory_budget_mb}")
+    if not _is_number(memory_budget_mb) or not memory_budget_mb > 0:
+        raise ConfigError(f"memory_budget_mb must be a positive number, got {memory_budget_mb!r}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def check_options(
-    loss: Loss,
     sample_rate: SampleRate,
+    center_loss: CenterLoss | None,
     filter_threshold: float | None,
     on_nonfinite: str,
     weight_dtype: torch.dtype,
     compute_dtype: torch.dtype,
     matmul_precision: str | None,
 ) -> None:
-    """Raise ConfigError for an option that is out of range, or that does not fit ``loss``."""
-    if not callable(sample_rate) and not 0.0 < sample_rate <= 1.0:
-        raise ConfigError(f"sample_rate must lie in (0, 1], got {sample_rate}")
-    if filter_threshold is not None and not -1.0 <= filter_threshold <= 1.0:
-        raise ConfigError(f"filter_threshold is a cosine, in [-1, 1], got {filter_threshold}")
+    """Raise ConfigError for an option of the wrong type or out of its range."""
+    if not callable(sample_rate) and not (_is_number(sample_rate) and 0.0 < sample_rate <= 1.0):
+        raise ConfigError(f"sample_rate must be a number in (0, 1] or a function of the step, got {sample_rate!r}")
+    if filter_threshold is not None and not (_is_number(filter_threshold) and -1.0 <= filter_threshold <= 1.0):
+        raise ConfigError(f"filter_threshold is a cosine, in [-1, 1], got {filter_threshold!r}")
+    if center_loss is not None and not isinstance(center_loss, CenterLoss):
+        raise ConfigError(f"center_loss must be a CenterLoss, e.g. CenterLoss(weight=0.003), got {center_loss!r}")
     if on_nonfinite not in ("raise", "propagate"):
         raise ConfigError(f'on_nonfinite must be "raise" or "propagate", got {on_nonfinite!r}')
     if weight_dtype not in WEIGHT_DTYPES:

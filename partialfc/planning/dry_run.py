@@ -13,8 +13,10 @@ from partialfc.build.head import build_head
 from partialfc.build.optimizers import build_head_optimizer
 from partialfc.config import Config, require_num_classes
 from partialfc.data.class_table import require_class_table
+from partialfc.data.dataset import TarDataset
 from partialfc.data.index import CLASSES, checked_digest, find_shards, read_index
 from partialfc.data.order import BatchOrder, local_share
+from partialfc.data.plain import DataPath, describe, exists, set_folder
 from partialfc.engines.base import DTYPES, require_used
 from partialfc.engines.batch_norm import BatchNormModes
 from partialfc.engines.deepspeed_config import deepspeed_options, loss_scale
@@ -24,7 +26,7 @@ from partialfc.head.partition import ClassPartition
 from partialfc.head.sample_rate import largest_rate
 from partialfc.planning.activation_memory import peak_activation_bytes
 from partialfc.planning.memory import backbone_memory, configured_head_memory, slow_budget
-from partialfc.tracking.console import format_bytes
+from partialfc.tracking.console import console_progress, format_bytes
 
 
 @dataclass(frozen=True)
@@ -64,34 +66,42 @@ def dry_run(config: Config, ranks: int) -> list[str]:
     warning = slow_budget(config, ClassPartition(num_classes, ranks).range(0)[1])
     if warning:
         lines.append(f"WARNING: {warning}")
-    named = [("data.train", config.data.train), ("model.pretrained", config.model.pretrained)]
+    named: list[tuple[str, DataPath | None]] = [("data.train", config.data.train)]
+    named += [("model.pretrained", config.model.pretrained)]
     named += [("evaluation.sets", folder) for folder in config.evaluation.sets]
-    missing = [f"{key}={path}" for key, path in named if path is not None and not path.exists()]
+    missing = [f"{key}={describe(path)}" for key, path in named if path is not None and not exists(path)]
     return [*lines, f"not there yet: {', '.join(missing)}"] if missing else lines
 
 
 def count_classes(config: Config) -> int:
     """Return the number of classes of the data set, which is checked, or of the config where it does not exist yet."""
-    if config.data.train.exists():
+    if exists(config.data.train):
         return _check_data(config)
     if config.data.num_classes is None:
-        raise ConfigError(
-            f"data.train: {config.data.train} does not exist; set data.num_classes to the number of its classes"
-        )
+        name = describe(config.data.train)
+        raise ConfigError(f"data.train: {name} does not exist; set data.num_classes to the number of its classes")
     return config.data.num_classes
 
 
 def _check_data(config: Config) -> int:
-    """Check the training set, all but the inside of its shards, and the evaluation sets; return the class count."""
-    folder = config.data.train
-    index = read_index(folder)
-    num_classes: int = index["num_classes"]
+    """Check the training set, all but the inside of its shards, and the evaluation sets; return the class count.
+
+    Shards without ``index.json`` are indexed: nothing else tells their classes.
+    """
+    folder = set_folder(config.data.train)
+    if folder is None:
+        dataset = TarDataset(config.data.train, console_progress)
+        num_classes, num_samples, table = dataset.num_classes, dataset.num_samples, dataset.class_table
+    else:
+        index = read_index(folder)
+        num_classes, num_samples, table = index["num_classes"], index["num_samples"], folder / CLASSES
     require_num_classes(config, num_classes)
-    find_shards(folder, index)
-    checked_digest(folder, index)
-    require_class_table(folder / CLASSES, num_classes)
-    BatchOrder.from_config(config, index["num_samples"])
-    Evaluation(config).match_classes(num_classes, folder / CLASSES)
+    if folder is not None:
+        find_shards(folder, index)
+        checked_digest(folder, index)
+    require_class_table(table, num_classes)
+    BatchOrder.from_config(config, num_samples)
+    Evaluation(config).match_classes(num_classes, table)
     return num_classes
 
 

@@ -166,10 +166,10 @@ def _result(evaluation: dict[str, Any], step: int) -> str:
     with suppress(AttributeError, KeyError, TypeError, ValueError):  # a corrupt line
         earlier = f" (step {evaluation['step']:,})" if evaluation and evaluation["step"] != step else ""
         for name, found in evaluation.get("results", {}).items():
+            if "accuracy" in found:
+                return f"{name} accuracy {found['accuracy']:.4f}{earlier}"
             tar = found.get("tar_at_far", {})
             if tar:
                 far = min(tar, key=float)
                 return f"{name} TAR {tar[far]:.4f} @ FAR {far}{earlier}"
-            if "accuracy" in found:
-                return f"{name} accuracy {found['accuracy']:.4f}{earlier}"
     return ""

@@ -23,7 +23,8 @@ def summarize(run: Path) -> str:
     for name, found in evaluation.get("results", {}).items():
         label = name.replace("_", " ")
         if "accuracy" in found:
-            rows.append((f"{label}: accuracy", f"{found['accuracy']:.4f}  ({found['samples']:,} samples){earlier}"))
+            of = f"{found['folds']} folds" if "folds" in found else f"{found['samples']:,} samples"
+            rows.append((f"{label}: accuracy", f"{found['accuracy']:.4f}  ({of}){earlier}"))
         if found.get("tar_at_far") == {}:
             rows.append((f"{label}: no TAR", f"{found.get('impostor_pairs')} impostor pairs are too few"))
         for far, tar in found.get("tar_at_far", {}).items():

@@ -125,7 +125,7 @@ class RunCollector(Collector):
         yield self._gauge("evaluation_timestamp_seconds", written, self._evaluation["time"])
         accuracy = GaugeMetricFamily(
             "partialfc_evaluation_accuracy",
-            "Share of a set's samples whose own class has the highest logit.",
+            "Share of a set's samples whose own class has the highest logit, or of its listed pairs judged right.",
             labels=["run", "set"],
         )
         tar = GaugeMetricFamily(

@@ -15,6 +15,7 @@ from torch import nn
 from partialfc.config import Config
 from partialfc.data.dataset import TarDataset
 from partialfc.data.index import CLASSES
+from partialfc.data.pairs import PAIRS
 from partialfc.files import open_regular
 from partialfc.runtime.agreement import digest, version_of
 
@@ -46,7 +47,7 @@ def data_facts(key: str, dataset: TarDataset) -> dict[str, str]:
     return {
         f"{key}: index.json": digest([json.dumps(dataset.index, sort_keys=True).encode()]),
         f"{key}: {CLASSES}": _file_digest(dataset.class_table),
-        f"{key}: {_PROTOCOL}": _file_digest(dataset.folder / _PROTOCOL),
+        **{f"{key}: {name}": _file_digest(dataset.folder / name) for name in (_PROTOCOL, PAIRS)},
         f"{key}: keys and labels": dataset.content,
         f"{key}: images": digest(dataset.read(index) for index in some.tolist() if index >= 0),
     }

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ from pydantic import BaseModel
 from typer.main import get_command
 
 import partialfc
+from partialfc import losses
 from partialfc.cli.main import app
 from partialfc.config import parse_config
 from partialfc.config.schema import SpikeConfig
@@ -67,6 +70,9 @@ def test_config_lists_every_key_with_its_line_of_documentation() -> None:
     assert lines["optim.lr"].split(maxsplit=1) == ["0.1", "peak learning rate"]
     assert lines["head.center_loss"].startswith("null ")
     assert lines["engine.name"].endswith("torch alone, or DeepSpeed (ddp, deepspeed)")
+    for name, kind in losses.BY_NAME.items():
+        for option in inspect.signature(kind).parameters:
+            assert any(re.match(rf"head\.loss\.{option} .* {name}: \S", line) for line in done.stdout.splitlines())
     for wrong in ((), ("c.yaml", "--keys")):
         done = python("-m", "partialfc", "config", *wrong)
         assert (done.returncode, done.stdout) == (2, "")

@@ -212,3 +212,29 @@ def test_a_truth_value_is_not_a_number(tmp_path: Path, key: str) -> None:
     config.write_text("data: {train: data}\n")
     with pytest.raises(ConfigError, match=rf"^{key}: expected a number, got True$"):
         load_config(config, [f"{key}=true"])
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a", Path("a")),
+        ("a-{000..123}.tar", Path("a-{000..123}.tar")),
+        ("{a,b}.tar", Path("{a,b}.tar")),
+        ("[a.tar, 'b-{0..1}.tar']", [Path("a.tar"), Path("b-{0..1}.tar")]),
+        ("[2024]", [Path("2024")]),
+        ("'[a]'", Path("[a]")),
+    ],
+)
+def test_the_training_set_is_a_path_or_a_list(tmp_path: Path, text: str, expected: Path | list[Path]) -> None:
+    (tmp_path / "config.yaml").write_text("{}")
+    config = load_config(tmp_path / "config.yaml", [f"data.train={text}"])
+    assert config.data.train == expected
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize("text", ["[]", "[[a]]", "{a: 1}", "null"])
+def test_a_training_set_of_another_type_is_explained(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.yaml").write_text(f"data: {{train: {text}}}")
+    with pytest.raises(ConfigError, match=r"^data\.train: expected a path, or a list of paths, got "):
+        load_config(tmp_path / "config.yaml")

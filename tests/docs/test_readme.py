@@ -104,6 +104,7 @@ def test_the_head_in_readme_runs() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_the_quick_start_prints_what_readme_shows(tmp_path: Path) -> None:
     """Compare its lines without numbers, its accuracy within the spread of machines, and the scores of nearest.py."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

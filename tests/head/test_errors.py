@@ -297,16 +297,25 @@ def test_rows_gives_any_class_centres_on_every_rank(ranks: Ranks) -> None:
         ({"num_classes": 0}, "at least 1"),
         ({"embedding_dim": 0}, "at least 1"),
         ({"loss": torch.nn.CrossEntropyLoss()}, "partialfc.losses.Loss"),
-        ({"sample_rate": 0.0}, r"sample_rate must lie in \(0, 1\], got 0.0"),
-        ({"sample_rate": 1.5}, r"sample_rate must lie in \(0, 1\], got 1.5"),
+        ({"sample_rate": 0.0}, r"sample_rate must be a number in \(0, 1\] .*, got 0.0"),
+        ({"sample_rate": 1.5}, r"sample_rate must be a number in \(0, 1\] .*, got 1.5"),
         ({"filter_threshold": 1.5}, r"\[-1, 1\], got 1.5"),
         ({"on_nonfinite": "ignore"}, "raise"),
         ({"weight_dtype": torch.float16}, "weight_dtype must be .*, got torch.float16"),
         ({"compute_dtype": torch.bfloat16}, "float32 or torch.float64, got torch.bfloat16"),
-        ({"memory_budget_mb": 0}, "memory_budget_mb must be positive"),
+        ({"memory_budget_mb": 0}, "memory_budget_mb must be a positive number, got 0"),
+        ({"memory_budget_mb": "256"}, "memory_budget_mb must be a positive number, got '256'"),
+        ({"num_classes": 10.0}, "num_classes must be an int, got 10.0"),
+        ({"embedding_dim": "8"}, "embedding_dim must be an int, got '8'"),
+        ({"seed": None}, "seed must be an int, got None"),
+        ({"sample_rate": "0.1"}, "sample_rate must be a number .*, got '0.1'"),
+        ({"sample_rate": True}, "sample_rate must be a number .*, got True"),
+        ({"filter_threshold": "0.4"}, r"\[-1, 1\], got '0.4'"),
+        ({"center_loss": 0.003}, "center_loss must be a CenterLoss, .*, got 0.003"),
+        ({"weight_dtype": "float32"}, "weight_dtype must be .*, got float32"),
     ],
 )
-def test_arguments_out_of_range_are_refused(arguments: dict[str, Any], words: str) -> None:
+def test_arguments_of_a_wrong_type_or_out_of_range_are_refused(arguments: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         PartialFC(**({"num_classes": CLASSES, "embedding_dim": DIM, "loss": losses.ArcFace()} | arguments))
 

@@ -62,8 +62,10 @@ def check(settings: Settings, record: Record) -> None:
     allowed = SAMPLED if settings.sample_rate < 1 else ALL_CLASSES
     assert sum(record.waits.values()) <= allowed, record.waits
     assert record.event_waits == 1, "for the errors of the step, which the optimizer raises"
-    # The rounding of a bfloat16 weight turns on the last bit of what is rounded.
-    assert record.error <= (2e-2 if settings.bfloat16 else 2e-3 if settings.precision == "fast" else 1e-5)
+    # The rounding of a bfloat16 weight turns on the last bit of what is rounded. So do the first steps of AdamW and
+    # Adagrad on that of a gradient near 0, which they divide by its own size.
+    coarse = settings.precision == "fast" or settings.optimizer in ("adamw", "adagrad")
+    assert record.error <= (2e-2 if settings.bfloat16 else 2e-3 if coarse else 1e-5)
 
 
 @pytest.mark.parametrize("name", STEPS)

@@ -40,7 +40,8 @@ echo "python $* NNODES=${NNODES:-} NPROC=${NPROC:-} at ${RDZV_ENDPOINT:-} OMP=${
 case "$*" in
     *wrong*) echo "error: wrong" >&2; exit 2 ;;
     *" launch script train.sbatch") echo "$SCRIPT"; exit ;;
-    *" --get run.dir" | *" --get data.train") echo "$RUN"; exit ;; # the run folder is its data set, too
+    *" --get run.dir") echo "$RUN"; exit ;;
+    *" --get data.train") echo "${DATA:-$RUN}"; exit ;; # the run folder is its data set, too
 esac
 state='{\\n "state": "%s",\\n "attempt": %s,\\n "reason": "%s"%b\\n}\\n'
 say() { # STATE REASON [STOPPED_BY]
@@ -263,6 +264,24 @@ def test_the_training_set_is_copied_to_the_nodes_own_disk_once(tmp_path: Path) -
     (copy,) = cache.iterdir()
     assert (copy / "index.json").exists()
     assert f"data.train={copy}" in notes
+
+
+def test_a_folder_of_shards_is_copied_again_once_they_have_changed(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    cache = tmp_path / "own disk"
+    for size, copies in ((1, 1), (1, 1), (2, 2)):
+        (tmp_path / "run" / "a.tar").write_bytes(bytes(size))
+        os.utime(tmp_path / "run" / "a.tar", (size, size))
+        code, output, _ = job(tmp_path, "finished", CACHE=str(cache))
+        assert code == 0, output
+        assert len(list(cache.iterdir())) == copies
+
+
+@pytest.mark.parametrize("data", ["d/{0..3}.tar", "a.tar", "a::b", "- a.tar"])
+def test_only_a_folder_is_copied(tmp_path: Path, data: str) -> None:
+    code, output, _ = job(tmp_path, "finished", CACHE=str(tmp_path / "own disk"), DATA=data)
+    assert code == 2
+    assert f"--cache copies one folder, and data.train={data} is none" in output
 
 
 def test_a_task_of_a_wandb_sweep_runs_an_agent_once(tmp_path: Path) -> None:

@@ -43,7 +43,9 @@ def test_a_finished_run_is_0_with_a_log_for_each_rank_and_again_at_once(task: Pa
     assert len(events(folder, "started")) == 1
 
 
-@pytest.mark.parametrize("request_by", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, "file"])
+@pytest.mark.parametrize(
+    "request_by", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow), signal.SIGINT, "file"]
+)
 def test_a_stopped_run_is_75_with_a_checkpoint(task: Path, tmp_path: Path, request_by: signal.Signals | str) -> None:
     folder, output = tmp_path / "run", tmp_path / "output"
     launcher = [SCRIPT] if request_by == signal.SIGTERM else LAUNCH
@@ -65,7 +67,7 @@ def test_a_stopped_run_is_75_with_a_checkpoint(task: Path, tmp_path: Path, reque
     assert not (folder / "stop").exists()
 
 
-@pytest.mark.parametrize("elsewhere", [False, True])
+@pytest.mark.parametrize("elsewhere", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_request_that_comes_before_the_ranks_are_there_stops_them_at_their_first_steps(
     task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, elsewhere: bool
 ) -> None:

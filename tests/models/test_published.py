@@ -56,7 +56,14 @@ def filled(backbone: torch.nn.Module) -> torch.nn.Module:
     return backbone.eval()
 
 
-@pytest.mark.parametrize("name", [name for name in FIXTURE if "output" in FIXTURE[name]])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if FIXTURE[name]["parameters"] > 30e6 else [])
+        for name in FIXTURE
+        if "output" in FIXTURE[name]
+    ],
+)
 @torch.no_grad()
 def test_outputs_are_those_of_the_original_code(name: str) -> None:
     expected = FIXTURE[name]["output"]

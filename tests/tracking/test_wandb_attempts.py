@@ -119,6 +119,7 @@ def test_the_signals_that_stop_a_job_lose_no_row(run: Run, capsys: pytest.Captur
     wait_for(lambda: not processes(run.path), "something stays behind", 10)
 
 
+@pytest.mark.slow
 def test_the_run_continues_offline_after_clients_keep_dying(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     attempt = run.followed()
     for _ in range(4):

@@ -168,7 +168,7 @@ def test_the_w_and_b_run_ends_as_state_json_says(
     (tmp_path / "state.json").write_text(json.dumps({"state": state}))
     gone = {"kind": "event", "time": 1.0, "event": "checkpoint", "step": 3, "path": "checkpoints/step-00000003"}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(gone) + "\n")
-    WandbRun(tmp_path, WandbConfig(mode="offline")).close()
+    WandbRun(tmp_path, WandbConfig(mode="offline", timeout=120)).close()
     logged = Logged(tmp_path)
     assert logged.exit_codes == [code]
     assert logged.preempting == (state == "preempted")

@@ -70,7 +70,9 @@ def test_a_server_that_fails_mid_run_costs_one_warning_and_no_row(task: Path, tm
     server.close()
 
 
-@pytest.mark.parametrize("trouble", ["dead", "failing", "silent"])
+@pytest.mark.parametrize(
+    "trouble", ["dead", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("failing", "silent"))]
+)
 def test_a_server_in_trouble_costs_the_training_one_warning_and_nothing_else(
     task: Path, tmp_path: Path, trouble: str
 ) -> None:

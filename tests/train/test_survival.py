@@ -239,6 +239,7 @@ def agents(task: Path, folder: Path, port: int, nodes: str) -> list[str]:
     return [*torchrun(1, *options), *TRAIN_HURRIED, str(task), f"run.dir={folder}", *SETTINGS, "run.timeout=10"]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_run_that_loses_a_node_for_good_continues_with_one_less(task: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"

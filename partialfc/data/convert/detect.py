@@ -14,6 +14,7 @@ from partialfc.data.convert.parquet import Parquet
 from partialfc.data.convert.recordio import RecordIO
 from partialfc.data.convert.source import Source
 from partialfc.data.convert.webdataset_tars import WebDatasetTars
+from partialfc.data.urls import expand, is_pattern
 from partialfc.errors import ConfigError, InvalidData
 from partialfc.options import describe_unknown
 
@@ -88,3 +89,8 @@ def open_source(path: Path, format: str | None = None, options: SourceOptions | 
         if value is not None and option not in FORMATS[name].options:
             raise ConfigError(f"--{option.replace('_', '-')} means nothing for {path}, which is taken for {name}")
     return FORMATS[name].open(path, options)
+
+
+def origin_of(path: Path) -> Path:
+    """Return the file or folder that a source lies in; of a pattern, the folder of its first tar."""
+    return path if path.exists() or not is_pattern(str(path)) else Path(expand(str(path))[0]).parent

@@ -40,7 +40,7 @@ class FolderPerIdentity(Source):
 
     @staticmethod
     def matches(path: Path) -> bool:
-        """Return whether a path is a folder."""
+        """Return True if a path is a folder."""
         return path.is_dir()
 
     @classmethod

@@ -35,7 +35,7 @@ def files_below(folder: Path, suffix: str) -> list[Path]:
 
 
 def has_file_below(folder: Path, suffix: str) -> bool:
-    """Return whether there is such a file among the first thousand entries, nearest ones first."""
+    """Return True if there is such a file among the first thousand entries, nearest ones first."""
     folders, looked_at = [os.fspath(folder)], 0
     for place in folders:
         try:

@@ -46,7 +46,7 @@ class Manifest(Source):
 
     @staticmethod
     def matches(path: Path) -> bool:
-        """Return whether a path is called like a manifest."""
+        """Return True if a path is called like a manifest."""
         return path.suffix.lower() in (*CSV_SUFFIXES, *JSON_SUFFIXES)
 
     def fingerprint(self) -> Any:

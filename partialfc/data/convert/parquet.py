@@ -56,13 +56,13 @@ class Parquet(Source):
 
     @cached_property
     def in_blocks(self) -> bool:  # type: ignore[override]  # it depends on the columns
-        """Whether the tables hold images; paths can be read in any order."""
+        """True if the tables hold images; paths can be read in any order."""
         with self._table(self._first) as table:
             return bool(table.image.content)
 
     @staticmethod
     def matches(path: Path) -> bool:
-        """Return whether a path is called like a Parquet file, or is a folder with one near its top."""
+        """Return True if a path is called like a Parquet file, or is a folder with one near its top."""
         return has_file_below(path, _SUFFIX) if path.is_dir() else path.suffix.lower() == _SUFFIX
 
     def fingerprint(self) -> Any:

@@ -45,7 +45,7 @@ class RecordIO(Source):
 
     @staticmethod
     def matches(path: Path) -> bool:
-        """Return whether a path is a ``.rec`` or a folder with one."""
+        """Return True if a path is a ``.rec`` or a folder with one."""
         return any(path.glob("*.rec")) if path.is_dir() else path.suffix == ".rec"
 
     @classmethod

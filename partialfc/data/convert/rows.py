@@ -78,7 +78,7 @@ class Csv:
     Attributes:
         image_field: name of the column of the images.
         start: byte at which the rows begin.
-        splits: whether every line break ends a row, so that ranges of bytes can be read apart.
+        splits: True if every line break ends a row, so that ranges of bytes can be read apart.
     """
 
     image_field: str

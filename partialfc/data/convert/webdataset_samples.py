@@ -39,11 +39,11 @@ class Wanted(NamedTuple):
     image: str | None
 
     def is_image(self, extension: str) -> bool:
-        """Return whether a member of this extension is an image."""
+        """Return True if a member of this extension is an image."""
         return extension == self.image if self.image else _stem_and_type(extension)[1] in EXTENSIONS
 
     def is_label(self, extension: str) -> bool:
-        """Return whether a member of this extension is a label."""
+        """Return True if a member of this extension is a label."""
         return extension == self.label or _stem_and_type(extension)[1] == self.label
 
 

@@ -49,7 +49,7 @@ class WebDatasetTars(Source):
 
     @staticmethod
     def matches(path: Path | str) -> bool:
-        """Return whether a path is called like a tar or a pattern of tars, or is a folder with a tar in it."""
+        """Return True if a path is called like a tar or a pattern of tars, or is a folder with a tar in it."""
         if Path(path).is_dir():
             with os.scandir(path) as entries:
                 return any(entry.name.endswith(".tar") for entry in islice(entries, _LOOKED_AT))
