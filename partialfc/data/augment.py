@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from partialfc.data.order import mix
+from partialfc.data.permutation import mix
 from partialfc.errors import ConfigError
 
 Pixels = npt.NDArray[np.float32]  # [channels, height, width], in [-1, 1]

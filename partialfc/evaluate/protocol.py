@@ -88,7 +88,9 @@ def _parse_designs(name: str, side: str, designs: Any) -> frozenset[str] | None:
     if designs == _ALL:
         return None
     if not isinstance(designs, list) or not designs or not all(isinstance(design, str) for design in designs):
-        raise ValueError(f"{side!r} of {name!r} must be a list of designs or {_ALL!r}, got {shortened(designs)}")
+        raise ValueError(
+            f"{side!r} of {name!r} must be a list of designs, got {shortened(designs)}; {_ALL!r} means any"
+        )
     return frozenset(designs)
 
 

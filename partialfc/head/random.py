@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 # splitmix64 (Steele, Lea, Flood: "Fast splittable pseudorandom number generators", OOPSLA 2014), as signed int64:
-# torch has no unsigned 64-bit arithmetic. `data/order.py` hashes on the host, on numpy's uint64; the head needs the
-# same function on any device.
+# torch has no unsigned 64-bit arithmetic. `data/permutation.py` hashes on the host, on numpy's uint64; the head needs
+# the same function on any device.
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15
 _MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from partialfc.data.order import BatchOrder, epoch_permutation, local_slice, mix
+from partialfc.data.order import BatchOrder, local_slice
+from partialfc.data.permutation import epoch_permutation, mix
 from partialfc.errors import ConfigError, DataError
 
 REGRESSION_10 = [2, 4, 1, 0, 3, 9, 7, 6, 8, 5]

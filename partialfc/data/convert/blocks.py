@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from partialfc.data.convert.listing import Listing
 from partialfc.data.convert.shards import SEED
-from partialfc.data.order import epoch_permutation
+from partialfc.data.permutation import epoch_permutation
 
 _PIECE = 1 << 20  # records or blocks looked at together
 

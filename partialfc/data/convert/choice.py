@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from partialfc.data.convert.listing import Listing
-from partialfc.data.order import mix_array
+from partialfc.data.permutation import mix_array
 
 NONE = -1  # in place of the number of a group
 

@@ -23,7 +23,7 @@ _BYTES = "utf-8", "surrogateescape"
 _LEFT_BEHIND = (b"__MACOSX", b"Thumbs.db", b"desktop.ini")
 _IDENTITIES_IN_PART = 256
 _MAX_BYTES = (1 << 32) - 1  # that a record can say
-_LINK = Skipped("symbolic link")
+_LINK = Skipped("symbolic link, which is not followed")
 _SPECIAL = Skipped("device, socket or FIFO")
 _OTHER = Skipped(f"file that is not called {', '.join(f'.{extension}' for extension in EXTENSIONS)}")
 _EMPTY = Skipped("identity folder without an image")
@@ -72,7 +72,11 @@ class FolderPerIdentity(Source):
     def list_part(self, part: Sequence[str]) -> Iterator[Record | Skipped]:
         """Yield the images of these identities, in the order of the bytes of their paths."""
         if not part:
-            yield from (_STRAY for name, entry in self._entries("") if entry.is_file() and _is_image(name))
+            for name, entry in self._entries(""):
+                if entry.is_symlink():
+                    yield _LINK
+                elif entry.is_file() and _is_image(name):
+                    yield _STRAY
         for name in part:
             found = 0
             for each in self._walk(name):
@@ -95,7 +99,7 @@ class FolderPerIdentity(Source):
     def _identities(self) -> list[str]:
         names = [name for name, entry in self._entries("") if entry.is_dir(follow_symlinks=False)]
         if not names:
-            raise InvalidData(f"{self.root}: expected a folder for each identity, found no folder")
+            raise InvalidData(f"{self.root}: expected a folder for each identity, found none (links are not followed)")
         known = set(names)
         for name in names:
             if _shown(name) != name and _shown(name) in known:

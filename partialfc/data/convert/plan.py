@@ -42,6 +42,10 @@ class Selection:
     max_samples: int | None = None
     holdout: int = 0
 
+    def __post_init__(self) -> None:
+        if self.holdout == 1:
+            raise ConfigError("holdout: one identity has no other to be compared with; expected 0, or 2 or more")
+
 
 @dataclass(frozen=True)
 class SetPlan:

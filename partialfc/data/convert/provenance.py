@@ -12,7 +12,7 @@ from partialfc.data.convert.source import Source
 from partialfc.errors import ConfigError, InvalidData
 from partialfc.files import open_regular, read_bounded
 
-_LICENCES = ("license", "licence", "copying", "readme-license", "readme-licence")
+_LICENCES = ("LICENSE", "LICENCE", "COPYING", "README-LICENSE", "README-LICENCE")
 _SUFFIXES = ("", ".txt", ".md")
 _MAX_LICENCE_BYTES = 64 << 10
 _PIECE = 1 << 20
@@ -54,8 +54,9 @@ def _describe_file(path: Path) -> dict[str, str]:
 
 
 def _find_licence(folder: Path) -> str | None:
-    names = [base + suffix for base in _LICENCES for suffix in _SUFFIXES]
-    for name in (*map(str.upper, names), *names, *map(str.capitalize, names)):
+    # Looked for by name: the folder itself may have millions.
+    names = (case(base) + suffix for base in _LICENCES for suffix in _SUFFIXES for case in (str, str.lower, str.title))
+    for name in names:
         try:
             return read_bounded(folder / name, _MAX_LICENCE_BYTES).decode(errors="replace")
         except OSError:  # most are not there; one that cannot be read is none

@@ -148,6 +148,8 @@ class RecordFile:
         return flag, _HEADER.size + 4 * flag
 
     def _read(self, place: int, size: int) -> bytes:
+        if place >= self.size:  # an .idx may give numbers that no file has
+            return b""
         try:
             return os.pread(self._file.fileno(), size, place)
         except OSError as error:

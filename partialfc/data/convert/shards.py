@@ -16,7 +16,7 @@ import numpy.typing as npt
 from partialfc.data.convert.images import ImageSettings, prepare
 from partialfc.data.convert.listing import Listing
 from partialfc.data.convert.source import Record, Source, Unreadable, fit_key
-from partialfc.data.order import epoch_permutation
+from partialfc.data.permutation import epoch_permutation
 from partialfc.data.writer import ShardWriter, shard_name
 from partialfc.errors import DataError
 from partialfc.files import read_json, sync_to_disk, write_atomically

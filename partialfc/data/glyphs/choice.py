@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from partialfc.data.glyphs.render import Scan
-from partialfc.data.order import mix_array
+from partialfc.data.permutation import mix_array
 from partialfc.errors import ConfigError
 
 Codepoints = npt.NDArray[np.int64]
