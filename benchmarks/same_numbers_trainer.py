@@ -136,7 +136,7 @@ def trainer_run(checkout: Path, folder: Path, task: Path, name: str) -> list[Lin
 def quick_start(checkout: Path, folder: Path, glyphs: Path) -> list[Line]:
     """Run the checkout's quick start on a copy of the glyphs."""
     config = (checkout / "configs" / "quickstart.yaml").resolve()
-    shutil.copytree(glyphs, folder / "glyphs", ignore=shutil.ignore_patterns("offsets.npz"))
+    shutil.copytree(glyphs, folder / "glyphs", ignore=shutil.ignore_patterns("samples.index"))
     settings = ("run.dir=run", "data.train=glyphs", "evaluation.sets=[glyphs/verification, glyphs/closed_set]")
     digest = json.loads((glyphs / "index.json").read_text())["digest"]
     lines = train(checkout, folder, config, (Leg(settings=settings),), seconds=7200)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as shortened
@@ -26,7 +26,6 @@ class Shard:
     """A tar file of a data set."""
 
     path: Path
-    num_samples: int
     num_bytes: int
     modified: int  # nanoseconds
     inode: int
@@ -88,19 +87,28 @@ def find_shards(folder: Path, index: dict[str, Any]) -> list[Shard]:
     """
     shards = []
     for entry in index["shardlist"]:
-        path = folder / entry["url"]
-        try:
-            found = path.stat()
-        except FileNotFoundError as error:
-            raise InvalidData(f"{folder}: shard {path.name} is missing") from error
-        except OSError as error:
-            raise InvalidData(f"{path} cannot be read: {error.strerror}") from error
-        if not stat.S_ISREG(found.st_mode):
-            raise InvalidData(f"{path} is not a regular file")
-        if found.st_size != entry["nbytes"]:
-            raise InvalidData(f"{path}: {INDEX} says {entry['nbytes']} bytes, the file has {found.st_size}")
-        shards.append(Shard(path, entry["nsamples"], entry["nbytes"], found.st_mtime_ns, found.st_ino))
+        shard = find_shard(folder / entry["url"])
+        if shard.num_bytes != entry["nbytes"]:
+            raise InvalidData(f"{shard.path}: {INDEX} says {entry['nbytes']} bytes, the file has {shard.num_bytes}")
+        shards.append(shard)
     return shards
+
+
+def find_shard(path: Path) -> Shard:
+    """Return the shard in a file. Costs one look at its inode.
+
+    Raises:
+        InvalidData: it is missing, or not a regular file.
+    """
+    try:
+        found = path.stat()
+    except FileNotFoundError as error:
+        raise InvalidData(f"{path.parent}: shard {path.name} is missing") from error
+    except (OSError, ValueError) as error:
+        raise InvalidData(f"{path} cannot be read: {getattr(error, 'strerror', error)}") from error
+    if not stat.S_ISREG(found.st_mode):
+        raise InvalidData(f"{path} is not a regular file")
+    return Shard(path, found.st_size, found.st_mtime_ns, found.st_ino)
 
 
 def content_digest(shard_digests: Iterable[str], class_table: Iterable[bytes]) -> str:
@@ -109,6 +117,17 @@ def content_digest(shard_digests: Iterable[str], class_table: Iterable[bytes]) -
     for piece in class_table:
         digest.update(piece)
     return digest.hexdigest()
+
+
+def file_pieces(path: Path) -> Iterator[bytes]:
+    """Yield the bytes of a regular file; raises OSError if it cannot be read."""
+    with open_regular(path) as file:
+        yield from iter(lambda: file.read(_PIECE), b"")
+
+
+def shard_lines(shards: list[dict[str, Any]]) -> list[str]:
+    """Return what stands for each shard in a digest: its ``sha256``, or else its name and sizes."""
+    return [entry.get("sha256") or json.dumps([entry["url"], entry["nsamples"], entry["nbytes"]]) for entry in shards]
 
 
 def checked_digest(folder: Path, index: dict[str, Any]) -> str:
@@ -123,10 +142,9 @@ def checked_digest(folder: Path, index: dict[str, Any]) -> str:
     if named and not all(entry.get("sha256") for entry in shards):
         return str(named)  # nothing to compare it with
     # A data set of other tools may lack digests, and an evaluation set the table: then names and sizes stand for them.
-    lines = [entry.get("sha256") or json.dumps([entry["url"], entry["nsamples"], entry["nbytes"]]) for entry in shards]
+    lines = shard_lines(shards)
     try:
-        with open_regular(folder / CLASSES) as table:
-            digest = content_digest(lines, iter(lambda: table.read(_PIECE), b""))
+        digest = content_digest(lines, file_pieces(folder / CLASSES))
     except FileNotFoundError as error:
         if named:
             raise InvalidData(f"{folder} is not a complete data set folder: {CLASSES} is missing") from error

@@ -113,7 +113,7 @@ class StepDataset(Dataset[Batch | PartialFCError]):
         return Batch(
             step,
             torch.from_numpy(images),
-            torch.from_numpy(np.asarray(self.dataset.labels[indices], dtype=np.int64)),
+            torch.from_numpy(self.dataset.labels_of(indices)),
             torch.from_numpy(indices),
             [len(part) for part in parts],
             order.micro_batch_samples(step, settings.micro_batches),

@@ -1,147 +1,265 @@
-"""Offsets of a data set's samples in its shards, found by one walk over the tars' headers and cached beside them."""
+"""``samples.index``: where each sample of a set lies, with its label and key, in a file that processes map and share.
+
+A header of 4096 bytes (JSON), then little-endian arrays:
+
+- stamps: int64 [shards, 4], samples, bytes, modification time (ns) and inode of each shard
+- checks: uint32 [blocks, 2], CRC-32 of each block of 1024 samples: of its entries, of its keys
+- labels: int64 [samples]
+- places: uint32 [samples, 2], the image's offset in its shard in blocks of 512 bytes, and its size in bytes
+- key ends: int64 [samples], where each key ends in the keys
+- keys: UTF-8, one after another
+
+Opening reads header, stamps and checks. What belongs to a sample is checked when it is first needed, a block at a time:
+to read all at each start would take minutes for hundreds of millions of samples.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import mmap
 import os
-import zipfile
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+from zlib import crc32
 
 import numpy as np
 import numpy.typing as npt
 
-from partialfc.data.index import INDEX, Shard
-from partialfc.data.tar import BLOCK, MAX_NAME_BYTES, walk_samples
-from partialfc.errors import DataUnavailable, InvalidData
+from partialfc.data.index import Shard
+from partialfc.data.tar import BLOCK
+from partialfc.errors import DataUnavailable
 from partialfc.files import open_regular
-from partialfc.tracking.console import Progress
 
-OFFSETS = "offsets.npz"
+OFFSETS = "samples.index"
+FORMAT = "partialfc samples 1"
+HEADER_BYTES = 4096
+SAMPLES_A_CHECK = 1024
+_CHECKED_AT_OPEN = 1 << 20  # samples of a set that is small enough to be checked at once: some 20 ms
 
-
-@dataclass(frozen=True, slots=True)
-class Offsets:
-    """Place and label of each sample."""
-
-    shard: npt.NDArray[np.int32]  # [num_samples]
-    offsets: npt.NDArray[np.int64]  # [num_samples], of the image in its shard
-    sizes: npt.NDArray[np.int64]  # [num_samples]
-    labels: npt.NDArray[np.int64]  # [num_samples]
-    key_bytes: npt.NDArray[np.uint8]  # all keys, UTF-8, one after another
-    key_ends: npt.NDArray[np.int64]  # [num_samples + 1]
+Integers = npt.NDArray[np.int64]
 
 
-def build_offsets(folder: Path, shards: Sequence[Shard], num_classes: int, progress: Progress) -> Offsets:
-    """Walk over the headers of all shards.
+@dataclass(frozen=True)
+class IndexedSet:
+    """The set that an index is of.
+
+    Attributes:
+        digest: of all that is known of it without its shards.
+        num_classes: None: as the labels say.
+        num_samples: of each shard; None: unknown.
+    """
+
+    name: str  # for messages
+    shards: Sequence[Shard]
+    digest: str
+    num_classes: int | None = None
+    num_samples: Sequence[int] | None = None
+
+
+class Entry(NamedTuple):
+    """Place and label of a sample."""
+
+    shard: int
+    offset: int  # of the image in its shard
+    size: int
+    label: int
+
+
+class Layout(NamedTuple):
+    """Numbers that give an index its size and the places of its arrays."""
+
+    num_shards: int
+    num_samples: int
+    key_bytes: int
+
+    @property
+    def num_checks(self) -> int:
+        """Blocks of samples."""
+        return -(-self.num_samples // SAMPLES_A_CHECK)
+
+    def ends(self) -> list[int]:
+        """Return the bytes at which header, stamps, checks, labels, places, key ends and keys end."""
+        sizes = [32 * self.num_shards, 8 * self.num_checks, *[8 * self.num_samples] * 3, self.key_bytes]
+        ends = [HEADER_BYTES]
+        for size in sizes:
+            ends.append(ends[-1] + size)
+        return ends
+
+
+def stamps_of(shards: Sequence[Shard], num_samples: Sequence[int]) -> Integers:
+    """Return samples, size, modification time and inode of each shard: a swapped or edited one differs."""
+    stamps = [
+        (count, shard.num_bytes, shard.modified, shard.inode % 2**63)
+        for shard, count in zip(shards, num_samples, strict=True)
+    ]
+    return np.array(stamps, dtype="<i8").reshape(-1, 4)
+
+
+def header_digest(header: dict[str, Any], tables: bytes | memoryview) -> str:
+    """Return the digest of a header, without its own, and of stamps and checks."""
+    known = {key: value for key, value in header.items() if key != "check"}
+    digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode())
+    digest.update(tables)
+    return digest.hexdigest()
+
+
+class SampleIndex:
+    """An index in a file, mapped into memory; pickled, it travels as its path.
+
+    Attributes:
+        num_samples, num_classes: of the set.
+        content: digest of all keys and labels, recorded when the index was made.
+        counts: samples of each shard.
 
     Raises:
-        InvalidData: a shard is damaged or hostile, or holds other samples than the index says.
-        DataUnavailable: a shard cannot be read.
+        ValueError, OSError: the file is damaged, missing, or of another set.
     """
-    shard, offsets, sizes, labels = list[int](), list[int](), list[int](), list[int]()
-    keys, key_ends = bytearray(), [0]
-    with progress(f"indexing {folder}", sum(entry.num_samples for entry in shards)) as advance:
-        for number, entry in enumerate(shards):
-            before = len(labels)
-            try:
-                for sample in walk_samples(entry.path):
-                    if sample.label >= num_classes:
-                        raise InvalidData(
-                            f"{entry.path}: sample {sample.key!r} has label {sample.label} (index {len(labels)}), "
-                            f"but the data set has classes 0..{num_classes - 1}"
-                        )
-                    shard.append(number)
-                    offsets.append(sample.offset)
-                    sizes.append(sample.size)
-                    labels.append(sample.label)
-                    keys += sample.key.encode()
-                    key_ends.append(len(keys))
-            except OSError as error:
-                raise DataUnavailable(f"{entry.path} cannot be read: {error.strerror}") from error
-            if len(labels) - before != entry.num_samples:
-                found = len(labels) - before
-                raise InvalidData(f"{entry.path}: {INDEX} says {entry.num_samples} samples, the shard holds {found}")
-            advance(entry.num_samples)
-    return Offsets(
-        np.array(shard, dtype=np.int32),
-        np.array(offsets, dtype=np.int64),
-        np.array(sizes, dtype=np.int64),
-        np.array(labels, dtype=np.int64),
-        np.frombuffer(bytes(keys), dtype=np.uint8),
-        np.array(key_ends, dtype=np.int64),
-    )
 
+    def __init__(self, path: Path, indexed: IndexedSet) -> None:
+        self.path, self._indexed = path, indexed
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            header = json.loads(file.read(HEADER_BYTES))
+            layout = Layout(len(indexed.shards), int(header["num_samples"]), int(header["key_bytes"]))
+            ends = layout.ends()
+            if header["format"] != FORMAT or min(layout) < 0 or size != ends[-1]:
+                raise ValueError("of another size or format")
+            if type(header["num_classes"]) is not int or not isinstance(header["content"], str):
+                raise ValueError("of other fields")
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        tables = memoryview(self._map)[HEADER_BYTES : ends[2]]
+        if header["check"] != header_digest(header, tables) or header["digest"] != indexed.digest:
+            raise ValueError("damaged, or of another set")
+        self.num_samples: int = layout.num_samples
+        self.num_classes: int = header["num_classes"]
+        self.content: str = header["content"]
+        stamps = self._array("<i8", ends[0], 4 * layout.num_shards).reshape(-1, 4)
+        self.counts: Integers = stamps[:, 0].copy()
+        if not np.array_equal(stamps, stamps_of(indexed.shards, self.counts.tolist())):
+            raise ValueError("the shards have changed")
+        if indexed.num_samples is not None and self.counts.tolist() != list(indexed.num_samples):
+            raise ValueError("of other numbers of samples")
+        if (
+            (self.counts < 0).any()
+            or self.counts.sum() != self.num_samples
+            or indexed.num_classes not in (None, self.num_classes)
+        ):
+            raise ValueError("of other numbers of samples or classes")
+        self._first = np.concatenate(([0], np.cumsum(self.counts)))  # samples before each shard
+        self._checks = self._array("<u4", ends[1], 2 * layout.num_checks).reshape(-1, 2)
+        self._labels: Integers = self._array("<i8", ends[2], layout.num_samples)
+        self._places = self._array("<u4", ends[3], 2 * layout.num_samples).reshape(-1, 2)
+        self._key_ends: Integers = self._array("<i8", ends[4], layout.num_samples)
+        self._keys = self._array("u1", ends[5], layout.key_bytes)
+        self._checked = bytearray(layout.num_checks)  # 1: entries, 2: keys, 3: both
+        if self.num_samples <= _CHECKED_AT_OPEN and not all(map(self._is_intact, range(layout.num_checks))):
+            raise ValueError("damaged")
 
-def save_offsets(folder: Path, offsets: Offsets, shards: Sequence[Shard], digest: str) -> None:
-    """Cache offsets in the folder, if it can be written: otherwise every start finds them anew, in memory."""
-    temporary = folder / f"{OFFSETS}.{os.getpid()}.tmp"
-    arrays = {field.name: getattr(offsets, field.name) for field in fields(Offsets)}
-    with suppress(OSError):  # a read-only file system refuses to remove even what is not there
-        try:
-            temporary.unlink(missing_ok=True)
-            # Streamed: `files.write_atomically` would need the whole archive in memory beside its arrays. Nor is it
-            # synced to the disk: an index that a crash tears is found to be damaged, and built again.
-            with open(temporary, "xb") as file:
-                np.savez(file, digest=np.array(digest), stamps=_stamps(shards), **arrays)
-            temporary.replace(folder / OFFSETS)
-        finally:
-            temporary.unlink(missing_ok=True)
+    def _array(self, dtype: str, start: int, count: int) -> Any:
+        return np.frombuffer(self._map, dtype, count, start) if count else np.empty(0, dtype)
 
+    def __getitem__(self, i: int) -> Entry:
+        """Return the entry of sample ``i``.
 
-def load_offsets(folder: Path, shards: Sequence[Shard], num_classes: int, digest: str) -> Offsets | None:
-    """Return the cached offsets; None if they are missing, damaged, or of other shards."""
-    try:
-        with open_regular(folder / OFFSETS) as file:
-            if os.fstat(file.fileno()).st_size > _largest_size(shards):
-                return None
-            with np.lib.npyio.NpzFile(file, allow_pickle=False) as arrays:
-                assert arrays.zip is not None
-                # What is not compressed unpacks to no more than the file, whose size is known.
-                if any(info.compress_type != zipfile.ZIP_STORED for info in arrays.zip.infolist()):
-                    return None
-                if str(arrays["digest"]) != digest or not np.array_equal(arrays["stamps"], _stamps(shards)):
-                    return None
-                offsets = Offsets(**{field.name: arrays[field.name] for field in fields(Offsets)})
-        return offsets if _is_valid(offsets, shards, num_classes) else None
-    except Exception:  # whatever is wrong with it, the index is built anew
-        return None
+        Raises:
+            IndexError: there is no such sample.
+            DataUnavailable: the index is damaged there.
+        """
+        self._require(self._block(i))
+        shard = int(np.searchsorted(self._first, i, "right")) - 1
+        blocks, size = self._places[i].tolist()
+        entry = Entry(shard, blocks * BLOCK, size, int(self._labels[i]))
+        # Its check agrees, and so it was written like this: by someone else, then.
+        if entry.offset + size > self._indexed.shards[shard].num_bytes or not 0 <= entry.label < self.num_classes:
+            self._damaged(self._block(i))
+        return entry
 
+    def key(self, i: int) -> str:
+        """Return the key of sample ``i``; raises as :meth:`__getitem__`."""
+        block = self._block(i)
+        self._require(block)
+        if not self._checked[block] & 2:
+            start, end = self._key_range(block * SAMPLES_A_CHECK, min((block + 1) * SAMPLES_A_CHECK, self.num_samples))
+            if crc32(self._keys[start:end]) != self._checks[block, 1]:
+                self._damaged(block)
+            self._checked[block] |= 2
+        start, end = self._key_range(i, i + 1)
+        return self._keys[start:end].tobytes().decode(errors="replace")
 
-def _stamps(shards: Sequence[Shard]) -> npt.NDArray[np.int64]:
-    """Return size, modification time and inode of each shard, int64 [shards, 3]: a swapped or edited one differs."""
-    stamps = [(shard.num_bytes, shard.modified, shard.inode % 2**63) for shard in shards]
-    return np.array(stamps, dtype=np.int64).reshape(-1, 3)
+    def labels_of(self, samples: Integers) -> Integers:
+        """Return the labels of ``samples [n]``, int64 [n]; raises as :meth:`__getitem__`."""
+        for block in np.unique(samples // SAMPLES_A_CHECK).tolist():
+            self._require(block)
+        labels = self._labels[samples]
+        for i in samples[(labels < 0) | (labels >= self.num_classes)][:1].tolist():
+            self._damaged(self._block(i))
+        return labels
 
+    @cached_property
+    def labels(self) -> Integers:
+        """Labels of all samples, int64 [num_samples], mapped; the first use checks them all."""
+        for block in np.flatnonzero(np.frombuffer(self._checked, np.uint8) & 1 == 0).tolist():
+            self._require(block)
+        labels = self._labels
+        if len(labels) and not 0 <= labels.min() <= labels.max() < self.num_classes:
+            self._damaged(0)
+        return labels
 
-def _largest_size(shards: Sequence[Shard]) -> int:
-    # An image and a label have a header each, whatever number of samples the index claims.
-    samples = sum(min(shard.num_samples, shard.num_bytes // (2 * BLOCK)) for shard in shards)
-    return samples * (4 + 4 * 8 + MAX_NAME_BYTES) + len(shards) * 3 * 8 + (1 << 16)
+    def _block(self, i: int) -> int:
+        if not 0 <= i < self.num_samples:
+            raise IndexError(i)
+        return i // SAMPLES_A_CHECK
 
+    def _key_range(self, first: int, end: int) -> tuple[int, int]:
+        start = int(self._key_ends[first - 1]) if first else 0
+        stop = int(self._key_ends[end - 1])
+        if not 0 <= start <= stop <= len(self._keys):
+            self._damaged(first // SAMPLES_A_CHECK)
+        return start, stop
 
-def _is_valid(offsets: Offsets, shards: Sequence[Shard], num_classes: int) -> bool:
-    n = sum(shard.num_samples for shard in shards)
-    kinds = {"shard": np.int32, "key_bytes": np.uint8}
-    for field in fields(Offsets):
-        name, array = field.name, getattr(offsets, field.name)
-        if array.ndim != 1 or array.dtype != kinds.get(name, np.int64):
-            return False
-        if name != "key_bytes" and len(array) != n + (name == "key_ends"):
-            return False
-    if n == 0:
+    def _is_intact(self, block: int) -> bool:
+        if not self._checked[block] & 1:
+            part = slice(block * SAMPLES_A_CHECK, (block + 1) * SAMPLES_A_CHECK)
+            if entries_check(self._labels[part], self._places[part], self._key_ends[part]) != self._checks[block, 0]:
+                return False
+            self._checked[block] |= 1
         return True
-    counts = np.bincount(offsets.shard.clip(0, len(shards)), minlength=len(shards)).tolist()
-    ends = np.array([shard.num_bytes for shard in shards], dtype=np.int64)
-    return bool(
-        offsets.shard.min() >= 0
-        and counts == [shard.num_samples for shard in shards]
-        and offsets.offsets.min() >= 0
-        and offsets.sizes.min() >= 0
-        and (offsets.sizes <= ends[offsets.shard] - offsets.offsets).all()
-        and 0 <= offsets.labels.min() <= offsets.labels.max() < num_classes
-        and offsets.key_ends[0] == 0
-        and (np.diff(offsets.key_ends) > 0).all()
-        and offsets.key_ends[-1] == len(offsets.key_bytes)
-    )
+
+    def _require(self, block: int) -> None:
+        if not self._is_intact(block):
+            self._damaged(block)
+
+    def _damaged(self, block: int) -> NoReturn:
+        with suppress(OSError):
+            self.path.unlink()  # so that the next start makes it anew
+        raise DataUnavailable(
+            f"{self.path} is damaged from sample {block * SAMPLES_A_CHECK:,} on, and removed; "
+            "the next start makes it again"
+        )
+
+    def __getstate__(self) -> tuple[Path, IndexedSet]:
+        return self.path, self._indexed
+
+    def __setstate__(self, state: tuple[Path, IndexedSet]) -> None:
+        try:
+            self.__init__(*state)  # type: ignore[misc]
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            raise DataUnavailable(f"{state[0]}: the index was replaced or removed while it was in use") from error
+
+
+def entries_check(labels: Any, places: Any, key_ends: Any) -> int:
+    """Return the CRC-32 of the entries of a block."""
+    return crc32(key_ends, crc32(places, crc32(labels)))
+
+
+def load_index(path: Path, indexed: IndexedSet) -> SampleIndex | None:
+    """Return the index in a file; None if it is missing, damaged, or of other shards."""
+    try:
+        return SampleIndex(path, indexed)
+    except (ValueError, KeyError, TypeError, OSError, RecursionError, OverflowError):  # whatever is wrong: make it anew
+        return None

@@ -1,27 +1,44 @@
-"""Tar archives of samples: deterministic headers when writing, a careful walk over headers when reading.
+"""Tar archives: deterministic headers when writing, a careful walk over headers when reading.
 
-A shard is an uncompressed ustar archive in the WebDataset convention: the members of a sample follow each other and
-share the part of their name before the first dot (the key): ``<key>.png`` and ``<key>.cls``, the class id in decimal.
+Read are the members that GNU tar, bsdtar, Python's tarfile and webdataset write: ustar, GNU long names and sizes, and
+PAX extended headers. Written is plain ustar.
 """
 
 from __future__ import annotations
 
 import os
-import posixpath
+import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple, NoReturn
+from zlib import adler32
 
 from partialfc.errors import DataError, InvalidData
 from partialfc.files import open_regular
 
 BLOCK = 512
-MAX_NAME_BYTES = 256  # of a member: a prefix of 155, a slash, a name of 100
+MAX_NAME_BYTES = 4096
 END_OF_ARCHIVE = bytes(2 * BLOCK)
 IMAGE_EXTENSIONS = ("png", "jpg", "webp")
-_MAX_LABEL_BYTES = 20
-_REGULAR, _DIRECTORY = (b"0", b"\0"), b"5"
+
+_ZEROS = bytes(BLOCK)
+_HALF = BLOCK // 2
+_USTAR_LIMIT = 8**11  # bytes of a member; a larger size does not fit the field of the header
+_MAX_SIZE = 2**63
+_MAX_EXTENDED = 1 << 20  # bytes of an extended header; tools write a few hundred
+_NEAR, _WINDOW, _PEEK = 1 << 14, 1 << 17, 1 << 12  # bytes: see TarReader.read
+_PAX_NAMES = {b"path", b"size"}
+_REFUSED = {
+    b"0": "a file with a folder's name",
+    b"1": "a hard link",
+    b"2": "a symbolic link",
+    b"3": "a device",
+    b"4": "a device",
+    b"6": "a FIFO",
+    b"K": "a link",
+    b"S": "a sparse file",
+}
+_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
 
 
 def ustar_header(name: str, size: int) -> bytes:
@@ -29,7 +46,7 @@ def ustar_header(name: str, size: int) -> bytes:
     encoded = name.encode()
     if not 0 < len(encoded) <= 100:
         raise DataError(f"member name must have 1..100 bytes in UTF-8, got {len(encoded)}: {name!r}")
-    if not 0 <= size < 8**11:
+    if not 0 <= size < _USTAR_LIMIT:
         raise DataError(f"member {name!r} has {size} bytes; ustar members must be smaller than 8 GiB")
     header = bytearray(BLOCK)
     header[0 : len(encoded)] = encoded
@@ -49,8 +66,7 @@ def padding(size: int) -> bytes:
     return bytes(-size % BLOCK)
 
 
-@dataclass(frozen=True, slots=True)
-class Member:
+class Member(NamedTuple):
     """A regular file in a tar."""
 
     name: str
@@ -58,100 +74,163 @@ class Member:
     size: int
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """An image and its class in a shard."""
-
-    key: str
-    label: int
-    offset: int  # of the image
-    size: int
-
-
 def walk_members(path: Path) -> Iterator[Member]:
-    """Yield the regular members of a tar, by seeking from header to header; nothing in the archive is trusted.
+    """Yield the regular members of a tar in order; nothing in the archive is trusted.
 
     Raises:
         OSError: the file cannot be read.
-        InvalidData: the archive is damaged or truncated, or holds links, devices, extended headers or names that lead
-            out of it.
+        InvalidData: as :meth:`TarReader.members`.
     """
     with open_regular(path) as file:
-        end, position = os.fstat(file.fileno()).st_size, 0
-        while position < end:
-            file.seek(position)
-            header = file.read(BLOCK)
-            if header == bytes(len(header)) and header:
+        yield from TarReader(file, path).members()
+
+
+class TarReader:
+    """Reader of a tar's members, from an open file.
+
+    Args:
+        path: of the file, for messages.
+    """
+
+    def __init__(self, file: BinaryIO, path: Path) -> None:
+        self.path = path
+        self.num_bytes = os.fstat(file.fileno()).st_size
+        self._descriptor = file.fileno()
+        self._window, self._start = b"", 0  # bytes of the file, and where they begin
+
+    def members(self) -> Iterator[Member]:
+        """Yield the regular members; folders and extended headers are passed over.
+
+        Raises:
+            OSError: the file cannot be read.
+            InvalidData: the archive is damaged or truncated, or holds links, devices, sparse files, names that lead out
+                of it, or extended headers that contradict the header; the message names the offset.
+        """
+        position, name, pax_size = 0, None, None  # the last two of an extended header
+        while position < self.num_bytes:
+            header = self.read(position, BLOCK)
+            if not header[0] and header == _ZEROS:
+                if name is not None or pax_size is not None:
+                    self._refuse(position, "the archive ends after an extended header")
                 return
-            if len(header) < BLOCK:
-                raise InvalidData(f"{path}: truncated: the header at byte {position} is cut off")
-            member = _parse_header(header, position, path)
-            position = member.offset + member.size + -member.size % BLOCK
-            if member.offset + member.size > end:
-                raise InvalidData(
-                    f"{path}: truncated: member {member.name!r} reaches to byte {member.offset + member.size}, "
-                    f"the file ends at {end}"
+            size = self._checked_size(header, position)
+            offset, kind = position + BLOCK, header[156:157]
+            if offset + size > self.num_bytes:
+                self._refuse(position, f"truncated: its member reaches to byte {offset + size}, the file ends before")
+            if kind != b"0" and kind in b"xgL":
+                if size > _MAX_EXTENDED:
+                    self._refuse(position, f"an extended header of {size:,} bytes; up to {_MAX_EXTENDED:,} are read")
+                content = self.read(offset, size)
+                new_name, new_size = (
+                    (content.partition(b"\0")[0], None) if kind == b"L" else self._pax(content, kind, position)
                 )
-            if header[156:157] in _REGULAR:
-                yield member
+                if None not in (name, new_name) and name != new_name:
+                    self._refuse(position, "two extended headers give different names")
+                name = new_name if name is None else name
+                pax_size = new_size if pax_size is None else pax_size
+            else:
+                if pax_size is not None and pax_size != size:
+                    size = self._large_size(size, pax_size, position)
+                member = Member(self._name(header, name, position), offset, size)
+                name = pax_size = None
+                is_folder = member.name[-1] == "/"
+                if kind in (b"0", b"\0") and not is_folder:
+                    yield member
+                elif kind != b"5" and not (kind == b"\0" and is_folder):  # as old tars mark a folder
+                    what = _REFUSED.get(kind, f"of the unknown type {kind!r}")
+                    self._refuse(position, f"member {member.name!r} is {what}; only regular files are accepted")
+                elif size:
+                    self._refuse(position, f"folder {member.name!r} has {size:,} bytes of content")
+            position = offset + size + -size % BLOCK
+        self._refuse(self.num_bytes, "truncated: the archive has no end; two blocks of zeros were expected")
 
+    def read(self, position: int, size: int) -> bytes:
+        """Return ``size`` bytes at ``position``, fewer at the end of the file.
 
-def _parse_header(header: bytes, position: int, path: Path) -> Member:
-    where = f"{path}: header at byte {position}"
-    try:
-        checksum = int(header[148:156].strip(b" \0"), 8)
-        size = int(header[124:136].strip(b" \0") or b"0", 8)
-        name = header[0:100].split(b"\0", 1)[0].decode()
-        prefix = header[345:500].split(b"\0", 1)[0].decode() if header[257:263] == b"ustar\0" else ""
-    except ValueError as error:
-        raise InvalidData(f"{where}: not a tar header ({error})") from error
-    if checksum != sum(header) - sum(header[148:156]) + 8 * 32 or size < 0:
-        raise InvalidData(f"{where}: the checksum does not match; the file is damaged or not a tar archive")
-    if prefix:
-        name = f"{prefix}/{name}"
-    if header[156:157] not in (*_REGULAR, _DIRECTORY):
-        raise InvalidData(
-            f"{where}: member {name!r} is of type {header[156:157]!r}; only regular files are accepted "
-            "(no links, devices or extended headers: write the archive as plain ustar)"
-        )
-    if name.startswith("/") or ".." in name.split("/") or not name:
-        raise InvalidData(f"{where}: member name {name!r} leads out of the archive")
-    return Member(name, position + BLOCK, size)
+        Small members are read in sequence, with all that lies between their headers; large ones are stepped over.
+        """
+        start = position - self._start
+        if start < 0 or start + size > len(self._window):
+            window = _WINDOW if start < len(self._window) + _NEAR else _PEEK
+            self._window, self._start, start = os.pread(self._descriptor, max(size, window), position), position, 0
+        return self._window[start : start + size]
 
+    def _checked_size(self, header: bytes, position: int) -> int:
+        if len(header) < BLOCK:
+            self._refuse(position, "truncated: the header is cut off")
+        field, checksum = header[124:136].strip(b" \0"), header[148:156].strip(b" \0")
+        # Sums of 256 bytes are below the modulus of Adler-32, whose low half then is the sum: much faster than sum().
+        total = (adler32(header[:_HALF], 0) & 0xFFFF) + (adler32(header[_HALF:], 0) & 0xFFFF)
+        total += 8 * 32 - (adler32(header[148:156], 0) & 0xFFFF)  # the checksum counts itself as spaces
+        try:
+            matches = int(checksum, 8) == total
+        except ValueError:
+            if position == 0 and header.startswith(_COMPRESSED):
+                self._refuse(0, "the file is compressed; samples are read at random, so decompress it first")
+            self._refuse(position, f"not a tar header (checksum {checksum!r})")
+        if not matches:
+            self._refuse(position, "the checksum does not match; the file is damaged or not a tar archive")
+        try:
+            # Digits only: int() would also take "1_0" and "0o17".
+            size = int(field, 8) if field.isdigit() else 0 if not field else -1
+        except ValueError:
+            size = -1
+        if header[124] == 0x80:  # base 256
+            size = int.from_bytes(header[125:136], "big")
+        if not 0 <= size < _MAX_SIZE:
+            self._refuse(position, f"not a tar header (size {header[124:136]!r})")
+        return size
 
-def walk_samples(path: Path) -> Iterator[Sample]:
-    """Yield the samples of a shard: consecutive members with one key, among them an image and a label.
+    def _name(self, header: bytes, extended: bytes | None, position: int) -> str:
+        if extended is not None:
+            encoded = extended
+        else:
+            encoded = header[0:100].partition(b"\0")[0]
+            if header[345] and header[257:263] == b"ustar\0":
+                encoded = header[345:500].partition(b"\0")[0] + b"/" + encoded
+        try:
+            name = encoded.decode()
+        except UnicodeDecodeError:
+            self._refuse(position, f"member name {encoded[:100]!r} is not UTF-8")
+        if not name:
+            self._refuse(position, "a member without a name")
+        if name[0] == "/" or (".." in name and ".." in name.split("/")):
+            self._refuse(position, f"member name {name!r} leads out of the archive")
+        if extended is not None and (len(encoded) > MAX_NAME_BYTES or "\0" in name):
+            self._refuse(position, f"member name {name[:100]!r} is longer than {MAX_NAME_BYTES} bytes or holds a NUL")
+        return name
 
-    Raises:
-        InvalidData: a sample lacks its image or label, or as :func:`walk_members`.
-    """
-    with open_regular(path) as file:
-        key, members = "", dict[str, Member]()
-        for member in walk_members(path):
-            folder, name = posixpath.split(member.name)
-            stem, _, extension = name.partition(".")
-            if posixpath.join(folder, stem) != key:
-                if members:
-                    yield _sample(key, members, file, path)
-                key, members = posixpath.join(folder, stem), {}
-            if extension.lower() in members:
-                raise InvalidData(f"{path}: sample {key!r} has two members .{extension}")
-            members[extension.lower()] = member
-        if members:
-            yield _sample(key, members, file, path)
+    def _pax(self, content: bytes, kind: bytes, position: int) -> tuple[bytes | None, int | None]:
+        """Return the path and size that a PAX header gives, of records ``LENGTH KEY=VALUE\\n``."""
+        found: dict[bytes, bytes] = {}
+        start, end = 0, len(content.rstrip(b"\0"))
+        while start < end:
+            space = content.find(b" ", start, start + 8)
+            length = content[start:space]
+            stop = start + int(length) if space > start and length.isdigit() else 0
+            key, equals, value = content[space + 1 : stop - 1].partition(b"=")
+            if not space < stop <= end or content[stop - 1] != 0x0A or not equals:
+                self._refuse(position, f"damaged PAX header: no record at its byte {start}")
+            start = stop
+            if key.startswith(b"GNU.sparse."):
+                self._refuse(position, "a sparse file; only regular files are accepted")
+            if key in _PAX_NAMES and found.setdefault(key, value) != value:
+                self._refuse(position, f"a PAX header gives {key.decode()} twice")
+        if found and kind == b"g":
+            self._refuse(position, f"a global PAX header sets {b', '.join(found).decode()} of all members")
+        size = found.get(b"size")
+        if size is not None and not re.fullmatch(rb"[0-9]{1,18}", size):
+            self._refuse(position, f"a PAX header gives the size {size[:40]!r}")
+        return found.get(b"path"), None if size is None else int(size)
 
+    def _large_size(self, size: int, pax_size: int, position: int) -> int:
+        """Return the size of a PAX header, which may differ from the header's only where that has no room for it."""
+        if pax_size < _USTAR_LIMIT or size not in (0, _USTAR_LIMIT - 1):
+            self._refuse(position, f"a PAX header gives the size {pax_size:,}, and the header {size:,}")
+        if position + BLOCK + pax_size > self.num_bytes:
+            end = position + BLOCK + pax_size
+            self._refuse(position, f"truncated: its member reaches to byte {end}, the file ends before")
+        return pax_size
 
-def _sample(key: str, members: dict[str, Member], file: BinaryIO, path: Path) -> Sample:
-    images = [members[extension] for extension in (*IMAGE_EXTENSIONS, "jpeg") if extension in members]
-    if len(images) != 1 or "cls" not in members:
-        raise InvalidData(
-            f"{path}: sample {key!r} needs one image ({', '.join(IMAGE_EXTENSIONS)}) and one .cls with its class id, "
-            f"directly after one another; it has {', '.join('.' + extension for extension in members)}"
-        )
-    label = members["cls"]
-    file.seek(label.offset)
-    text = file.read(min(label.size, _MAX_LABEL_BYTES))
-    # Decimal digits only: int() would also take "1_0", " 1" or other alphabets' digits.
-    if label.size > _MAX_LABEL_BYTES or not text.strip().isdigit():
-        raise InvalidData(f"{path}: label of sample {key!r} must be a class id in decimal, got {text!r}")
-    return Sample(key, int(text), images[0].offset, images[0].size)
+    def _refuse(self, position: int, problem: str) -> NoReturn:
+        raise InvalidData(f"{self.path}: header at byte {position}: {problem}")

@@ -46,9 +46,9 @@ def data_facts(key: str, dataset: TarDataset) -> dict[str, str]:
     some = np.unique(np.linspace(0, dataset.num_samples - 1, _SAMPLES_READ).astype(np.int64))
     return {
         f"{key}: index.json": digest([json.dumps(dataset.index, sort_keys=True).encode()]),
-        f"{key}: {CLASSES}": _file_digest(dataset.folder / CLASSES),
+        f"{key}: {CLASSES}": _file_digest(dataset.class_table),
         **{f"{key}: {name}": _file_digest(dataset.folder / name) for name in (_PROTOCOL, PAIRS)},
-        f"{key}: keys and labels": digest(dataset.keys_and_labels()),
+        f"{key}: keys and labels": dataset.content,
         f"{key}: images": digest(dataset.read(index) for index in some.tolist() if index >= 0),
     }
 

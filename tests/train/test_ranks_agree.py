@@ -69,7 +69,7 @@ def test_force_and_weights_to_start_from_on_one_rank_are_differences_too(task: P
 
 def test_places_and_workers_may_differ(task: Path, tmp_path: Path) -> None:
     copies = {name: shutil.copytree(task.parent / name, tmp_path / "elsewhere" / name) for name in ("train", "known")}
-    (copies["train"] / "offsets.npz").unlink(missing_ok=True)  # made anew
+    (copies["train"] / "samples.index").unlink(missing_ok=True)  # made anew
     index = copies["train"] / "index.json"
     index.write_text(json.dumps(json.loads(index.read_text())))  # spaced in another way
     other = [f"data.train={copies['train']}", "data.workers=1", f"evaluation.sets=[{copies['known']}]"]

@@ -70,4 +70,16 @@ def identity_text(value: object) -> str | None:
         return value
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
-    raise ValueError(f"an identity must be a text or a whole number, got {shortened(value)}")
+    raise ValueError(f"an identity or key must be a text or a whole number, got {shortened(value)}")
+
+
+def require_key(value: object) -> str:
+    """Return the key that a value of the column of keys names.
+
+    Raises:
+        ValueError: it is empty, or as :func:`identity_text`.
+    """
+    key = identity_text(value)
+    if key is None:
+        raise ValueError("the key is empty")
+    return key

@@ -5,10 +5,11 @@ from __future__ import annotations
 import errno
 import os
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from partialfc.data.convert.source import Unreadable
-from partialfc.errors import DataUnavailable
+from partialfc.errors import DataUnavailable, InvalidData
 from partialfc.files import read_bounded
 
 _NO_NAME = "cannot be opened: no file can have such a name"  # a NUL, half of a UTF-16 pair
@@ -16,18 +17,8 @@ _NO_NAME = "cannot be opened: no file can have such a name"  # a NUL, half of a 
 MAX_IMAGE_BYTES = 512 << 20  # more than any image that the trainer takes by default
 
 # What is wrong with one file; other errors are of the disk or the network, and may be gone next time.
-_FILE_ERRORS = {
-    errno.ENOENT,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.ELOOP,
-    errno.EACCES,
-    errno.EPERM,
-    errno.ENAMETOOLONG,
-    errno.EINVAL,
-    errno.EFBIG,
-    errno.ENXIO,
-}
+_NO_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
+_REFUSED = {errno.EACCES, errno.EPERM, errno.EINVAL, errno.EFBIG, errno.ENXIO}
 
 
 def read_image(path: str) -> bytes | Unreadable:
@@ -41,7 +32,7 @@ def read_image(path: str) -> bytes | Unreadable:
     except ValueError:
         return Unreadable(_NO_NAME)
     except OSError as error:
-        if error.errno not in _FILE_ERRORS:
+        if error.errno not in _NO_FILE | _REFUSED:
             raise DataUnavailable(f"{path} cannot be read: {error.strerror}") from error
         return Unreadable(f"cannot be read: {error.strerror}")
 
@@ -51,6 +42,11 @@ class ImageRoot:
     """A folder that holds all images of a table."""
 
     folder: Path
+
+    def require(self) -> None:
+        """Raise InvalidData if it is no folder."""
+        if not self.folder.is_dir():
+            raise InvalidData(f"{self.folder}, the folder of the images, does not exist or is no folder")
 
     def relative(self, path: str) -> str:
         """Return a table's path relative to the folder; absolute ones may lie in it.
@@ -77,9 +73,18 @@ class ImageRoot:
             DataUnavailable: the disk or the network fails.
         """
         try:
-            real = os.path.realpath(self.folder / os.fsdecode(path.encode()))  # tables are UTF-8 in any locale
+            # Tables are UTF-8 in any locale.
+            folder, name = os.path.split(os.path.join(self.folder, os.fsdecode(path.encode())))
+            real = os.path.join(_real_folder(folder), name)
+            if os.path.islink(real):
+                real = os.path.realpath(real)
         except ValueError:
             return Unreadable(_NO_NAME)
-        if not real.startswith(os.path.join(os.path.realpath(self.folder), "")):
+        if not real.startswith(os.path.join(_real_folder(os.fspath(self.folder)), "")):
             return Unreadable(f"leads out of {self.folder} by a symbolic link")
         return read_image(real)
+
+
+@lru_cache(maxsize=1 << 14)
+def _real_folder(folder: str) -> str:
+    return os.path.realpath(folder)

@@ -10,9 +10,9 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-from partialfc.data.convert.fields import BYTES_FIELDS, Fields, identity_text
+from partialfc.data.convert.fields import BYTES_FIELDS, Fields, identity_text, require_key
 from partialfc.data.convert.image_root import ImageRoot
 from partialfc.data.convert.rows import Csv, Format, JsonLines, Row, TextRows
 from partialfc.data.convert.source import Record, Skipped, Source, Unreadable, sample_key
@@ -41,8 +41,8 @@ class Manifest(Source):
     path: Path
     images: Path | None = None
     fields: Fields = field(default_factory=Fields)
-    kind: ClassVar[str] = "manifest"
-    in_blocks: ClassVar[bool] = False
+    kind = "manifest"
+    in_blocks = False
 
     @staticmethod
     def matches(path: Path) -> bool:
@@ -52,6 +52,7 @@ class Manifest(Source):
     def fingerprint(self) -> Any:
         """Return name, size and time of the table, and the columns that are taken; image files are not looked at."""
         found = self._format()
+        self._root().require()
         with self._open() as file:
             status = os.fstat(file.fileno())
         return [self.path.name, status.st_size, status.st_mtime_ns, str(self.images), repr(found)]
@@ -63,12 +64,6 @@ class Manifest(Source):
             size = os.fstat(file.fileno()).st_size
         step = _PART_BYTES if found.splits else max(1, size)
         return [(start, min(start + step, size)) for start in range(found.start, size, step)]
-
-    def num_records(self) -> None:
-        """Return None: a table does not say."""
-
-    def num_identities(self) -> None:
-        """Return None: a table does not say."""
 
     def list_part(self, part: tuple[int, int]) -> Iterator[Record | Skipped]:
         """Yield the rows that begin in a range of bytes."""
@@ -110,11 +105,8 @@ class Manifest(Source):
 
     def _key(self, row: Row, is_path: bool, root: ImageRoot, place: int) -> str:
         path = root.relative(row.image) if is_path else ""
-        if row.key is not None:
-            key = identity_text(row.key)
-            if key is None:
-                raise ValueError("the key is empty")
-            return sample_key(key)
+        if self.fields.key is not None:
+            return sample_key(require_key(row.key))
         return sample_key(os.path.splitext(path)[0]) if is_path else f"{place:012d}"
 
     def _format(self) -> Format:

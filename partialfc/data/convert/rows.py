@@ -143,7 +143,7 @@ class Csv:
 
 @dataclass(frozen=True)
 class JsonLines:
-    """Rows that are JSON objects, one a line; the first one names the columns. Its members are those of :class:`Csv`."""
+    """Rows that are JSON objects, one a line; the first one names the columns. Members as of :class:`Csv`."""
 
     image_field: str
     start: int

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import pickle
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,9 @@ from tests.harness.data_sets import png
 
 def table(folder: Path, text: str | bytes, name: str = "set.csv", images: tuple[str, ...] = ()) -> Manifest:
     for number, image in enumerate(images):
-        (folder / image).parent.mkdir(parents=True, exist_ok=True)
-        (folder / image).write_bytes(png(number))
+        path = folder / os.fsdecode(image.encode())  # UTF-8 in any locale
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(png(number))
     (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     return Manifest(folder / name)
 
@@ -108,6 +110,9 @@ def test_keys_come_from_paths_from_a_column_or_from_the_place_of_the_row(tmp_pat
     assert [record.key for record in records(source)] == ["a.b/1", f"{text.index('data') - 1:012d}"]
     source = Manifest(source.path, fields=Fields(key="id"))
     assert [record.key for record in records(source)] == ["first/1%2E0", "7"]
+    nameless = table(tmp_path, '{"path": "a.png", "label": 1, "id": "b"}\n{"path": "a.png", "label": 1}\n', "set.jsonl")
+    with pytest.raises(InvalidData, match="row at byte 41: the key is empty"):
+        records(Manifest(nameless.path, fields=Fields(key="id")))
 
 
 def test_numbers_are_identities_in_decimal(tmp_path: Path) -> None:
@@ -161,7 +166,11 @@ def test_the_columns_are_chosen_by_options_and_never_guessed(tmp_path: Path) -> 
         ("s.jsonl", b'{"path": "a", "label": 1}\n{"path": \n', "row at byte 26: not JSON"),
         ("s.jsonl", b'{"path": "a", "label": 1}\n[1]\n', "row at byte 26: expected a JSON object"),
         ("s.jsonl", b'{"path": "a", "label": 1}\n' + b"[" * 90_000 + b"\n", "not JSON: nested too deeply"),
-        ("s.jsonl", b'{"path": "a", "label": 1.5}\n', "row at byte 0: an identity must be a text or a whole number"),
+        (
+            "s.jsonl",
+            b'{"path": "a", "label": 1.5}\n',
+            "row at byte 0: an identity or key must be a text or a whole number",
+        ),
         ("s.jsonl", b'{"path": "a", "label": true}\n', "must be a text or a whole number, got True"),
         ("s.jsonl", b'{"path": "a", "label": "\\ud800"}\n', "surrogates not allowed"),
         ("s.jsonl", b'{"path": ["a"], "label": 1}\n', "column 'path' must hold texts, got list"),
@@ -193,6 +202,8 @@ def test_another_folder_of_images_is_an_option_and_absolute_paths_may_lie_in_it(
     text = f"path,label\na/1.png,x\n{tmp_path}/images/a/../a/2.png,x\n"
     source = Manifest(table(tmp_path, text).path, images=tmp_path / "images")
     assert content(source) == [("a/1", "x", png(0)), ("a/2", "x", png(1))]
+    with pytest.raises(InvalidData, match=r"set\.csv, the folder of the images, does not exist or is no folder"):
+        Manifest(source.path, images=source.path).fingerprint()
 
 
 def test_what_cannot_be_read_is_unreadable_and_nothing_is_waited_for(tmp_path: Path) -> None:
@@ -229,6 +240,18 @@ def test_a_fifo_is_no_manifest(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "set.csv")
     with pytest.raises(InvalidData, match=r"set\.csv cannot be read: not a regular file"):
         Manifest(tmp_path / "set.csv").fingerprint()
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl"])
+def test_rows_take_no_memory_once_they_are_listed(tmp_path: Path, form: str) -> None:
+    source = table(tmp_path, as_rows([(f"{i:0100d}.png", "x") for i in range(5000)], form), f"set.{form}")
+    (part,) = source.parts()
+    tracemalloc.start()
+    try:
+        assert sum(1 for _ in source.list_part(part)) == 5000
+        assert tracemalloc.get_traced_memory()[1] < 300_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_files_are_matched_by_their_names() -> None:

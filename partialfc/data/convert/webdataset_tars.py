@@ -1,0 +1,179 @@
+"""WebDataset tars as a source: a folder of them, one, a pattern such as ``train-{000..123}.tar``, or a list."""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from partialfc.data.convert.fields import Fields, identity_text
+from partialfc.data.convert.found_files import file_states
+from partialfc.data.convert.image_root import MAX_IMAGE_BYTES
+from partialfc.data.convert.source import Record, Skipped, Source, Unreadable, sample_key
+from partialfc.data.convert.webdataset_samples import Pair, Wanted, pairs
+from partialfc.data.plain import list_shards
+from partialfc.data.samples import MAX_LABEL_BYTES, split_name
+from partialfc.data.tar import Member, TarReader
+from partialfc.data.urls import is_pattern
+from partialfc.errors import DataUnavailable, InvalidData
+from partialfc.files import open_regular, parse_json
+
+_MAX_JSON_BYTES = 1 << 20
+_MAX_SIZE = (1 << 32) - 1  # that a record can say
+_LOOKED_AT = 1000  # members of the first tar that show where labels are
+_MAX_OPEN_FILES = 64
+_NO_IDENTITY = Skipped("sample without an identity")
+
+
+@dataclass(frozen=True)
+class WebDatasetTars(Source):
+    """Tars of samples.
+
+    Attributes:
+        source: folder, file, pattern, or several of these.
+        fields: ``image`` is the extension of the images, for samples of several; ``label`` an extension such as
+            ``txt``, or a field of the ``.json``; None takes the ``.cls``, or else the ``.txt``. ``key`` has no use:
+            samples have keys.
+    """
+
+    source: Path | str | Sequence[Path | str]
+    fields: Fields = field(default_factory=Fields)
+    kind = "webdataset"
+    in_blocks = False
+
+    @staticmethod
+    def matches(path: Path | str) -> bool:
+        """Return whether a path is called like a tar or a pattern of tars, or is a folder with a tar in it."""
+        if Path(path).is_dir():
+            with os.scandir(path) as entries:
+                return any(entry.name.endswith(".tar") for entry in islice(entries, _LOOKED_AT))
+        return str(path).lower().endswith(".tar") or is_pattern(str(path))
+
+    def fingerprint(self) -> Any:
+        """Return names, sizes and times of the tars, and what is taken from them."""
+        missing = next((path for path in self._files if not os.path.lexists(path)), None)
+        if missing is not None:
+            raise InvalidData(f"{missing} does not exist")
+        paths = [Path(os.path.abspath(path)) for path in self._files]
+        states = list(file_states(paths, Path(os.path.commonpath([path.parent for path in paths]))))
+        return [states, *self._wanted, self._json_field]
+
+    def parts(self) -> Sequence[int]:
+        """Return the numbers of the tars."""
+        return range(len(self._files))
+
+    def list_part(self, part: int) -> Iterator[Record | Skipped]:
+        """Yield the samples of a tar."""
+        with self._tar(part) as tar:
+            for pair in pairs(tar, self._wanted):
+                if isinstance(pair, Skipped):
+                    yield pair
+                    continue
+                identity = self._identity(tar, pair)
+                if identity is None:
+                    yield _NO_IDENTITY
+                else:
+                    # Archives of the current folder have names such as ./a.jpg.
+                    key = "/".join(name for name in pair.key.split("/") if name != ".")
+                    size = min(pair.image.size, _MAX_SIZE)
+                    yield Record(sample_key(key), identity, file=part, offset=pair.image.offset, size=size)
+
+    def read(self, records: Sequence[Record]) -> Iterator[bytes | Unreadable]:
+        """Yield the images."""
+        files: OrderedDict[int, Any] = OrderedDict()
+        try:
+            for record in records:
+                if record.size > MAX_IMAGE_BYTES:
+                    yield Unreadable(f"has {record.size:,} bytes or more, more than an image can have")
+                    continue
+                if record.file not in files:
+                    if len(files) == _MAX_OPEN_FILES:
+                        files.popitem(last=False)[1].close()
+                    files[record.file] = _open(self._files[record.file])
+                yield self._image(files[record.file].fileno(), record)
+        finally:
+            for file in files.values():
+                file.close()
+
+    def _image(self, descriptor: int, record: Record) -> bytes:
+        path = self._files[record.file]
+        try:
+            data = os.pread(descriptor, record.size, record.offset)
+        except OSError as error:
+            raise DataUnavailable(f"{path} cannot be read: {error.strerror}") from error
+        if len(data) < record.size:
+            raise InvalidData(f"{path}: ends before sample {record.key!r}; was it changed meanwhile?")
+        return data
+
+    def _identity(self, tar: TarReader, pair: Pair) -> str | None:
+        member, json_field = pair.label, self._json_field
+        most = MAX_LABEL_BYTES if json_field is None else _MAX_JSON_BYTES
+        where = f"{tar.path}: {member.name!r} at byte {member.offset}"
+        if member.size > most:
+            raise InvalidData(f"{where} has {member.size:,} bytes, a label up to {most:,}")
+        content = tar.read(member.offset, member.size)
+        try:
+            if json_field is None:
+                return content.decode().strip() or None
+            values = parse_json(content)
+            if not isinstance(values, dict):
+                raise ValueError("expected a JSON object")
+            return identity_text(values.get(json_field))
+        except ValueError as error:
+            raise InvalidData(f"{where}: {error}") from error
+
+    @cached_property
+    def _files(self) -> list[Path]:
+        return list_shards(self.source)
+
+    @cached_property
+    def _wanted(self) -> Wanted:
+        """What the first members of the first tar, and the options, tell of images and labels."""
+        with self._tar(0) as tar:
+            found = {extension for member in islice(tar.members(), _LOOKED_AT) for extension in _extension(member)}
+        types = {extension.rpartition(".")[2] for extension in found}
+        label = self.fields.label
+        if label is None:
+            label = next((type for type in ("cls", "txt") if type in types), None)
+        elif label.lower() in found | types:
+            label = label.lower()
+        elif "json" in types:
+            label = "json"
+        else:
+            label = None
+        if label is None:
+            have = ", ".join("." + extension for extension in sorted(found)[:20]) or "none"
+            expected = f".{self.fields.label} or .json" if self.fields.label else ".cls or .txt"
+            raise InvalidData(f"{self._files[0]}: no labels: expected {expected}, found {have}; see --label-field")
+        return Wanted(label, self.fields.image.lower() if self.fields.image else None)
+
+    @property
+    def _json_field(self) -> str | None:
+        return self.fields.label if self._wanted.label == "json" else None
+
+    @contextmanager
+    def _tar(self, number: int) -> Iterator[TarReader]:
+        path = self._files[number]
+        with _open(path) as file:
+            try:
+                yield TarReader(file, path)
+            except OSError as error:
+                raise DataUnavailable(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _extension(member: Member) -> list[str]:
+    parts = split_name(member.name)
+    return [] if parts is None else [parts[1]]
+
+
+def _open(path: Path) -> Any:
+    try:
+        return open_regular(path)
+    except OSError as error:
+        raise DataUnavailable(f"{path} cannot be read: {error.strerror}") from error
