@@ -35,7 +35,7 @@ def write_run(
         groups = [{"params": backbone.parameters()}, {"params": [weight]}]
         optimizer: torch.optim.Optimizer
         if kind == "sgd":
-            optimizer = torch.optim.SGD(groups, lr=0.1, momentum=0.9, weight_decay=5e-4)
+            optimizer = torch.optim.SGD(groups, lr=1e-4, momentum=0.9, weight_decay=5e-4)
         else:
             optimizer = torch.optim.AdamW(groups, lr=1e-4)
         for _ in range(2):
