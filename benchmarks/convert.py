@@ -3,8 +3,9 @@
     python benchmarks/convert.py --images 100000 --bytes 8000
 
 The source is made first: copies of one noise JPEG with running ids. Loop and conversion write the same samples (an
-image and a class id each) in shards of the same size, the conversion besides mixed, with digests and synced to disk. All
-runs alternate, the best of each counts; n workers have n cores. The source is cached: cold disks are not measured.
+image and a class id each) in shards of the same size; the conversion besides mixes them, computes digests and syncs to
+disk. All runs alternate, the best of each counts; n workers have n cores. The source is cached: reading from cold disks
+is not measured.
 """
 
 from __future__ import annotations

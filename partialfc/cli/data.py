@@ -60,8 +60,16 @@ def glyphs_command(
 def convert_command(
     source: Annotated[Path, typer.Argument(metavar="SOURCE", help="folder or file of images and identities")],
     out: Annotated[Path, typer.Option(help="folder to write the data set to")],
-    format: Annotated[str | None, typer.Option(help="recordio or folders; default: by what SOURCE looks like")] = None,
-    images: Annotated[Path | None, typer.Option(help="folder of the images that a list of pairs names")] = None,
+    format: Annotated[
+        str | None, typer.Option(help="recordio, folders, manifest, parquet or webdataset; default: told by its looks")
+    ] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="folder of the image files that a table or list of pairs names")
+    ] = None,
+    image_field: Annotated[str | None, typer.Option(help="column or extension of the image")] = None,
+    label_field: Annotated[str | None, typer.Option(help="column, extension or JSON field of the identity")] = None,
+    key_field: Annotated[str | None, typer.Option(help="column of the key")] = None,
+    split: Annotated[str | None, typer.Option(help="split of a Parquet data set; default: train")] = None,
     resize: Annotated[int | None, typer.Option(min=1, help="pixels of a side; default: bytes are kept")] = None,
     fit: Annotated[str, typer.Option(help="with --resize: squash to a square, or keep the aspect")] = "squash",
     decode: Annotated[bool, typer.Option("--decode", help="decode every image to see whether that works")] = False,
@@ -76,9 +84,11 @@ def convert_command(
     workers: Annotated[int | None, typer.Option(min=1, help="number of processes; default: all cores")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the data set in --out")] = False,
 ) -> None:
-    """Make a data set of InsightFace's RecordIO or of a folder per identity, or a verification set of InsightFace's
-    .bin or of a list of pairs. Stopped, the same command goes on."""
-    from partialfc.data.convert.detect import open_source
+    """Make a data set of RecordIO, folders, tables or WebDataset tars, or a verification set of pairs.
+
+    Stopped, the same command goes on.
+    """
+    from partialfc.data.convert.detect import SourceOptions, open_source
     from partialfc.data.convert.images import ImageSettings
     from partialfc.data.convert.pair_set import is_pair_set
     from partialfc.data.convert.pipeline import Options, convert
@@ -98,16 +108,20 @@ def convert_command(
         samples_per_shard=samples_per_shard,
         max_bad=max_bad,
     )
+    told = SourceOptions(
+        images=images, image_field=image_field, label_field=label_field, key_field=key_field, split=split
+    )
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if format is None and is_pair_set(source):
-        if selection != Selection():
-            raise ConfigError("a set of pairs is converted as a whole: it takes no choice of identities or images")
+        if selection != Selection() or told != SourceOptions(images=images):
+            raise ConfigError(
+                f"{source} is a set of pairs: it is converted as a whole, without a choice of its records"
+            )
         _convert_pairs(source, out, images, options.images, overwrite)
         return
-    if images is not None:
-        raise ConfigError(f"--images is for lists of pairs, and {source} is none")
     try:
-        report = convert(open_source(source, format), source, out, options, workers, overwrite, console_progress)
+        opened = open_source(source, format, told)
+        report = convert(opened, source, out, options, workers, overwrite, console_progress)
     except KeyboardInterrupt:
         fail(Interrupted("stopped; finished shards stay, and the same command goes on from there"), STOPPED)
     log(
@@ -124,7 +138,10 @@ def convert_command(
 def _convert_pairs(source: Path, out: Path, images: Path | None, settings: ImageSettings, overwrite: bool) -> None:
     from partialfc.data.convert.pair_set import convert_pairs
 
-    report = convert_pairs(source, out, images, settings, overwrite, console_progress)
+    try:
+        report = convert_pairs(source, out, images, settings, overwrite, console_progress)
+    except KeyboardInterrupt:
+        fail(Interrupted("stopped; nothing is complete yet, and the same command starts again"), STOPPED)
     log(
         f"{out}: {report.pairs:,} pairs in {report.folds} folds, {report.genuine:,} of the same identity; "
         f"{report.stored:,} images" + (f" ({report.images:,} with equal ones)" if report.stored < report.images else "")

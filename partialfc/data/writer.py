@@ -170,8 +170,8 @@ def check_sample(key: str, extension: str, label: int) -> None:
     """Raise a DataError if a sample could not be read back."""
     if extension not in IMAGE_EXTENSIONS:
         raise DataError(f"extension must be one of {', '.join(IMAGE_EXTENSIONS)}, got {extension!r}")
-    *folders, name = key.split("/")
-    if not name or "." in name or "\0" in key or not all(folder.strip(".") for folder in folders):
+    name = key.rpartition("/")[2]
+    if not name or "." in name or "\0" in key or ("/" in key and not all(part.strip(".") for part in key.split("/"))):
         raise DataError(f"a sample's key must not be empty, contain '.' or lead out of its folder, got {key!r}")
     if label < 0:
         raise DataError(f"label of sample {key!r} must be a class id, got {label}")

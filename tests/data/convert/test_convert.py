@@ -33,7 +33,7 @@ def test_samples_are_images_under_the_names_of_their_folders(tmp_path: Path) -> 
     report = run(source, tmp_path / "out", samples_per_shard=5)
     assert (report.num_samples, report.num_classes, report.num_bad) == (23, 4, 0)
     data = TarDataset(tmp_path / "out")
-    assert [shard.num_samples for shard in data.shards] == [5, 5, 5, 5, 3]
+    assert [shard["nsamples"] for shard in data.index["shardlist"]] == [5, 5, 5, 5, 3]
     assert [(entry["name"], entry["samples"]) for entry in data.classes] == sorted(IDENTITIES.items())
     for i in range(len(data)):
         assert data.read(i) == (source / f"{data.key(i)}.png").read_bytes()
