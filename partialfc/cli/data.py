@@ -61,7 +61,8 @@ def convert_command(
     source: Annotated[Path, typer.Argument(metavar="SOURCE", help="folder or file of images and identities")],
     out: Annotated[Path, typer.Option(help="folder to write the data set to")],
     format: Annotated[
-        str | None, typer.Option(help="recordio, folders, manifest, parquet or webdataset; default: told by its looks")
+        str | None,
+        typer.Option(help="recordio, folders, manifest, parquet, webdataset or pairs; default: told by its looks"),
     ] = None,
     images: Annotated[
         Path | None, typer.Option(help="folder of the image files that a table or list of pairs names")
@@ -112,7 +113,7 @@ def convert_command(
         images=images, image_field=image_field, label_field=label_field, key_field=key_field, split=split
     )
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    if format is None and is_pair_set(source):
+    if format == "pairs" or (format is None and is_pair_set(source)):
         if selection != Selection() or told != SourceOptions(images=images):
             raise ConfigError(
                 f"{source} is a set of pairs: it is converted as a whole, without a choice of its records"

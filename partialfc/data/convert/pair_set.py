@@ -140,7 +140,7 @@ def _open_bin(source: Path) -> _Source:
 
 def _open_list(source: Path, images: Path | None) -> _Source:
     pairs = read_pair_list(source)
-    root = images or (source.parents[2] if source.is_dir() else source.parent)
+    root = images or (source.absolute().parents[2] if source.is_dir() else source.parent)
     places: dict[str, Path] = {}
 
     def read(name: str) -> bytes:

@@ -146,6 +146,9 @@ def test_the_command_converts_pairs_and_refuses_options_that_would_change_the_be
     choice = partialfc("data", "convert", source, "--out", tmp_path / "other", "--min-samples", 2)
     assert choice.returncode == 2
     assert "is a set of pairs: it is converted as a whole" in choice.stderr
-    lists = _write_lfw(tmp_path / "lfw").rename(tmp_path / "pairs.txt")
-    done = partialfc("data", "convert", lists, "--images", tmp_path / "lfw", "--out", tmp_path / "lfw-set")
+    lists = _write_lfw(tmp_path / "lfw").rename(tmp_path / "list.txt")
+    words = ["--images", tmp_path / "lfw", "--out", tmp_path / "lfw-set"]
+    unnamed = partialfc("data", "convert", lists, *words)
+    assert unnamed.returncode == 2, "what is not named a list of pairs may be any list"
+    done = partialfc("data", "convert", lists, *words, "--format", "pairs")
     assert done.returncode == 0, done.stderr
