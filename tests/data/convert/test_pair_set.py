@@ -56,7 +56,12 @@ def _write_lfw(root: Path) -> Path:
 
 
 def test_the_images_of_a_list_are_stored_once_under_their_names(tmp_path: Path) -> None:
-    report = convert_pairs(_write_lfw(tmp_path / "lfw"), tmp_path / "set")
+    list_file = _write_lfw(tmp_path / "lfw")
+    (tmp_path / "lfw" / "LICENSE").write_text("for research")
+    report = convert_pairs(list_file, tmp_path / "set")
+    assert json.loads((tmp_path / "set" / "index.json").read_text())["source"] == {
+        **{"kind": "pair-list", "name": "pairs.txt", "licence": "for research"},
+    }
     dataset = TarDataset(tmp_path / "set")
     assert dataset.keys == [
         *("Ann/Ann_0001", "Ann/Ann_0002", "Bob/Bob_0001", "Bob/Bob_0002", "Cid/Cid_0001", "Ann/Ann_0003"),
