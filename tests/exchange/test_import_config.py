@@ -43,7 +43,7 @@ def _import(tmp_path: Path, text: str, gpus: int = 8) -> tuple[Config, list[str]
     source, out = tmp_path / "given.py", tmp_path / "imported.yaml"
     source.write_text(HEAD + text)
     yaml, notes = import_config(source, gpus)
-    out.write_text(yaml)
+    out.write_text(yaml, encoding="utf-8")
     return load_config(out), notes
 
 
