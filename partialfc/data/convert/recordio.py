@@ -147,7 +147,11 @@ class RecordIO(Source):
             key, _, place = line.rstrip().partition(b"\t")
             if not key or not place.isdigit() or len(line) == _MAX_LINE:
                 raise InvalidData(f"{self.index}: byte {begin:,}: expected a key, a tab and a number, got {line!r}")
-            yield begin, key.decode() if key.isdigit() else sample_key(os.fsdecode(key)), int(place)
+            yield (
+                begin,
+                key.decode() if key.isdigit() else sample_key(key.decode("utf-8", "surrogateescape")),
+                int(place),
+            )
             begin += len(line)
 
 
