@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from partialfc.data.convert.plan import Selection
-from partialfc.data.convert.source import Source
 from partialfc.errors import ConfigError, InvalidData
 from partialfc.files import open_regular, read_bounded
 
@@ -19,9 +18,9 @@ _MAX_LICENCE_BYTES = 64 << 10
 _PIECE = 1 << 20
 
 
-def describe_source(source: Source, origin: Path) -> dict[str, Any]:
+def describe_source(kind: str, origin: Path) -> dict[str, Any]:
     """Return kind and name of a source and, if a file beside its data has one, the text of its licence."""
-    about = {"kind": source.kind, "name": _name(origin)}
+    about = {"kind": kind, "name": _name(origin)}
     licence = _find_licence(origin if origin.is_dir() else origin.parent)
     return about if licence is None else about | {"licence": licence}
 
