@@ -95,14 +95,17 @@ def write_atomically(path: Path, content: str | bytes) -> None:
             temporary.unlink()
 
 
-def open_new(path: Path) -> BinaryIO:
+def open_new(path: Path, buffering: int = -1) -> BinaryIO:
     """Open a new file for writing; a file or link of this name is removed first, and its target left alone.
+
+    Args:
+        buffering: bytes of the buffer; -1 is Python's choice.
 
     Raises:
         OSError: it cannot be created.
     """
     path.unlink(missing_ok=True)
-    return path.open("x+b")
+    return path.open("x+b", buffering)
 
 
 def open_append(path: Path) -> BinaryIO:

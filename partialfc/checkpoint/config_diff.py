@@ -18,7 +18,7 @@ ChangeSeverity = Literal["harmless", "needs --force", "impossible"]
 # The longest matching prefix decides. A harmless key changes no trained number.
 _SEVERITY: dict[str, ChangeSeverity] = {
     "": "needs --force",
-    "run": "harmless",
+    "run": "harmless",  # with run.deterministic the last bits may differ, as between machines
     "run.seed": "needs --force",
     "data.workers": "harmless",
     "data.max_pixels": "harmless",  # an image is decoded as ever, or not at all
@@ -57,9 +57,13 @@ BEFORE_KEY: dict[str, Any] = {
     "data.last_batch": "keep",
     "model.options": {},
     "optim.spike": None,
+    "run.deterministic": False,
     "engine.precision": "fp32",
     "head.matmul_precision": None,  # float32 products; null chooses products as exact
 }
+
+# Keys whose default has changed: a run that was begun with another one keeps it.
+_CHANGED_DEFAULTS = ("engine.sync_batchnorm",)
 
 _OPEN_SECTIONS = ("head.loss", "model.options")  # their keys belong to a loss or a backbone, not to the schema
 
@@ -97,24 +101,35 @@ def config_changes(before: dict[str, Any], now: dict[str, Any]) -> list[Change]:
 
 def as_begun(config: Config, before: dict[str, Any]) -> Config:
     """Return the config of a run that was begun with the resolved config ``before``: what its version did where it had
-    no key is kept, unless the key is set now.
+    no key, or another default, is kept, unless the key is set now.
     """
-    for key, value in BEFORE_KEY.items():
+    flat = _flatten(before)
+    kept = {key: value for key, value in BEFORE_KEY.items() if _lacks(before, key.split("."))}
+    kept |= {key: flat[key] for key in _CHANGED_DEFAULTS if key in flat}
+    for key, value in kept.items():
         *sections, name = key.split(".")
-        config = _kept(config, sections, name, value, before)
+        config = _with_unless_set(config, sections, name, value)
     return config
 
 
-def _kept(section: SectionT, path: list[str], name: str, value: Any, before: Any) -> SectionT:
-    """Return ``section`` with ``value`` at ``path`` and ``name``, unless it is set there, or was a key before."""
-    if not isinstance(before, dict):
-        return section
+def _lacks(tree: Any, path: list[str]) -> bool:
+    """Return True if a config has no key at ``path``; a section that is off has all of its keys."""
+    for name in path:
+        if not isinstance(tree, dict):
+            return False
+        if name not in tree:
+            return True
+        tree = tree[name]
+    return False
+
+
+def _with_unless_set(section: SectionT, path: list[str], name: str, value: Any) -> SectionT:
+    """Return ``section`` with ``value`` at ``path`` and ``name``, unless that is set."""
     if path:
         inner, *rest = path
-        kept = _kept(getattr(section, inner), rest, name, value, before.get(inner, {}))
-        return section.model_copy(update={inner: kept}) if kept is not getattr(section, inner) else section
-    is_kept = name not in before and name not in section.model_fields_set
-    return section.model_copy(update={name: value}) if is_kept else section
+        changed = _with_unless_set(getattr(section, inner), rest, name, value)
+        return section if changed is getattr(section, inner) else section.model_copy(update={inner: changed})
+    return section if name in section.model_fields_set else section.model_copy(update={name: value})
 
 
 def _with_lacking_keys(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def convert_command(
-    source: Annotated[str, typer.Argument(metavar="SOURCE", help="file or folder, or a pattern of tars")],
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="file or folder, or a pattern of tars")],
     out: Annotated[Path, typer.Option(help="folder to write the data set to")],
     format: Annotated[
         str | None,
@@ -67,12 +67,12 @@ def convert_command(
         images=images, image_field=image_field, label_field=label_field, key_field=key_field, split=split
     )
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    if format is None and is_pair_set(Path(source)):
+    if format is None and is_pair_set(source):
         if selection != Selection() or reading != SourceOptions(images=images):
             raise ConfigError(
                 f"{source} is a set of pairs, converted as a whole: it takes --images, --resize and --fit"
             )
-        _convert_pairs(Path(source), out, images, settings, overwrite)
+        _convert_pairs(source, out, images, settings, overwrite)
         return
     options = Options(selection=selection, images=settings, samples_per_shard=samples_per_shard, max_bad=max_bad)
     opened = open_source(source, format, reading)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
 import typer
@@ -35,6 +36,9 @@ def train_command(
         raise ConfigError(
             "--ranks belongs to --dry-run; to train on several: torchrun --nproc-per-node N -m partialfc …"
         )
+    if "PYTORCH_ALLOC_CONF" not in os.environ:
+        # Read when torch is imported. Segments that grow suit sizes that change from step to step, as active rows do.
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     from partialfc.runtime.process import under_torchrun
     from partialfc.runtime.timings import DEFAULT_TIMINGS
     from partialfc.train.main import train

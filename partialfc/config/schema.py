@@ -38,6 +38,9 @@ class RunConfig(Section):
 
     dir: Path = Field(Path("runs/run"), description="run folder: metrics, checkpoints, figures")
     seed: int = Field(0, ge=0, lt=2**31, description="seed of weights, sample order, augmentation and negatives")
+    deterministic: bool = Field(
+        False, description="the same bits in every run with the same ranks on the same kind of device; slower on GPUs"
+    )
     timeout: float = Field(120.0, gt=0, le=1e6, description="seconds after which a silent rank ends the run")
     skipped_in_a_row: int = Field(10, ge=1, le=_MANY, description="skipped steps in a row that end the run")
     restarts_without_progress: int = Field(
@@ -189,7 +192,7 @@ class EngineConfig(Section):
     )
     compile: bool = Field(False, description="torch.compile the backbone; the first step takes longer")
     sync_batchnorm: Literal[True, False, "auto"] = Field(
-        "auto", description="batch statistics over all ranks, on GPUs only; auto: on GPUs"
+        False, description="batch statistics over all ranks' images, on GPUs only; auto: on GPUs"
     )
 
 

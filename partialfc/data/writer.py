@@ -35,7 +35,7 @@ class ShardWriter:
         self._digest, self._num_bytes = hashlib.sha256(), 0
         # Its own in each process: one that was left over by a killed command may still write the same shard.
         self._temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        self._file = open_new(self._temporary)
+        self._file = open_new(self._temporary, buffering=_PIECE)
 
     def __contains__(self, key: str) -> bool:
         return key in self._keys
@@ -46,8 +46,9 @@ class ShardWriter:
         if key in self._keys:
             raise DataError(f"two samples have the key {key!r}")
         self._keys.add(key)
-        self._add_member(f"{key}.{extension}", image_bytes)
-        self._add_member(f"{key}.cls", str(label).encode())
+        members = (f"{key}.{extension}", image_bytes), (f"{key}.cls", str(label).encode())
+        for name, data in members:
+            self._append(b"".join((ustar_header(name, len(data)), data, padding(len(data)))))
         self.num_samples += 1
 
     def close(self) -> dict[str, Any]:
@@ -74,11 +75,6 @@ class ShardWriter:
         with suppress(OSError):  # a full disk refuses what is still buffered
             self._file.close()
         self._temporary.unlink(missing_ok=True)
-
-    def _add_member(self, name: str, data: bytes) -> None:
-        self._append(ustar_header(name, len(data)))
-        self._append(data)
-        self._append(padding(len(data)))
 
     def _append(self, data: bytes) -> None:
         self._file.write(data)
@@ -174,8 +170,8 @@ def check_sample(key: str, extension: str, label: int) -> None:
     """Raise a DataError if a sample could not be read back."""
     if extension not in IMAGE_EXTENSIONS:
         raise DataError(f"extension must be one of {', '.join(IMAGE_EXTENSIONS)}, got {extension!r}")
-    *folders, name = key.split("/")
-    if not name or "." in name or "\0" in key or not all(folder.strip(".") for folder in folders):
+    name = key.rpartition("/")[2]
+    if not name or "." in name or "\0" in key or ("/" in key and not all(part.strip(".") for part in key.split("/"))):
         raise DataError(f"a sample's key must not be empty, contain '.' or lead out of its folder, got {key!r}")
     if label < 0:
         raise DataError(f"label of sample {key!r} must be a class id, got {label}")

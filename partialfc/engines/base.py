@@ -33,11 +33,11 @@ class Engine(Protocol):
     def begin_step(self, lr: float) -> None:
         """Prepare a step, before its first forward pass."""
 
-    def forward(self, images: Tensor, images_of_all_ranks: int) -> Tensor:
+    def forward(self, images: Tensor, images_of_all_ranks: int, last: bool = True) -> Tensor:
         """Return the embeddings [b, D] float32 of images [b, C, H, W]. A collective.
 
         b differs between ranks, and may be 0: that rank takes part without influence. Batch normalisation treats fewer
-        than two images as :class:`BatchNormModes` says.
+        than two images as :class:`BatchNormModes` says. ``last`` is that of the backward pass to come.
         """
 
     def backward(self, embeddings: Tensor, gradient: Tensor, last: bool) -> None:

@@ -7,7 +7,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from partialfc.errors import ConfigError
 
-_FEWEST_IMAGES = 2  # one image has no statistics of a batch
+FEWEST_IMAGES = 2  # one image has no statistics of a batch
 
 
 class BatchNormModes:
@@ -26,7 +26,7 @@ class BatchNormModes:
         """Set the modes of a forward pass, and of its backward pass, which may repeat parts of it."""
         for parts, count in ((self._local, images), (self._synchronised, images_of_all_ranks)):
             for part in parts:
-                part.training = count >= _FEWEST_IMAGES
+                part.training = count >= FEWEST_IMAGES
 
     def require_statistics(self, images: int, images_of_all_ranks: int) -> None:
         """Raise a ConfigError if even the largest batches of a run, of these sizes, have no statistics."""
@@ -34,8 +34,8 @@ class BatchNormModes:
             (self._local, images, "a rank has"),
             (self._synchronised, images_of_all_ranks, "all ranks together have"),
         ):
-            if parts and count < _FEWEST_IMAGES:
+            if parts and count < FEWEST_IMAGES:
                 raise ConfigError(
-                    f"data.global_batch_size: batch normalisation needs at least {_FEWEST_IMAGES} images, but {where} "
+                    f"data.global_batch_size: batch normalisation needs at least {FEWEST_IMAGES} images, but {where} "
                     f"{count} at a time; use a larger batch, fewer ranks or a smaller optim.accumulation"
                 )

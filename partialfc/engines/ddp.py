@@ -14,8 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from partialfc.config import Config
+from partialfc.data.order import local_share
 from partialfc.engines.base import DTYPES, GradientWatch, broadcast_buffers, require_compiler, require_used
-from partialfc.engines.batch_norm import BatchNormModes
+from partialfc.engines.batch_norm import FEWEST_IMAGES, BatchNormModes
 from partialfc.engines.loss_scale import LossScale
 from partialfc.engines.state import BackboneState, ReplicatedBackbone
 from partialfc.models.eval_mode import eval_mode
@@ -40,6 +41,9 @@ class DdpEngine:
         self._wrapped: nn.Module = module
         if process.world_size > 1:
             self._wrapped = ddp = DistributedDataParallel(module, gradient_as_bucket_view=True)
+            # Each rank follows its own batch statistics. Those of rank 0 count, and are broadcast where they are used.
+            # The argument of this name is deprecated since torch 2.13, and its successor is unknown before.
+            ddp.broadcast_buffers = False
             ddp.register_comm_hook(None, self._local_gradient.before(default_hooks.allreduce_hook))
         if config.engine.compile:
             require_compiler(process.device.type)
@@ -49,6 +53,8 @@ class DdpEngine:
         self.state: BackboneState = ReplicatedBackbone(module, self.optimizer)
         self._norm = torch.zeros((), device=process.device)
         self._gradients_checked = process.world_size == 1  # a single rank may have unused parameters
+        share = local_share(config.data.global_batch_size, config.optim.accumulation, process.world_size)
+        self._images_before_last_rank = (process.world_size - 1) * share
         self._buffers = list(module.buffers())
         self._buffers_before = [torch.empty_like(buffer) for buffer in self._buffers]
 
@@ -59,9 +65,12 @@ class DdpEngine:
         if self._buffers:  # the forward pass changes statistics; a skipped step must not
             torch._foreach_copy_(self._buffers_before, self._buffers)
 
-    def forward(self, images: Tensor, images_of_all_ranks: int) -> Tensor:
+    def forward(self, images: Tensor, images_of_all_ranks: int, last: bool = True) -> Tensor:
         self._batch_norm.choose(len(images), images_of_all_ranks)
-        with self._autocast():
+        # All ranks but the last are full. Running statistics that a rank normalises with are those of rank 0.
+        if images_of_all_ranks - self._images_before_last_rank < FEWEST_IMAGES:
+            broadcast_buffers(self._buffers)
+        with nullcontext() if last else self._gradients_stay_local(), self._autocast():
             return self._wrapped(images).float()
 
     def backward(self, embeddings: Tensor, gradient: Tensor, last: bool) -> None:

@@ -107,7 +107,7 @@ class DeepSpeedEngine:
             broadcast_buffers(self._buffers)
             torch._foreach_copy_(self._buffers_before, self._buffers)
 
-    def forward(self, images: Tensor, images_of_all_ranks: int) -> Tensor:
+    def forward(self, images: Tensor, images_of_all_ranks: int, last: bool = True) -> Tensor:
         self._batch_norm.choose(len(images), images_of_all_ranks)
         self._engine.set_gradient_accumulation_boundary(False)  # backward sets it
         embeddings: Tensor = self._engine(images)

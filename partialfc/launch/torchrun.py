@@ -94,7 +94,7 @@ class Settings:
 
     def environment(self, own: Mapping[str, str]) -> dict[str, str]:
         """Return the environment of the ranks: ``own``, with defaults for variables unset or empty there."""
-        defaults = {"NCCL_DEBUG": "WARN", "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1"}
+        defaults = {"NCCL_DEBUG": "WARN"}
         if not own.get("OMP_NUM_THREADS"):
             defaults["OMP_NUM_THREADS"] = str(max(1, _cores() // self._ranks_here()))
         if not self.single_host:

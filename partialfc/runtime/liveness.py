@@ -4,10 +4,11 @@ A thread of every process writes a sign of life to the store each second, with t
 When a collective fails, the other ranks read these: a rank without new signs is dead, stopped or cut off; a rank that
 has fallen behind hangs. A rank that fails on its own leaves its reason in the store.
 
-During evaluations and checkpoints, when collectives may take long, a lost rank would go unnoticed for an hour. So a
-second thread watches: rank 0 watches all ranks, the others watch rank 0, and all watch the store. It ends a process
-that waits for a lost rank, with the reason. It counts silence in its own wake-ups, not in seconds: after a suspension
-of the whole machine no rank is lost.
+During evaluations and checkpoints, when collectives may take long, a lost rank would go unnoticed for an hour; and on
+GPUs a collective never fails, but leaves the main thread waiting. So a second thread watches: rank 0 watches all ranks,
+the others watch rank 0, and all watch the store. It ends a process that waits for a lost rank, or among ranks none of
+which gets any further, with the reason. It counts silence in its own wake-ups, not in seconds: after a suspension of
+the whole machine no rank is lost.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from partialfc.runtime.timings import DEFAULT_TIMINGS, Timings
 _PHASES = ("data", "forward", "head", "backward", "update", "save", "evaluate")
 
 _UNREACHABLE = "the store that all ranks share does not answer: rank 0, its launcher or the network to it is gone"
+
+_STANDSTILL = "no rank gets any further, and all are at the same place: is the network between them broken?"
 
 
 class Liveness:
@@ -56,6 +59,7 @@ class Liveness:
         self._store = dist.PrefixStore("liveness", default.clone())
         self._watched = [other for other in (range(world_size) if rank == 0 else [0]) if other != rank]
         self._position = (0, 0)  # step and phase of this rank
+        self._progress_expected = False
         self._closed = threading.Event()
         self._ending = False  # the main thread has noticed a failure on its own
         self._failure: str | None = None
@@ -72,6 +76,10 @@ class Liveness:
     def enter(self, step: int, phase: str) -> None:
         """Record that this rank begins ``phase`` of ``step``."""
         self._position = (step, _PHASES.index(phase))
+
+    def expect_progress(self, expected: bool) -> None:
+        """Say if some rank should enter a phase within ``timeout``: not before the first step, nor while one saves."""
+        self._progress_expected = expected
 
     def report_failure(self, reason: str) -> None:
         """Publish the reason for which this rank ends; the first reason of all ranks counts."""
@@ -115,8 +123,9 @@ class Liveness:
 
     def _watch(self) -> None:
         silence = dict.fromkeys(self._watched, 0)
-        unanswered = failed = 0
+        unanswered = failed = standstill = 0
         signs, rounds = self._signs, self._rounds
+        positions: dict[int, tuple[int, int]] = {}
         while not self._closed.wait(self._timings.sign_every):
             unanswered = unanswered + 1 if rounds == self._rounds else 0
             if not unanswered:
@@ -125,16 +134,20 @@ class Liveness:
                 }
                 signs, rounds = self._signs, self._rounds
             failed += self._failure is not None
+            last, positions = positions, self._positions(self._signs)
+            standstill = standstill + 1 if self._progress_expected and positions == last else 0
             lost = {rank for rank, wakes in silence.items() if wakes >= self._most_silent}
             reason = None
             if lost:
-                reason = _not_heard_from(lost)
+                reason = self._failure or _not_heard_from(lost)
             elif unanswered >= self._most_silent:
                 reason = _UNREACHABLE
             elif failed >= self._timings.grace_signs:
                 reason = self._failure
+            elif self.rank == 0 and standstill >= self._most_silent + self._timings.grace_signs:
+                reason = _hanging(positions) or _STANDSTILL
             if reason and not self._ending:
-                if lost:
+                if reason != self._failure:
                     with contextlib.suppress(RuntimeError):
                         self._publish(reason)
                 self._on_lost(reason)
@@ -156,12 +169,11 @@ class Liveness:
         if silent:
             self._publish(_not_heard_from(silent))
             return _not_heard_from(silent)
-        behind = {rank: _position(sign) for rank, sign in self._read(others).items()}
-        slowest = min(behind.values(), default=self._position)
-        if slowest < self._position:
-            ranks = {rank for rank, position in behind.items() if position == slowest}
-            return f"rank {_list(ranks)} hangs: still in {_PHASES[slowest[1]]} of step {slowest[0] + 1:,}"
-        return None
+        return _hanging(self._positions(self._read(others)))
+
+    def _positions(self, signs: dict[int, str]) -> dict[int, tuple[int, int]]:
+        """Return step and phase of this rank and of those that have given these signs."""
+        return {self.rank: self._position} | {rank: _position(sign) for rank, sign in signs.items()}
 
     # --- the store ----------------------------------------------------------------------------------------------------
 
@@ -189,6 +201,15 @@ def _not_heard_from(ranks: set[int]) -> str:
     return (
         f"not heard from rank {_list(ranks)}: it has died, is stopped or cannot be reached; look at the end of its log"
     )
+
+
+def _hanging(positions: dict[int, tuple[int, int]]) -> str | None:
+    """Name the ranks that the others wait for: those that have fallen behind; None if all are at the same place."""
+    slowest = min(positions.values())
+    ranks = {rank for rank, position in positions.items() if position == slowest}
+    if len(ranks) == len(positions):
+        return None
+    return f"rank {_list(ranks)} hangs: still in {_PHASES[slowest[1]]} of step {slowest[0] + 1:,}"
 
 
 def _list(ranks: set[int]) -> str:

@@ -26,6 +26,7 @@ from partialfc.tracking.console import printable
 #: Timeout of collectives during which one rank may work for long while the others wait: imports, compilers and caches
 #: before the first step, the writing of a checkpoint, an evaluation.
 LONG_TIMEOUT = timedelta(minutes=60)
+_NCCL_GRACE = timedelta(seconds=60)
 
 
 @dataclass
@@ -56,6 +57,7 @@ class ProcessContext:
         """Make collectives fail from now on if they take longer than ``seconds``."""
         self.timeout = timedelta(seconds=seconds)
         self._set_group_timeouts(self.timeout)
+        self._expect_progress(True)
 
     def watch(self, group: dist.ProcessGroup) -> None:
         """Apply the timeout to the collectives of one more group."""
@@ -66,16 +68,27 @@ class ProcessContext:
     def relaxed_timeout(self) -> Iterator[None]:
         """Give collectives :data:`LONG_TIMEOUT` inside the context: another rank writes or evaluates meanwhile."""
         self._set_group_timeouts(LONG_TIMEOUT)
+        self._expect_progress(False)
         try:
             yield
         finally:
             self._set_group_timeouts(self.timeout)
+            self._expect_progress(self.timeout != LONG_TIMEOUT)
+
+    def _expect_progress(self, expected: bool) -> None:
+        if self.liveness:
+            self.liveness.expect_progress(expected)
 
     def _set_group_timeouts(self, timeout: timedelta) -> None:
         if dist.is_initialized():
             for group in (dist.group.WORLD, *self._groups):
                 # torch has no public way to change the timeout of an existing group.
-                dist.distributed_c10d._set_pg_timeout(timeout, group)
+                dist.distributed_c10d._set_pg_timeout(timeout + self._grace, group)
+
+    @property
+    def _grace(self) -> timedelta:
+        """Time for the watch to name the rank at fault: NCCL's own watchdog ends the process without a reason."""
+        return _NCCL_GRACE if self.device.type == "cuda" else timedelta(0)
 
     def enter(self, step: int, phase: str) -> None:
         """Publish the position of this rank, from which the others identify a rank that keeps them waiting."""
@@ -145,10 +158,11 @@ def joined(
     if on_gpu:
         torch.cuda.set_device(device)
     backend = "nccl" if on_gpu else "gloo"
+    bound = device if on_gpu else None  # else barriers would guess the device
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         stop = StopRequest(run_folder)
         if group_of_one:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, device_id=bound)
         try:
             with stop.listening():
                 yield ProcessContext(0, 1, device, stop, timings=timings)
@@ -162,7 +176,9 @@ def joined(
     with _connecting():
         # Before the group: ranks with another version, or with another kind of device, may not even form one.
         require_same_over(store, rank, world_size, facts)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=LONG_TIMEOUT)
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world_size, timeout=LONG_TIMEOUT, device_id=bound
+        )
     process = ProcessContext(rank, world_size, device, stop, timings=timings)
     with stop.listening():  # only now: until all ranks are there, a launcher's SIGTERM should end the process
         try:

@@ -6,6 +6,7 @@ from partialfc.checkpoint.config_diff import as_begun
 from partialfc.checkpoint.folders import config_of_run
 from partialfc.config import Config
 from partialfc.runs.summary import summarize
+from partialfc.runtime.algorithms import algorithms
 from partialfc.runtime.collectives import broadcast_from_rank0
 from partialfc.runtime.process import joined
 from partialfc.runtime.timings import DEFAULT_TIMINGS, Timings
@@ -36,7 +37,10 @@ def train(config: Config, force: bool = False, timings: Timings = DEFAULT_TIMING
     with refusing():
         require_wandb(config.tracking.wandb)
     group_of_one = config.engine.name == "deepspeed"
-    with joined(config.run.dir, config.run.timeout, group_of_one, timings) as process:
+    with (
+        algorithms(config.run.deterministic),
+        joined(config.run.dir, config.run.timeout, group_of_one, timings) as process,
+    ):
         before = broadcast_from_rank0(lambda: config_of_run(config.run.dir))
         if before is not None and config.checkpoint.resume == "auto":
             config = as_begun(config, before)

@@ -273,7 +273,8 @@ class Trainer:
         parts, samples = len(batch.counts), sum(batch.counts_of_all_ranks)
         check, outputs = StepCheck(self.process.device), []
         for part, (images, labels, of_all_ranks) in enumerate(micro_batches(batch, self.process.device), start=1):
-            embeddings = self.engine.forward(images, of_all_ranks)
+            last = part == parts
+            embeddings = self.engine.forward(images, of_all_ranks, last)
             self.clock.end("forward")
             head_input = embeddings.detach().requires_grad_()
             out = self.head(*padded(head_input, labels, self.local_share))
@@ -282,7 +283,7 @@ class Trainer:
             self.clock.end("head")
             # head_input.grad is world_size times this rank's part: averaging over ranks makes the exact gradient.
             assert head_input.grad is not None
-            self.engine.backward(embeddings, head_input.grad, last=part == parts)
+            self.engine.backward(embeddings, head_input.grad, last)
             self.clock.end("backward")
             check.embeddings(head_input)
             check.loss(out.loss)

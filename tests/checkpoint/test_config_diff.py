@@ -72,6 +72,14 @@ def test_a_run_keeps_what_its_version_did_unless_the_key_is_set(rule: str) -> No
     assert kept({})["data"]["last_batch"] == "keep"
 
 
+def test_a_run_keeps_a_default_that_has_changed_since() -> None:
+    old = resolved(engine={"sync_batchnorm": "auto"})
+    assert resolved()["engine"]["sync_batchnorm"] is False
+    assert kept(old)["engine"]["sync_batchnorm"] == "auto"
+    assert kept(old, engine={"sync_batchnorm": False})["engine"]["sync_batchnorm"] is False
+    assert kept({})["engine"]["sync_batchnorm"] is False
+
+
 def test_a_key_of_an_optional_section_may_be_lacking() -> None:
     now = resolved(head={"center_loss": {"weight": 0.1}})
     assert config_changes(without(now, "head.center_loss.alpha"), now) == []
@@ -156,7 +164,7 @@ def test_changes_allowed_in_a_resumed_run() -> None:
         "activation_checkpointing": True,
         "channels_last": True,
     }
-    now = resolved(model=changed, engine={"compile": True, "sync_batchnorm": False})
+    now = resolved(model=changed, engine={"compile": True, "sync_batchnorm": "auto"})
     assert {change.key: change.severity for change in config_changes(before, now)} == {
         "model.name": "impossible",
         "model.options.drop_path": "needs --force",

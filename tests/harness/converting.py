@@ -63,5 +63,5 @@ def class_names(folder: Path) -> list[str]:
 
 def content(folder: Path) -> dict[str, bytes]:
     """Return the bytes of all files below a folder, but for the index that reading makes."""
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != OFFSETS)
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and OFFSETS not in path.name)
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}

@@ -3,7 +3,8 @@
 FAULT breaks, on one RANK, in the steps whose numbers are given (the first step is 1; ``8-`` means from there on):
 ``embeddings`` (of one sample), ``gradient`` (of a backbone parameter), ``row_gradient`` (of the head's shard),
 ``shard`` (the weight of one class), ``backbone`` (its weights become noise), ``silence`` (the process stops itself),
-``slow`` (it takes longer than the others), or ``nothing``. When the run has ended well, each rank leaves in the run
+``slow`` (it takes longer than the others), ``hang`` (it gets no further, and collectives wait for it, as on GPUs), or
+``nothing``. When the run has ended well, each rank leaves in the run
 folder a ``rank0.json``: digests of what it has of the backbone, and how its engine counts.
 """
 
@@ -63,6 +64,8 @@ def install(trainer: Trainer, process: ProcessContext, fault: str, at_fault: int
                 parameter.data = torch.randn_like(parameter)
         if due() and fault == "slow":
             time.sleep(0.3)
+        if due() and fault == "hang":
+            time.sleep(3600)
         if due() and fault == "silence":
             os.kill(os.getpid(), signal.SIGSTOP)
         begin(lr)
@@ -118,6 +121,8 @@ def main() -> None:
             trainer = Trainer(config, process)
             first, has_stepped = digest_of(trainer), stepped(trainer)
             install(trainer, process, fault, int(at_fault), steps_of(steps))
+            if fault == "hang":
+                process._set_group_timeouts = lambda timeout: None  # type: ignore[method-assign]
             trainer.train()
             write_down(trainer, first, has_stepped)
     except PartialFCError as error:

@@ -21,9 +21,9 @@ def build_padding_engine(module: Any, config: Any, process: Any) -> Any:
     forward = engine.forward
     share = local_share(config.data.global_batch_size, config.optim.accumulation, process.world_size)
 
-    def forward_padded(images: Tensor, images_of_all_ranks: int) -> Tensor:
+    def forward_padded(images: Tensor, images_of_all_ranks: int, last: bool) -> Tensor:
         grey = images.new_zeros(share - len(images), *images.shape[1:])
-        return forward(torch.cat([images, grey]), share * process.world_size)[: len(images)]
+        return forward(torch.cat([images, grey]), share * process.world_size, last)[: len(images)]
 
     engine.forward = forward_padded  # type: ignore[method-assign]
     return engine

@@ -13,7 +13,7 @@ from torch import nn
 
 from partialfc.config import EngineConfig
 from partialfc.train.slow_rank import SlowestRank, SlowRankRule, own_phases
-from tests.harness.running import events, finish, lines
+from tests.harness.running import events, finish, lines, state
 
 FAULTY = str(Path(__file__).parents[1] / "harness" / "faulty_run.py")
 
@@ -39,6 +39,18 @@ def test_a_rank_that_was_slow_for_some_steps_is_not(task: Path, tmp_path: Path) 
     run_with_slow_rank(task, tmp_path / "run", "3,4,5")
     assert 1 in [line["slowest_rank"] for line in lines(tmp_path / "run", "train")][2:5]
     assert not [event for event in events(tmp_path / "run", "slow_rank") if event["rank"] == 1]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_hangs_is_named_where_collectives_wait_for_it_for_ever(
+    task: Path, tmp_path: Path, rank: int
+) -> None:
+    settings = ["evaluation.every=0", "evaluation.sets=[]", "optim.epochs=1.5", "run.timeout=2"]
+    words = [sys.executable, FAULTY, str(task), "hang", str(rank), "4", f"run.dir={tmp_path / 'run'}", *settings]
+    done = finish(words, ranks=2)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert f"rank {rank} hangs: still in forward of step 4" in state(tmp_path / "run")["reason"]
+    assert done.stderr.count(f"error: rank {rank} hangs") == 2, "each rank has said so"
 
 
 def line(step: int, rank: int, delay: float) -> dict[str, Any]:

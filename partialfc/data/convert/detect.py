@@ -1,9 +1,9 @@
-"""Which source a path is."""
+"""Which source a path is, and what the options of the command mean for it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,12 +21,14 @@ from partialfc.options import describe_unknown
 
 @dataclass(frozen=True, kw_only=True)
 class SourceOptions:
-    """How to read a source; each format takes some of these.
+    """What is known of a source besides its path; None where nothing is said.
 
     Attributes:
-        images: folder of the images that a table names by their paths.
-        image_field, label_field, key_field: names of columns, or in tars of extensions or fields of the JSON.
-        split: of a Hugging Face data set, such as ``test``.
+        images: folder of the image files that a table names.
+        image_field: column, field or extension of the image.
+        label_field: column, field or extension of the identity.
+        key_field: column of the key.
+        split: of a Parquet data set.
     """
 
     images: Path | None = None
@@ -37,63 +39,58 @@ class SourceOptions:
 
     @property
     def fields(self) -> Fields:
-        """The names of the columns."""
+        """The names of the fields."""
         return Fields(self.image_field, self.label_field, self.key_field)
 
 
 class _Format(NamedTuple):
     matches: Callable[[Path], bool]
-    open: Callable[[str, SourceOptions], Source]
-    takes: frozenset[str] = frozenset()
+    open: Callable[[Path, SourceOptions], Source]
+    options: tuple[str, ...] = ()  # that mean something
 
-
-_FIELDS = frozenset({"image_field", "label_field", "key_field"})
 
 # In the order of asking: any folder may be one of identities.
 FORMATS = {
-    "recordio": _Format(RecordIO.matches, lambda text, _: RecordIO.open(Path(text))),
+    "recordio": _Format(RecordIO.matches, lambda path, _: RecordIO.open(path)),
     "manifest": _Format(
         Manifest.matches,
-        lambda text, options: Manifest(Path(text), options.images, options.fields),
-        _FIELDS | {"images"},
+        lambda path, options: Manifest(path, options.images, options.fields),
+        ("images", "image_field", "label_field", "key_field"),
     ),
     "parquet": _Format(
         Parquet.matches,
-        lambda text, options: Parquet(Path(text), options.images, options.fields, options.split),
-        _FIELDS | {"images", "split"},
+        lambda path, options: Parquet(path, options.images, options.fields, options.split),
+        ("images", "image_field", "label_field", "key_field", "split"),
     ),
     "webdataset": _Format(
         WebDatasetTars.matches,
-        lambda text, options: WebDatasetTars(text, options.fields),
-        frozenset({"image_field", "label_field"}),
+        lambda path, options: WebDatasetTars(path, options.fields),
+        ("image_field", "label_field"),
     ),
-    "folders": _Format(FolderPerIdentity.matches, lambda text, _: FolderPerIdentity.open(Path(text))),
+    "folders": _Format(FolderPerIdentity.matches, lambda path, _: FolderPerIdentity.open(path)),
 }
 
 
-def open_source(text: str, format: str | None = None, options: SourceOptions | None = None) -> Source:
-    """Return the source at a path, or at a pattern of tars: of the named format, or of the first that recognises it.
+def open_source(path: Path, format: str | None = None, options: SourceOptions | None = None) -> Source:
+    """Return the source at a path: of the named format, or of the first one that recognises it.
 
     Raises:
-        ConfigError: the format is unknown, or does not take an option.
-        InvalidData: nothing is there, or no format recognises it.
+        ConfigError: the format is unknown, or an option means nothing to it.
+        InvalidData: no format recognises what is there.
     """
     options = options or SourceOptions()
     if format is not None and format not in FORMATS:
         raise ConfigError(f"--format: {describe_unknown(format, FORMATS)}")
-    path = Path(text)
-    if not path.exists() and not is_pattern(text):
-        raise InvalidData(f"{path} does not exist")
     name = format or next((name for name, each in FORMATS.items() if each.matches(path)), None)
     if name is None:
-        raise InvalidData(f"{path} is in none of the formats {', '.join(FORMATS)}")
-    for field in fields(options):
-        if getattr(options, field.name) is not None and field.name not in FORMATS[name].takes:
-            raise ConfigError(f"--{field.name.replace('_', '-')} has no meaning for {text}, which is read as {name}")
-    return FORMATS[name].open(text, options)
+        problem = f"is in none of the formats {', '.join(FORMATS)}" if path.exists() else "does not exist"
+        raise InvalidData(f"{path} {problem}")
+    for option, value in vars(options).items():
+        if value is not None and option not in FORMATS[name].options:
+            raise ConfigError(f"--{option.replace('_', '-')} means nothing for {path}, which is taken for {name}")
+    return FORMATS[name].open(path, options)
 
 
-def origin_of(text: str) -> Path:
+def origin_of(path: Path) -> Path:
     """Return the file or folder that a source lies in; of a pattern, the folder of its first tar."""
-    path = Path(text)
-    return path if path.exists() or not is_pattern(text) else Path(expand(text)[0]).parent
+    return path if path.exists() or not is_pattern(str(path)) else Path(expand(str(path))[0]).parent

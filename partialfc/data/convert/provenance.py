@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ _PIECE = 1 << 20
 
 def describe_source(source: Source, origin: Path) -> dict[str, Any]:
     """Return kind and name of a source and, if a file beside its data has one, the text of its licence."""
-    about = {"kind": source.kind, "name": origin.absolute().name}
+    about = {"kind": source.kind, "name": _name(origin)}
     licence = _find_licence(origin if origin.is_dir() else origin.parent)
     return about if licence is None else about | {"licence": licence}
 
@@ -42,6 +43,11 @@ def require_apart(origin: Path, out: Path) -> None:
         raise ConfigError(f"--out {out} and the source {origin} lie in one another; choose another folder to write")
 
 
+def _name(path: Path) -> str:
+    """Return the name of a file or folder; it may hold bytes that are no text, and an index may not."""
+    return os.fsencode(path.absolute().name).decode(errors="backslashreplace")
+
+
 def _describe_file(path: Path) -> dict[str, str]:
     digest = hashlib.sha256()
     try:
@@ -50,7 +56,7 @@ def _describe_file(path: Path) -> dict[str, str]:
                 digest.update(piece)
     except OSError as error:
         raise InvalidData(f"{path} cannot be read: {error.strerror}") from error
-    return {"name": path.name, "sha256": digest.hexdigest()}
+    return {"name": _name(path), "sha256": digest.hexdigest()}
 
 
 def _find_licence(folder: Path) -> str | None:

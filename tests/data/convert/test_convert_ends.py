@@ -39,7 +39,7 @@ def test_source_and_target_must_not_lie_in_one_another(tmp_path: Path, source: P
     ("name", "format", "message"),
     [
         ("none", None, "none does not exist"),
-        ("file", None, "file is in none of the formats recordio, .*, folders"),
+        ("file", None, "file is in none of the formats recordio, "),
         ("file", "folders", "file is not a folder"),
         ("file", "recordio", "byte 0: expected a record"),
         ("empty", None, "found none"),

@@ -151,4 +151,4 @@ def test_the_command_converts_pairs_and_refuses_options_that_would_change_the_be
     assert done.returncode == 0, done.stderr
     no_list = partialfc("data", "convert", tmp_path / "lfw", "--images", tmp_path, "--out", tmp_path / "other")
     assert no_list.returncode == 2
-    assert "--images is for lists of pairs" in no_list.stderr
+    assert "--images means nothing for" in no_list.stderr
