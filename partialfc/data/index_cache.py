@@ -31,7 +31,7 @@ _QUIET_SECONDS = 30.0  # of waiting, before a line says so
 def beside(shards: Sequence[Path]) -> Path:
     """Return the folder beside the first shard for the index of a set without a folder of its own."""
     folder = shards[0].parent
-    names = "\n".join(os.path.relpath(shard, folder) for shard in shards)
+    names = "\n".join(shard.name if shard.parent == folder else os.path.relpath(shard, folder) for shard in shards)
     return folder / f"partialfc-index-{_short_digest(names)}"
 
 
@@ -48,12 +48,15 @@ def open_index(indexed: IndexedSet, folder: Path, needs_table: bool, progress: P
         InvalidData: a shard is damaged or hostile.
         DataUnavailable: a shard cannot be read, no folder can be written, or another process does not finish the index.
     """
-    folders = [folder, *_user_cache(indexed)]
-    for place in folders:
+    index = _load(folder, indexed, needs_table)
+    if index is not None:
+        return index
+    elsewhere = _user_cache(indexed)
+    for place in elsewhere:
         index = _load(place, indexed, needs_table)
         if index is not None:
             return index
-    for place in folders:
+    for place in (folder, *elsewhere):
         with suppress(OSError):
             return _make(place, indexed, needs_table, progress)
     try:
@@ -87,7 +90,7 @@ def _temporary_folder() -> Path:
 
 
 def _load(folder: Path, indexed: IndexedSet, needs_table: bool) -> SampleIndex | None:
-    if needs_table and not (folder / CLASSES).is_file():
+    if needs_table and not os.path.isfile(folder / CLASSES):
         return None
     return load_index(folder / OFFSETS, indexed)
 
@@ -102,6 +105,8 @@ def _make(folder: Path, indexed: IndexedSet, needs_table: bool, progress: Progre
         _wait_for(lock, indexed)
         index = _load(folder, indexed, needs_table) if lock.waited else None
         if index is None:
+            if not lock.unsupported:  # else they may be another process's, which is at work
+                _remove_leftovers(folder)
             _write(folder, indexed, needs_table, progress, alive=lambda: _touch(lock.path))
             index = _load(folder, indexed, needs_table)
         if index is None:
@@ -111,6 +116,12 @@ def _make(folder: Path, indexed: IndexedSet, needs_table: bool, progress: Progre
         with suppress(OSError):
             lock.path.unlink()
         lock.release()
+
+
+def _remove_leftovers(folder: Path) -> None:
+    for path in folder.glob(f".{OFFSETS}.*"):
+        if path.name != _LOCK:
+            path.unlink()
 
 
 def _touch(path: Path) -> None:
