@@ -32,7 +32,7 @@ _QUIET_SECONDS = 30.0  # of waiting, before a line says so
 def beside(shards: Sequence[Path]) -> Path:
     """Return the folder beside the first shard for the index of a set without a folder of its own."""
     folder = shards[0].parent
-    names = "\n".join(os.path.relpath(shard, folder) for shard in shards)
+    names = "\n".join(shard.name if shard.parent == folder else os.path.relpath(shard, folder) for shard in shards)
     return folder / f"partialfc-index-{_short_digest(names)}"
 
 
@@ -49,12 +49,15 @@ def open_index(indexed: IndexedSet, folder: Path, needs_table: bool, progress: P
         InvalidData: a shard is damaged or hostile.
         DataUnavailable: a shard cannot be read, no folder can be written, or another process does not finish the index.
     """
-    folders = [folder, *_user_cache(indexed)]
-    for place in folders:
+    index = _load(folder, indexed, needs_table)
+    if index is not None:
+        return index
+    elsewhere = _user_cache(indexed)
+    for place in elsewhere:
         index = _load(place, indexed, needs_table)
         if index is not None:
             return index
-    for place in folders:
+    for place in (folder, *elsewhere):
         with suppress(OSError):
             return _make(place, indexed, needs_table, progress)
     try:
@@ -88,7 +91,7 @@ def _temporary_folder() -> Path:
 
 
 def _load(folder: Path, indexed: IndexedSet, needs_table: bool) -> SampleIndex | None:
-    if needs_table and not (folder / CLASSES).is_file():
+    if needs_table and not os.path.isfile(folder / CLASSES):
         return None
     return load_index(folder / OFFSETS, indexed)
 
@@ -103,7 +106,8 @@ def _make(folder: Path, indexed: IndexedSet, needs_table: bool, progress: Progre
         _wait_for(lock, indexed)
         index = _load(folder, indexed, needs_table)  # another process may just have made it
         if index is None:
-            _remove_leftovers(folder)
+            if not lock.unsupported:  # else they may be another process's, which is at work
+                _remove_leftovers(folder)
             _write(folder, indexed, needs_table, progress, alive=lambda: _touch(lock.path))
             index = _load(folder, indexed, needs_table)
         if index is None:
@@ -116,14 +120,9 @@ def _make(folder: Path, indexed: IndexedSet, needs_table: bool, progress: Progre
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Remove what killed processes of this host have left, which may be gigabytes."""
-    for path in folder.glob(_temporary_name("*")):
-        with suppress(OSError):
+    for path in folder.glob(f".{OFFSETS}.*"):
+        if path.name != _LOCK:
             path.unlink()
-
-
-def _temporary_name(process: int | str) -> str:
-    return f".{OFFSETS}.{socket.gethostname()}-{process}"
 
 
 def _touch(path: Path) -> None:
@@ -151,7 +150,7 @@ def _wait_for(lock: FileLock, indexed: IndexedSet) -> None:
 
 
 def _write(folder: Path, indexed: IndexedSet, needs_table: bool, progress: Progress, alive: Callable[[], None]) -> None:
-    temporary = folder / _temporary_name(os.getpid())
+    temporary = folder / f".{OFFSETS}.{socket.gethostname()}-{os.getpid()}"
     table = temporary.with_name(f"{temporary.name}.classes")
     try:
         # Renamed, not synced to the disk: an index that a crash tears is found to be damaged, and made again.

@@ -23,7 +23,7 @@ def set_folder(source: DataPath) -> Path | None:
     if not isinstance(source, (str, Path)):
         return None
     path = Path(source)
-    if path.is_dir():
+    if os.path.isdir(path):
         is_of_ours = any(os.path.lexists(path / name) for name in (INDEX, CLASSES, UNFINISHED))  # if incomplete
         return path if is_of_ours or not _tars_in(path) else None
     return None if path.suffix == ".tar" or is_pattern(str(source)) else path
@@ -32,8 +32,8 @@ def set_folder(source: DataPath) -> Path | None:
 def exists(source: DataPath) -> bool:
     """Return True if a set is there, as far as its first file says."""
     if isinstance(source, (str, Path)) and not is_pattern(str(source)):
-        return Path(source).exists()
-    return any(path.exists() for path in list_shards(source)[:1])
+        return os.path.exists(source)
+    return os.path.exists(list_shards(source)[0])
 
 
 def list_shards(source: DataPath) -> list[Path]:
@@ -63,10 +63,10 @@ def describe(source: DataPath) -> str:
 
 
 def _shards_of(part: Path | str) -> list[Path]:
-    paths = [Path(part)] if Path(part).exists() else [Path(name) for name in expand(str(part))]
+    paths = [Path(part)] if os.path.exists(part) else [Path(name) for name in expand(str(part))]
     found: list[Path] = []
     for path in paths:
-        if not path.is_dir():
+        if not os.path.isdir(path):
             found.append(path)
         elif os.path.lexists(path / INDEX):
             raise InvalidData(f"{path} is a data set folder of its own; a list gives the shards of one set")

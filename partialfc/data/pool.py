@@ -66,9 +66,9 @@ class Pool:
 
 def _begin_worker(reader: Connection, lifeline: Connection) -> None:
     lifeline.close()  # this process's copy would keep it open
-    # What this process's parent does at a signal is not for its workers.
+    # Signals often go to all processes of a group. What they mean is for the parent to say, with whom workers end.
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, args=(reader,), daemon=True).start()
 
 

@@ -205,7 +205,7 @@ class TarReader:
             length = content[start:space]
             stop = start + int(length) if space > start and length.isdigit() else 0
             key, equals, value = content[space + 1 : stop - 1].partition(b"=")
-            if not space < stop <= end or content[stop - 1] != 0x0A or not equals:
+            if not start < space < stop <= end or content[stop - 1] != 0x0A or not equals:
                 self._refuse(position, f"damaged PAX header: no record at its byte {start}")
             start = stop
             if key.startswith(b"GNU.sparse."):

@@ -40,6 +40,8 @@ class Choice:
         """Leave out the records with these keys; return the keys that occur."""
         hashes = np.unique(np.array([zlib.crc32(key.encode()) for key in keys], dtype=np.uint32))
         found = set[str]()
+        if not keys:
+            return found
         for numbers, _, found_hashes in self._pieces():
             candidates = numbers[np.isin(found_hashes, hashes)]
             for number, record in zip(candidates.tolist(), self.listing.records(candidates), strict=True):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from partialfc.data.convert.plan import Selection
-from partialfc.data.convert.source import Source
 from partialfc.errors import ConfigError, InvalidData
 from partialfc.files import open_regular, read_bounded
 
@@ -17,9 +17,9 @@ _SUFFIXES = ("", ".txt", ".md")
 _MAX_LICENCE_BYTES = 64 << 10
 
 
-def describe_source(source: Source, origin: Path) -> dict[str, Any]:
+def describe_source(kind: str, origin: Path) -> dict[str, Any]:
     """Return kind and name of a source and, if a file beside its data has one, the text of its licence."""
-    about = {"kind": source.kind, "name": origin.absolute().name}
+    about = {"kind": kind, "name": _name(origin)}
     licence = _find_licence(origin if origin.is_dir() else origin.parent)
     return about if licence is None else about | {"licence": licence}
 
@@ -41,13 +41,18 @@ def require_apart(origin: Path, out: Path) -> None:
         raise ConfigError(f"--out {out} and the source {origin} lie in one another; choose another folder to write")
 
 
+def _name(path: Path) -> str:
+    """Return the name of a file or folder; it may hold bytes that are no text, and an index may not."""
+    return os.fsencode(path.absolute().name).decode(errors="backslashreplace")
+
+
 def _describe_file(path: Path) -> dict[str, str]:
     try:
         with open_regular(path) as file:
             digest = hashlib.file_digest(file, "sha256")
     except OSError as error:
         raise InvalidData(f"{path} cannot be read: {error.strerror}") from error
-    return {"name": path.name, "sha256": digest.hexdigest()}
+    return {"name": _name(path), "sha256": digest.hexdigest()}
 
 
 def _find_licence(folder: Path) -> str | None:

@@ -6,7 +6,6 @@ records, without an image: one that names the range of images, and one for each 
 
 from __future__ import annotations
 
-import os
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from partialfc.data.convert.source_files import file_state, open_file
 from partialfc.errors import DataUnavailable, InvalidData
 from partialfc.files import read_bounded
 
-_PART_BYTES = 4 << 20  # of an .idx: some 200,000 records
+_PART_BYTES = 1 << 20  # of an .idx: some 50,000 records
 _PIECE = 1 << 20
 _MAX_LINE = 64  # bytes of an .idx
 _MAX_PROPERTY = 4096  # bytes
@@ -157,7 +156,11 @@ class RecordIO(Source):
             key, _, place = line.rstrip().partition(b"\t")
             if not key or not place.isdigit() or len(line) == _MAX_LINE:
                 raise InvalidData(f"{self.index}: byte {begin:,}: expected a key, a tab and a number, got {line!r}")
-            yield begin, key.decode() if key.isdigit() else sample_key(os.fsdecode(key)), int(place)
+            yield (
+                begin,
+                key.decode() if key.isdigit() else sample_key(key.decode("utf-8", "surrogateescape")),
+                int(place),
+            )
             begin += len(line)
 
 

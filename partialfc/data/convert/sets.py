@@ -16,7 +16,9 @@ from partialfc.data.convert.plan import SetPlan
 from partialfc.data.convert.shards import Bad, ShardJob, ShardResult, read_result
 from partialfc.data.convert.source import Source
 from partialfc.data.writer import complete_dataset
-from partialfc.errors import DataError
+from partialfc.errors import ConfigError, DataError
+
+_MAX_SHARDS = 150_000  # in an index of 32 MiB
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,16 @@ class SetInProgress:
         samples_per_shard: int,
         images: ImageSettings,
     ) -> SetInProgress:
-        """Return the set that goes into ``folder``, with what ``results`` holds of an earlier process."""
+        """Return the set that goes into ``folder``, with what ``results`` holds of an earlier process.
+
+        Raises:
+            ConfigError: there would be more shards than an index can list.
+        """
+        if plan.num_records > _MAX_SHARDS * samples_per_shard:
+            raise ConfigError(
+                f"samples_per_shard: {plan.num_records:,} images in shards of {samples_per_shard:,} would be more than "
+                f"{_MAX_SHARDS:,} shards; raise it"
+            )
         if source.in_blocks:
             shuffle_blocks(plan.records, listing)
         folder.mkdir(exist_ok=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -17,12 +18,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from partialfc.data.convert import pipeline
+from partialfc.data.convert import pipeline, sets
 from partialfc.data.convert.pipeline import Options, convert
 from partialfc.data.convert.shards import write_shard
 from partialfc.data.convert.source import Record, Source, Unreadable
 from partialfc.data.dataset import TarDataset
-from partialfc.errors import DataError, InvalidData
+from partialfc.errors import ConfigError, DataError, InvalidData
 from tests.harness.converting import content, picture, run, samples, write_folders
 
 IDENTITIES = {"ada": 7, "ben": 1, "eve": 4, "zoe": 11}
@@ -65,6 +66,23 @@ def test_the_index_tells_source_licence_and_options(tmp_path: Path) -> None:
     assert index["options"]["selection"]["min_samples"] == 2
     assert index["options"]["selection"]["exclude"]["name"] == "no.csv"
     assert str(tmp_path) not in json.dumps(index)
+
+
+def test_names_that_are_no_text_are_recorded(tmp_path: Path) -> None:
+    try:
+        source = write_folders(tmp_path / os.fsdecode(b"caf\xe9"), IDENTITIES)
+    except OSError:
+        pytest.skip("this file system takes no names that are not UTF-8")
+    run(source, tmp_path / "out")
+    assert TarDataset(tmp_path / "out").index["source"]["name"] == r"caf\xe9"
+
+
+def test_more_shards_than_an_index_can_list_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_folders(tmp_path / "in", IDENTITIES)
+    monkeypatch.setattr(sets, "_MAX_SHARDS", 5)
+    with pytest.raises(ConfigError, match="23 images in shards of 4 would be more than 5 shards; raise it"):
+        run(source, tmp_path / "out", samples_per_shard=4)
+    assert run(source, tmp_path / "out", samples_per_shard=5).num_samples == 23
 
 
 class Killed(BaseException):
@@ -124,10 +142,13 @@ def test_a_killed_command_can_be_given_again(tmp_path: Path, number: signal.Sign
     options = ["--samples-per-shard", "2", "--workers", "2", "--decode"]
     run(source, tmp_path / "whole", samples_per_shard=2, decode=True)
     command = [*COMMAND, str(source), "--out", str(tmp_path / "out"), *options]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
     while process.poll() is None and len(list((tmp_path / "out").glob("shard-*.tar"))) < 3:
         time.sleep(0.001)
-    process.send_signal(number)
+    # As a terminal and a scheduler do; a kill for want of memory is for one process.
+    os.kill(process.pid, number) if number == signal.SIGKILL else os.killpg(process.pid, number)
     said = process.communicate()[0]  # ends when no worker is left that could write there
     assert process.returncode == (-9 if number == signal.SIGKILL else 75), said
     assert "Traceback" not in said

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from partialfc.data.convert.listing import ROW
 from partialfc.data.dataset import TarDataset
 from tests.harness.converting import picture
 from tests.harness.recordio_files import record, write_rec
@@ -37,6 +40,48 @@ def peak_of_conversion(source: Path, out: Path, workers: int, max_samples: int) 
 def write_source(folder: Path, records: int, identities: int) -> Path:
     image = picture(0)
     return write_rec(folder, (record(image, float(i % identities)) for i in range(records)))
+
+
+PLANNER = """
+import sys, threading, time
+from pathlib import Path
+from partialfc.data.convert.listing import Listing
+from partialfc.data.convert.plan import Selection, make_plan
+
+def anonymous():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) * 1024
+
+folder = Path(sys.argv[1])
+listing = Listing.open(folder)
+before, seen = anonymous(), []
+
+def watch():
+    while True:
+        seen.append(anonymous())
+        time.sleep(0.005)
+
+threading.Thread(target=watch, daemon=True).start()
+make_plan(listing, Selection(max_samples=30, holdout=100), folder)
+print(max(seen) - before)
+"""
+
+
+def write_listing(folder: Path, records: int, identities: int) -> None:
+    """Write a listing of records without texts, which a plan does not read."""
+    rows = np.zeros(records, ROW)
+    rows["identity"] = np.arange(records) % identities
+    rows["hash"] = np.random.default_rng(0).integers(2**32, size=records, dtype=np.uint32)
+    rows.tofile(folder / "rows")
+    (folder / "names").write_text("".join(f"{i}\0" for i in range(identities)))
+    summary = {"records": records, "identities": identities, "bytes": 0, "skipped": {}}
+    (folder / "listing.json").write_text(json.dumps(summary))
+
+
+@pytest.mark.slow
+def test_a_plan_takes_less_than_16_bytes_of_private_memory_a_record(tmp_path: Path) -> None:
+    write_listing(tmp_path, 20_000_000, 50_000)
+    found = subprocess.run([sys.executable, "-c", PLANNER, str(tmp_path)], check=True, capture_output=True, text=True)
+    assert int(found.stdout) < 16 * 20_000_000
 
 
 @pytest.mark.slow

@@ -157,6 +157,20 @@ def test_a_file_that_is_gone_since_it_was_listed_ends_the_conversion(tmp_path: P
         list(source.read(records))
 
 
+def test_a_file_that_the_permissions_forbid_is_a_bad_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_folders(tmp_path / "in", {"a": 3})
+    real = folders.read_bounded
+
+    def read(path: str, limit: int) -> bytes:
+        if path.endswith("001.png"):
+            raise PermissionError(13, "Permission denied")
+        return real(path, limit)
+
+    monkeypatch.setattr(folders, "read_bounded", read)
+    assert run(source, tmp_path / "out", max_bad=0.5).num_bad == 1
+    assert "a/001,permission denied" in (tmp_path / "out" / "bad.csv").read_text()
+
+
 def test_many_identities_are_listed_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = write_folders(tmp_path / "in", {f"{i:02d}": 1 for i in range(12)})
     run(root, tmp_path / "one")
