@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from partialfc.data.index import INDEX
 from partialfc.data.writer import remove_dataset
-from partialfc.errors import DataError
+from partialfc.errors import ConfigError, DataError
 from partialfc.files import FileLock, read_json, write_atomically
 
 VERIFICATION, PROTOCOL, BAD = "verification", "protocol.json", "bad.csv"
@@ -29,16 +29,17 @@ class Workspace:
         overwrite: clear what is there of an earlier data set or an unfinished one; other files stay.
 
     Raises:
-        DataError: the folder holds something else, another job, or another process works there.
+        ConfigError: the folder holds something else, or another job.
+        DataError: another process works there.
     """
 
     def __init__(self, out: Path, job: dict[str, Any], overwrite: bool) -> None:
         self.out = out
         self.folder = out / _FOLDER
         if out.exists() and not out.is_dir():
-            raise DataError(f"{out} is not a folder")
+            raise ConfigError(f"{out} is not a folder")
         if not overwrite and not self.folder.is_dir() and out.is_dir() and any(out.iterdir()):
-            raise DataError(f"{out} is not empty; choose another folder, or pass --overwrite")
+            raise ConfigError(f"{out} is not empty; choose another folder, or pass --overwrite")
         self.listing = self.folder / "listing"
         self.listing.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(self.folder / _LOCK)
@@ -54,13 +55,13 @@ class Workspace:
     def _begin(self, job: dict[str, Any], overwrite: bool) -> None:
         found = self._found_job()
         if found is None and not overwrite and (self.out / INDEX).exists():
-            raise DataError(f"{self.out} is not empty; choose another folder, or pass --overwrite")
+            raise ConfigError(f"{self.out} is not empty; choose another folder, or pass --overwrite")
         self.resumed = found == job and not overwrite
         if not self.resumed:
             begun = any(self.folder.glob("shards-*/*.json"))
             if found is not None and begun and not overwrite:
                 differing = ", ".join(sorted(name for name in job if found.get(name) != job[name]))
-                raise DataError(
+                raise ConfigError(
                     f"{self.out} holds an unfinished conversion with other options or another source ({differing}); "
                     "give the same ones to go on with it, or pass --overwrite to begin anew"
                 )

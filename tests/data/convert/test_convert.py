@@ -189,7 +189,7 @@ def test_images_that_are_all_bad_are_no_data_set(tmp_path: Path) -> None:
     source = write_folders(tmp_path / "in", {"a": 2})
     for path in source.rglob("*.png"):
         path.write_bytes(b"no image")
-    with pytest.raises(DataError, match="none of the images could be used"):
+    with pytest.raises(InvalidData, match="none of the images could be used"):
         run(source, tmp_path / "out", max_bad=1.0)
     assert not (tmp_path / "out" / "index.json").exists()
 
@@ -244,9 +244,9 @@ def test_a_changed_source_is_not_gone_on_with(tmp_path: Path, monkeypatch: pytes
     source = write_folders(tmp_path / "in", IDENTITIES)
     stop_after(monkeypatch, 1, source, tmp_path / "out", samples_per_shard=5)
     (source / "ada" / "new.png").write_bytes(picture(99))
-    with pytest.raises(DataError, match=r"other options or another source \(source\)"):
+    with pytest.raises(ConfigError, match=r"other options or another source \(source\)"):
         run(source, tmp_path / "out", samples_per_shard=5)
-    with pytest.raises(DataError, match=r"\(images, samples_per_shard, source\)"):
+    with pytest.raises(ConfigError, match=r"\(images, samples_per_shard, source\)"):
         run(source, tmp_path / "out", samples_per_shard=6, decode=True)
     assert run(source, tmp_path / "out", samples_per_shard=5, overwrite=True).num_samples == 24
 
