@@ -7,7 +7,6 @@ import mmap
 import shutil
 import zlib
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -105,7 +104,7 @@ def make_listing(source: Source, folder: Path, pool: Pool, progress: Progress) -
             skipped.update(left_out)
             advance(note=f"{num_records:,} images")
     if not num_records:
-        raise InvalidData(f"no images were found{': ' if skipped else ''}{describe_skipped(skipped)}")
+        raise InvalidData(f"{source.kind}: no images were found{': ' if skipped else ''}{describe_skipped(skipped)}")
     (folder / _NAMES).write_bytes("".join(f"{name}\0" for name in numbers).encode())
     summary = {"records": num_records, "identities": len(numbers), "bytes": num_bytes, "skipped": skipped}
     write_atomically(folder / _SUMMARY, json.dumps(summary))
@@ -130,7 +129,10 @@ def _list_part(source: Source, part: Any, stem: Path) -> dict[str, int]:
             if not isinstance(record, Record):
                 skipped[record.reason] += 1
                 continue
-            identity = numbers.setdefault(record.identity, len(numbers))
+            identity = numbers.get(record.identity)
+            if identity is None:
+                _check_name(record, source.kind)
+                identity = numbers[record.identity] = len(numbers)
             key = record.key.encode()
             text = b"%b\0%b\0" % (key, record.path.encode("utf-8", "surrogateescape"))
             texts.write(text)
@@ -140,21 +142,21 @@ def _list_part(source: Source, part: Any, stem: Path) -> dict[str, int]:
                 rows.write(np.array(chunk, ROW).tobytes())
                 chunk.clear()
         rows.write(np.array(chunk, ROW).tobytes())
-    _check_names(numbers, source.kind)
     stem.with_suffix(".names").write_bytes("".join(f"{name}\0" for name in numbers).encode())
     return dict(skipped)
 
 
-def _check_names(names: Iterable[str], kind: str) -> None:
-    for name in names:
-        try:
-            size = len(name.encode())
-        except UnicodeEncodeError:
-            size = 0
-        if not 0 < size <= _MAX_NAME_BYTES or "\0" in name:
-            raise InvalidData(
-                f"{kind}: an identity's name must be 1 to {_MAX_NAME_BYTES:,} bytes of text, got {name[:80]!r}"
-            )
+def _check_name(record: Record, kind: str) -> None:
+    name = record.identity
+    try:
+        size = len(name.encode())
+    except UnicodeEncodeError:
+        size = 0
+    if not 0 < size <= _MAX_NAME_BYTES or "\0" in name:
+        raise InvalidData(
+            f"{kind}: sample {record.key!r}: an identity's name must be 1 to {_MAX_NAME_BYTES:,} bytes of text without "
+            f"NUL, got {name[:80]!r}"
+        )
 
 
 def _append(stem: Path, rows: BinaryIO, texts: BinaryIO, numbers: dict[str, int]) -> tuple[int, int]:

@@ -53,7 +53,7 @@ class RecordIO(Source):
         """Return the source for a ``.rec``, or for a folder with one.
 
         Raises:
-            InvalidData: the folder has none, or several and no ``train.rec``.
+            InvalidData: it is no file, or the folder has none, or several and no ``train.rec``.
         """
         if path.is_dir():
             found = sorted(path.glob("*.rec"))
@@ -62,6 +62,8 @@ class RecordIO(Source):
             if not found:
                 raise InvalidData(f"{path}: expected a file train.rec, or a single .rec; or name the .rec itself")
             path = found[0]
+        if not path.is_file():
+            raise InvalidData(f"{path} is no file; expected a .rec, or a folder with one")
         index, about = path.with_suffix(".idx"), path.with_name("property")
         return cls(path, index if index.exists() else None, about if about.exists() else None)
 
