@@ -17,7 +17,7 @@ import numpy.typing as npt
 from partialfc.data.convert.source import Record, Source
 from partialfc.data.pool import Pool
 from partialfc.errors import InvalidData
-from partialfc.files import open_new, read_json, write_atomically
+from partialfc.files import open_new, read_json, sync_to_disk, write_atomically
 from partialfc.tracking.console import Progress
 
 ROW = np.dtype(
@@ -32,6 +32,7 @@ ROW = np.dtype(
 )
 
 _ROWS, _TEXTS, _NAMES, _SUMMARY = "rows", "texts", "names", "listing.json"
+_FILES = _ROWS, _TEXTS, _NAMES
 _MAX_NAME_BYTES = 4096  # of an identity; a line of the class table may have 64 KiB
 _CHUNK = 1 << 14  # records in memory at a time
 _MAX_SUMMARY = 1 << 20
@@ -55,13 +56,15 @@ class Listing:
 
     @classmethod
     def open(cls, folder: Path) -> Listing | None:
-        """Return the listing in a folder; None if it is not complete."""
+        """Return the listing in a folder; None if it is not complete, or was damaged since: it can be made again."""
         try:
             summary = read_json(folder / _SUMMARY, _MAX_SUMMARY)
-        except FileNotFoundError:
+            if _sizes(folder) != summary["sizes"]:
+                return None
+            rows = np.memmap(folder / _ROWS, ROW, mode="r", shape=(summary["records"],))
+            return cls(folder, rows, summary["identities"], summary["bytes"], summary["skipped"])
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
-        rows = np.memmap(folder / _ROWS, ROW, mode="r", shape=(summary["records"],))
-        return cls(folder, rows, summary["identities"], summary["bytes"], summary["skipped"])
 
     def names(self) -> list[str]:
         """Return the names of the identities, by number."""
@@ -106,11 +109,18 @@ def make_listing(source: Source, folder: Path, pool: Pool, progress: Progress) -
     if not num_records:
         raise InvalidData(f"{source.kind}: no images were found{': ' if skipped else ''}{describe_skipped(skipped)}")
     (folder / _NAMES).write_bytes("".join(f"{name}\0" for name in numbers).encode())
+    for name in _FILES:
+        sync_to_disk(folder / name)  # before the summary, which says that they are complete
     summary = {"records": num_records, "identities": len(numbers), "bytes": num_bytes, "skipped": skipped}
+    summary["sizes"] = _sizes(folder)
     write_atomically(folder / _SUMMARY, json.dumps(summary))
     listing = Listing.open(folder)
     assert listing is not None
     return listing
+
+
+def _sizes(folder: Path) -> list[int]:
+    return [(folder / name).stat().st_size for name in _FILES]
 
 
 def describe_skipped(skipped: dict[str, int]) -> str:
