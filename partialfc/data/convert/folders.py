@@ -13,6 +13,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+from partialfc.data.convert.image_root import too_large
 from partialfc.data.convert.source import Record, Skipped, Source, Unreadable, sample_key
 from partialfc.errors import DataUnavailable, InvalidData
 from partialfc.files import read_bounded
@@ -88,6 +89,9 @@ class FolderPerIdentity(Source):
     def read(self, records: Sequence[Record]) -> Iterator[bytes | Unreadable]:
         """Yield the content of the files; one that the permissions forbid is unreadable."""
         for record in records:
+            if refused := too_large(record.size):
+                yield refused
+                continue
             try:
                 # No more than was listed, which bounds the memory.
                 yield read_bounded(self._native(record.path), record.size)

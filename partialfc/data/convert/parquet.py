@@ -19,7 +19,7 @@ from typing import Any
 
 from partialfc.data.convert.fields import Fields, identity_text, require_key
 from partialfc.data.convert.found_files import file_states, files_below, has_file_below
-from partialfc.data.convert.image_root import MAX_IMAGE_BYTES, ImageRoot
+from partialfc.data.convert.image_root import ImageRoot, too_large
 from partialfc.data.convert.parquet_file import ParquetTable, open_table
 from partialfc.data.convert.source import Record, Skipped, Source, Unreadable, sample_key
 from partialfc.errors import InvalidData
@@ -133,10 +133,10 @@ class Parquet(Source):
                 yield self._image(*image)
 
     def _image(self, content: bytes | None, path: str | None) -> bytes | Unreadable:
-        if content is not None and len(content) > MAX_IMAGE_BYTES:
-            return Unreadable(f"has {len(content):,} bytes, more than an image can have")
-        if content is not None or not path:
-            return Unreadable("is null") if content is None else content
+        if content is not None:
+            return too_large(len(content)) or content
+        if not path:
+            return Unreadable("is null")
         try:
             return self._root.read(self._root.relative(path))
         except ValueError as error:

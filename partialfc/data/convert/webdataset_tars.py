@@ -14,7 +14,7 @@ from typing import Any
 
 from partialfc.data.convert.fields import Fields, identity_text
 from partialfc.data.convert.found_files import file_states
-from partialfc.data.convert.image_root import MAX_IMAGE_BYTES
+from partialfc.data.convert.image_root import too_large
 from partialfc.data.convert.source import Record, Skipped, Source, Unreadable, sample_key
 from partialfc.data.convert.webdataset_samples import Pair, Wanted, pairs
 from partialfc.data.plain import list_shards
@@ -89,8 +89,8 @@ class WebDatasetTars(Source):
         files: OrderedDict[int, Any] = OrderedDict()
         try:
             for record in records:
-                if record.size > MAX_IMAGE_BYTES:
-                    yield Unreadable(f"has {record.size:,} bytes or more, more than an image can have")
+                if refused := too_large(record.size):
+                    yield refused
                     continue
                 if record.file not in files:
                     if len(files) == _MAX_OPEN_FILES:
