@@ -12,7 +12,7 @@ from PIL import Image
 from partialfc.data.dataset import DatasetWriter, TarDataset
 from partialfc.data.inspect import count_samples, describe_set, draw_sheet
 from tests.harness.data_sets import png, write_samples
-from tests.harness.running import partialfc
+from tests.harness.running import ENVIRONMENT, partialfc
 from tests.harness.tars import sample_members, write_tar
 
 
@@ -92,6 +92,13 @@ def test_the_command_takes_files_and_draws(tmp_path: Path) -> None:
     assert (tmp_path / "sheet.png").read_bytes().startswith(b"\x89PNG")
     done = partialfc("data", "inspect", *paths, "--sheet", "/nowhere/sheet.png")
     assert (done.returncode, "--sheet: /nowhere/sheet.png cannot be written" in done.stderr) == (2, True)
+
+
+def test_what_the_locale_cannot_write_is_printed_as_escapes(tmp_path: Path) -> None:
+    write_samples(tmp_path / "d", [0, 1])
+    done = partialfc("data", "inspect", tmp_path / "d", cold=True, env={**ENVIRONMENT, "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0, done.stderr
+    assert "\\u2588" in done.stdout
 
 
 @pytest.mark.parametrize("words", [["inspect", "/nowhere"], ["verify", "/nowhere"]])
