@@ -12,6 +12,8 @@ ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="YAML file, e
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="config keys to override, e.g. optim.lr=0.2")
 ]
+# With too many, all memory would go into processes before the first of them works.
+Workers = Annotated[int | None, typer.Option(min=1, max=1024, help="number of processes; default: all cores")]
 Force = Annotated[bool, typer.Option("--force", help="resume a run despite a changed config")]
 
 

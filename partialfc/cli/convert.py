@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from partialfc.cli.arguments import Workers
 from partialfc.cli.exits import STOPPED, fail
 from partialfc.errors import ConfigError, Interrupted
 from partialfc.tracking.console import console_progress, log
@@ -41,7 +42,7 @@ def convert_command(
     holdout: Annotated[int, typer.Option(min=0, help="identities set aside in OUT/verification")] = 0,
     max_bad: Annotated[float, typer.Option(min=0, max=1, help="share of images that may be unreadable")] = 0.001,
     samples_per_shard: Annotated[int, typer.Option(min=1, help="images in a tar file")] = 10_000,
-    workers: Annotated[int | None, typer.Option(min=1, help="number of processes; default: all cores")] = None,
+    workers: Workers = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the data set in --out")] = False,
 ) -> None:
     """Make a data set of images and their identities, or a verification set of pairs (.bin, pairs.txt and others).

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from partialfc.cli.arguments import group
+from partialfc.cli.arguments import Workers, group
 from partialfc.cli.convert import convert_command
 from partialfc.errors import ConfigError, InvalidData
 from partialfc.tracking.console import console_progress, format_bytes, log, printable
@@ -27,7 +27,7 @@ def glyphs_command(
     fonts: Annotated[str, typer.Option(help="small (61 MB of fonts), core (about 350 MB) or all")] = "small",
     font_dir: Annotated[Path | None, typer.Option(help="folder to search for font files first")] = None,
     cache_dir: Annotated[Path | None, typer.Option(help="folder that keeps downloaded font packages")] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="number of processes; default: all cores")] = None,
+    workers: Workers = None,
     overwrite: Annotated[bool, typer.Option(help="replace the contents of --out")] = False,
 ) -> None:
     """Draw a large-class data set from the distribution's fonts: Han characters in many typeface designs."""
@@ -85,7 +85,7 @@ def inspect_command(
 def verify_command(
     source: Source,
     max_pixels: Annotated[int, typer.Option(min=1, help="of an image, as data.max_pixels")] = 40_000_000,
-    workers: Annotated[int | None, typer.Option(min=1, help="number of processes; default: all cores")] = None,
+    workers: Workers = None,
 ) -> None:
     """Check sizes, digests, labels, class table and every image of a set: code 0 all is well, 2 there are problems."""
     from partialfc.data.plain import describe

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Sequence
-from io import TextIOWrapper
 from typing import Annotated
 
 import typer
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None, timings: Timings | None = None)
     Exit codes: 0 finished, 1 failed (the last line says why), 2 wrong usage, config or data, 75 stopped on request with
     a checkpoint written.
     """
-    if isinstance(sys.stdout, TextIOWrapper):  # a locale of 8 bits has no bars, dashes and names of other languages
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names and messages may have what the locale's encoding lacks
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app(arguments, obj=timings)

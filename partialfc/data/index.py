@@ -19,6 +19,7 @@ INDEX, CLASSES = "index.json", "classes.jsonl"
 _MAX_INDEX_BYTES = 32 << 20  # of 170,000 shards; parsed, it may take twenty times as much
 _MAX_COUNT = 1 << 53  # the largest integers that every reader of JSON takes for what they are
 _PIECE = 1 << 20
+_MADE = "`partialfc data convert` makes such folders of other formats"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +42,9 @@ def read_index(folder: Path | str) -> dict[str, Any]:
     try:
         index = read_json(path, _MAX_INDEX_BYTES)
     except FileNotFoundError as error:
-        raise InvalidData(f"{folder} is not a complete data set folder: {INDEX} is missing") from error
+        raise InvalidData(f"{folder} is not a complete data set folder: {INDEX} is missing; {_MADE}") from error
     except NotADirectoryError as error:
-        raise InvalidData(f"{folder} is a file; expected a data set folder with {INDEX}") from error
+        raise InvalidData(f"{folder} is a file; expected a data set folder with {INDEX}; {_MADE}") from error
     except OSError as error:
         raise InvalidData(f"{path} cannot be read: {error.strerror}") from error
     except ValueError as error:

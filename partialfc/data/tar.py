@@ -100,6 +100,8 @@ class TarReader:
             if not header[0] and header == _ZEROS:
                 if name is not None or pax_size is not None:
                     self._refuse(position, "the archive ends after an extended header")
+                if self.read(position, _WINDOW).strip(b"\0"):  # only padding is expected
+                    self._refuse(position, "the archive ends, but more follows; were several joined into one file?")
                 return
             size = self._checked_size(header, position)
             offset, kind = position + BLOCK, header[156:157]

@@ -17,7 +17,7 @@ from partialfc.data.index import CLASSES, INDEX, content_digest
 from partialfc.data.offsets import OFFSETS
 from partialfc.data.pairs import PAIRS
 from partialfc.data.tar import END_OF_ARCHIVE, IMAGE_EXTENSIONS, padding, ustar_header
-from partialfc.errors import DataError
+from partialfc.errors import ConfigError, DataError
 from partialfc.files import open_new, sync_to_disk, write_atomically
 
 UNFINISHED = ".unfinished"  # marks a folder in progress, which may be cleared and written again
@@ -225,8 +225,8 @@ def remove_dataset(folder: Path) -> None:
 
 
 def check_target(folder: Path, overwrite: bool) -> None:
-    """Raise a DataError if ``folder`` is not empty, unless ``overwrite`` is set or an interrupted writer left it."""
+    """Raise a ConfigError if ``folder`` is not empty, unless ``overwrite`` is set or an interrupted writer left it."""
     if folder.exists() and not folder.is_dir():
-        raise DataError(f"{folder} is not a folder")
+        raise ConfigError(f"{folder} is not a folder")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite and not (folder / UNFINISHED).exists():
-        raise DataError(f"{folder} is not empty; choose another folder, or pass --overwrite")
+        raise ConfigError(f"{folder} is not empty; choose another folder, or pass --overwrite")

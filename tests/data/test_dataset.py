@@ -17,7 +17,7 @@ from PIL import Image
 from partialfc.data.dataset import DatasetWriter, TarDataset
 from partialfc.data.tar import ustar_header
 from partialfc.data.writer import UNFINISHED
-from partialfc.errors import DataError
+from partialfc.errors import ConfigError, DataError
 
 
 def png(value: int, size: int = 8) -> bytes:
@@ -126,7 +126,7 @@ def test_a_folder_is_complete_only_after_finish(tmp_path: Path) -> None:
 def test_a_folder_in_use_is_refused_and_overwritten_only_on_request(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "d")
     (folder / "mine.txt").write_text("keep")
-    with pytest.raises(DataError, match="not empty"):
+    with pytest.raises(ConfigError, match="not empty"):
         DatasetWriter(folder)
     assert len(TarDataset(folder)) == 25
     with DatasetWriter(folder, overwrite=True) as writer:

@@ -146,7 +146,7 @@ def test_an_interrupted_run_starts_again_without_overwrite(
 
 def test_a_folder_with_other_things_is_refused_before_any_work(tiny: None, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(DataError, match="not empty"):
+    with pytest.raises(ConfigError, match="not empty"):
         make_glyphs(tmp_path, 50, 32, "all", cache_dir=tmp_path / "nothing-fetched")
     assert os.listdir(tmp_path) == ["thesis.txt"]
 

@@ -205,6 +205,7 @@ def test_what_is_no_set_is_explained(tmp_path: Path) -> None:
         ([whole], "a data set folder of its own"),
         ([tmp_path / "d", tmp_path / "d" / "train-000.tar"], "listed twice"),
         ([tmp_path / "empty"], "no shards"),
+        (write_tar(tmp_path / "bare.tar", []), r"bare\.tar: no samples; expected images with a \.cls"),
     ]
     for source, message in cases:
         with pytest.raises(DataError, match=message):

@@ -130,6 +130,7 @@ HOSTILE = {
     "size in base 256 overflowing": ([header(size=b"\x80\x7f" + b"\xff" * 10)], "size"),
     "size not octal": ([header(size=b"9\0")], "size"),
     "size with an underscore": ([header(size=b"0_1\0")], "size"),
+    "archives joined": ([make_tar([("b.png", b"1")]), make_tar([("c.png", b"2")])], "several joined into one file"),
     "size beyond the end": ([header(size=b"%011o\0" % 9999)], "truncated"),
 }
 

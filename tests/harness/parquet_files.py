@@ -19,7 +19,7 @@ def image_struct(images: Sequence[tuple[bytes | None, str | None] | None]) -> pa
     return pa.array([None if each is None else {"bytes": each[0], "path": each[1]} for each in images], kind)
 
 
-def class_label(column: str, names: list[str]) -> dict[bytes, bytes]:
+def class_label(column: str, names: object) -> dict[bytes, bytes]:
     """The metadata that names the classes of a column."""
     features = {"image": {"_type": "Image"}, column: {"names": names, "_type": "ClassLabel"}}
     return {b"huggingface": json.dumps({"info": {"features": features}}).encode()}

@@ -75,5 +75,5 @@ def test_a_budget_that_costs_speed_is_said(config_file: Path) -> None:
 
 def test_a_file_is_no_data_set(config_file: Path, tmp_path: Path) -> None:
     (tmp_path / "train.rec").touch()
-    with pytest.raises(DataError, match=r"train.rec is a file; expected a data set folder with index.json$"):
+    with pytest.raises(DataError, match=r"is a file; expected a data set folder .*`partialfc data convert` makes"):
         read_index(tmp_path / "train.rec")

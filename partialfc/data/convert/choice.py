@@ -101,10 +101,9 @@ class Choice:
         for start in range(0, len(self.listing.rows), _PIECE):
             rows = self.listing.rows[start : start + _PIECE]
             groups = self.group[rows["identity"]]
-            taken = self.kept[start : start + _PIECE] & (groups >= 0)
+            numbers = np.flatnonzero(self.kept[start : start + _PIECE] & (groups >= 0))
             if chosen is not None:
-                taken &= chosen[groups]
-            numbers = np.flatnonzero(taken)
+                numbers = numbers[chosen[groups[numbers]]]
             yield start + numbers, groups[numbers], rows["hash"][numbers]
 
 

@@ -65,7 +65,7 @@ def _choose(columns: Sequence[str], wanted: str | None, usual: Sequence[str], wh
         found = [column for column in columns if column == wanted]
         expected = f"a column {wanted!r}"
     if len(found) != 1:
-        have = ", ".join(map(repr, (found or columns)[:20])) or "none"
+        have = ", ".join(map(repr, (found or columns)[:20]))[:500] or "none"
         problem = "several could be meant" if found else f"{expected} was expected"
         raise InvalidData(f"{where}: {problem}, there are {have}; name the right one with --{what}-field")
     return found[0]

@@ -13,17 +13,8 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from partialfc.data.convert.source import (
-    EXTENSIONS,
-    MAX_IMAGE_BYTES,
-    MAX_SIZE,
-    TOO_LARGE,
-    Record,
-    Skipped,
-    Source,
-    Unreadable,
-    sample_key,
-)
+from partialfc.data.convert.image_root import too_large
+from partialfc.data.convert.source import EXTENSIONS, MAX_SIZE, Record, Skipped, Source, Unreadable, sample_key
 from partialfc.errors import DataUnavailable, InvalidData
 from partialfc.files import read_bounded
 
@@ -95,8 +86,8 @@ class FolderPerIdentity(Source):
     def read(self, records: Sequence[Record]) -> Iterator[bytes | Unreadable]:
         """Yield the content of the files; one that the permissions forbid is unreadable."""
         for record in records:
-            if record.size > MAX_IMAGE_BYTES:
-                yield TOO_LARGE
+            if refused := too_large(record.size):
+                yield refused
                 continue
             try:
                 # No more than was listed, which bounds the memory.

@@ -8,15 +8,23 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from partialfc.data.convert.source import MAX_IMAGE_BYTES, Unreadable
+from partialfc.data.convert.source import Unreadable
 from partialfc.errors import DataUnavailable, InvalidData
 from partialfc.files import read_bounded
 
+_MAX_IMAGE_BYTES = 512 << 20  # more than any image that the trainer takes by default
 _NO_NAME = "cannot be opened: no file can have such a name"  # a NUL, half of a UTF-16 pair
 
 # What is wrong with one file; other errors are of the disk or the network, and may be gone next time.
 _NO_FILE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EINVAL, errno.EFBIG, errno.ENXIO}
+
+
+def too_large(num_bytes: int) -> Unreadable | None:
+    """Return why an image of so many bytes is not read; None if it may be one."""
+    if num_bytes <= _MAX_IMAGE_BYTES:
+        return None
+    return Unreadable(f"has {num_bytes:,} bytes, more than an image can have")
 
 
 def read_image(path: str) -> bytes | Unreadable:
@@ -26,7 +34,7 @@ def read_image(path: str) -> bytes | Unreadable:
         DataUnavailable: the disk or the network fails.
     """
     try:
-        return read_bounded(path, MAX_IMAGE_BYTES)
+        return read_bounded(path, _MAX_IMAGE_BYTES)
     except ValueError:
         return Unreadable(_NO_NAME)
     except OSError as error:

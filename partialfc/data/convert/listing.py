@@ -33,6 +33,7 @@ ROW = np.dtype(
 )
 
 _ROWS, _TEXTS, _NAMES, _SUMMARY = "rows", "texts", "names", "listing.json"
+_FILES = _ROWS, _TEXTS, _NAMES
 _MAX_NAME_BYTES = 4096  # of an identity; a line of the class table may have 64 KiB
 _CHUNK = 1 << 14  # records in memory at a time
 _MAX_SUMMARY = 1 << 20
@@ -56,13 +57,15 @@ class Listing:
 
     @classmethod
     def open(cls, folder: Path) -> Listing | None:
-        """Return the listing in a folder; None if it is not complete."""
+        """Return the listing in a folder; None if it is not complete, or was damaged since: it can be made again."""
         try:
             summary = read_json(folder / _SUMMARY, _MAX_SUMMARY)
-        except FileNotFoundError:
+            if _sizes(folder) != summary["sizes"]:
+                return None
+            rows = np.memmap(folder / _ROWS, ROW, mode="r", shape=(summary["records"],))
+            return cls(folder, rows, summary["identities"], summary["bytes"], summary["skipped"])
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
             return None
-        rows = np.memmap(folder / _ROWS, ROW, mode="r", shape=(summary["records"],))
-        return cls(folder, rows, summary["identities"], summary["bytes"], summary["skipped"])
 
     def names(self) -> list[str]:
         """Return the names of the identities, by number."""
@@ -105,15 +108,20 @@ def make_listing(source: Source, folder: Path, pool: Pool, progress: Progress) -
             skipped.update(left_out)
             advance(note=f"{num_records:,} images")
     if not num_records:
-        raise InvalidData(f"no images were found{': ' if skipped else ''}{describe_skipped(skipped)}")
+        raise InvalidData(f"{source.kind}: no images were found{': ' if skipped else ''}{describe_skipped(skipped)}")
     _write_names(folder / _NAMES, numbers)
-    for name in (_ROWS, _TEXTS, _NAMES):  # the summary says that they are whole, after a power failure too
-        sync_to_disk(folder / name)
+    for name in _FILES:
+        sync_to_disk(folder / name)  # before the summary, which says that they are complete
     summary = {"records": num_records, "identities": len(numbers), "bytes": num_bytes, "skipped": skipped}
+    summary["sizes"] = _sizes(folder)
     write_atomically(folder / _SUMMARY, json.dumps(summary))
     listing = Listing.open(folder)
     assert listing is not None
     return listing
+
+
+def _sizes(folder: Path) -> list[int]:
+    return [(folder / name).stat().st_size for name in _FILES]
 
 
 def describe_skipped(skipped: dict[str, int]) -> str:
@@ -132,7 +140,10 @@ def _list_part(source: Source, part: Any, stem: Path) -> dict[str, int]:
             if not isinstance(record, Record):
                 skipped[record.reason] += 1
                 continue
-            identity = numbers.setdefault(record.identity, len(numbers))
+            identity = numbers.get(record.identity)
+            if identity is None:
+                _check_name(record, source.kind)
+                identity = numbers[record.identity] = len(numbers)
             key = record.key.encode()
             text = b"%b\0%b\0" % (key, record.path.encode("utf-8", "surrogateescape"))
             texts.write(text)
@@ -142,21 +153,21 @@ def _list_part(source: Source, part: Any, stem: Path) -> dict[str, int]:
                 rows.write(np.array(chunk, ROW).tobytes())
                 chunk.clear()
         rows.write(np.array(chunk, ROW).tobytes())
-    _check_names(numbers, source.kind)
     _write_names(stem.with_suffix(".names"), numbers)
     return dict(skipped)
 
 
-def _check_names(names: Iterable[str], kind: str) -> None:
-    for name in names:
-        try:
-            size = len(name.encode())
-        except UnicodeEncodeError:
-            size = 0
-        if not 0 < size <= _MAX_NAME_BYTES or "\0" in name:
-            raise InvalidData(
-                f"{kind}: an identity's name must be 1 to {_MAX_NAME_BYTES:,} bytes of text, got {name[:80]!r}"
-            )
+def _check_name(record: Record, kind: str) -> None:
+    name = record.identity
+    try:
+        size = len(name.encode())
+    except UnicodeEncodeError:
+        size = 0
+    if not 0 < size <= _MAX_NAME_BYTES or "\0" in name:
+        raise InvalidData(
+            f"{kind}: sample {record.key!r}: an identity's name must be 1 to {_MAX_NAME_BYTES:,} bytes of text without "
+            f"NUL, got {name[:80]!r}"
+        )
 
 
 def _append(stem: Path, rows: BinaryIO, texts: BinaryIO, numbers: dict[str, int]) -> tuple[int, int]:

@@ -75,10 +75,9 @@ def convert_pairs(
         overwrite: replace the contents of ``out``.
 
     Raises:
-        ConfigError: ``images`` is given for a ``.bin``.
+        ConfigError: ``images`` is given for a ``.bin``, or ``out`` is not empty.
         InvalidData: the source is not what it seems, or an image is missing or cannot be decoded: a benchmark without
             some of its pairs is another one.
-        DataError: ``out`` is not empty.
         DataUnavailable: an image cannot be read, or ``out`` cannot be written.
     """
     is_bin = _is_bin(source)

@@ -18,17 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from partialfc.data.convert.fields import NO_IDENTITY, NO_IMAGE, Fields, identity_text, require_key
-from partialfc.data.convert.image_root import ImageRoot
+from partialfc.data.convert.image_root import ImageRoot, too_large
 from partialfc.data.convert.parquet_file import ParquetTable, open_table
-from partialfc.data.convert.source import (
-    MAX_IMAGE_BYTES,
-    TOO_LARGE,
-    Record,
-    Skipped,
-    Source,
-    Unreadable,
-    sample_key,
-)
+from partialfc.data.convert.source import Record, Skipped, Source, Unreadable, sample_key
 from partialfc.data.convert.source_files import file_state, files_below, has_file_below
 from partialfc.errors import InvalidData
 
@@ -139,10 +131,10 @@ class Parquet(Source):
                 yield self._image(*image)
 
     def _image(self, content: bytes | None, path: str | None) -> bytes | Unreadable:
-        if content is not None and len(content) > MAX_IMAGE_BYTES:
-            return TOO_LARGE
-        if content is not None or not path:
-            return Unreadable("is null") if content is None else content
+        if content is not None:
+            return too_large(len(content)) or content
+        if not path:
+            return Unreadable("is null")
         try:
             return self._root.read(self._root.relative(path))
         except ValueError as error:

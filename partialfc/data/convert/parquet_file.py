@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from reprlib import repr as shortened
 from typing import Any
 
 from partialfc.data.convert.fields import PATH_FIELDS, Fields
@@ -82,8 +83,11 @@ class ParquetTable:
             names = feature["names"] if feature.get("_type", "ClassLabel") == "ClassLabel" else None
         except (KeyError, TypeError, AttributeError, ValueError):
             return None
-        if names is None or not _is_text_list(names):
-            return None
+        if names is not None and not _are_names(names):
+            raise InvalidData(
+                f"{self.path}: the classes that the file names for column {self.label!r} must be different texts, got "
+                f"{shortened(names)}"
+            )
         return names
 
     def rows(self) -> Iterator[tuple[int, int, dict[str, Any]]]:
@@ -180,5 +184,6 @@ def _kind(type: Any) -> str:
     return "binary" if name in _BINARY else "text" if name in _TEXT else name.partition("<")[0]
 
 
-def _is_text_list(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(name, str) and name for name in value)
+def _are_names(value: Any) -> bool:
+    is_list = isinstance(value, list) and all(isinstance(name, str) and name for name in value)
+    return is_list and len(set(value)) == len(value)

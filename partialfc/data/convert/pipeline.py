@@ -82,7 +82,7 @@ def convert(
         DataError: the source is damaged or cannot be read, too many images are bad, or ``out`` cannot be written.
         ConfigError: options that do not fit the source.
     """
-    require_apart(origin, out)
+    require_apart(origin, options.selection, out)
     recorded = {
         "selection": describe_selection(options.selection),
         "images": asdict(options.images),
@@ -163,7 +163,8 @@ def _write_shards(sets: list[SetInProgress], max_bad: float, out: Path, pool: Po
         shown = "".join(f"\n  {found.key}: {found.reason}" for found in bad[:_SHOWN])
         raise InvalidData(
             f"{len(bad):,} images so far cannot be used, more than the {most:,} that --max-bad {max_bad:g} allows; all "
-            f"are listed in {out / BAD}. Leave them out by --exclude, or raise --max-bad to go on:{shown}"
+            f"are listed in {out / BAD}. Raise --max-bad to go on without them; or mend them, or give a copy of that "
+            f"list to --exclude, and begin anew with --overwrite:{shown}"
         )
 
 

@@ -153,6 +153,8 @@ def _old_classes(table: Path | None) -> dict[str, int]:
     for number, name in enumerate(class_names(table) if table else ()):
         if ids.setdefault(name, number) != number:
             raise InvalidData(f"{table}: classes {ids[name]} and {number} are both called {name!r}")
+    if table and not ids:
+        raise InvalidData(f"{table} is empty; expected the classes of an earlier set, one a line")
     return ids
 
 

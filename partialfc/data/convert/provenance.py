@@ -34,11 +34,14 @@ def describe_selection(selection: Selection) -> dict[str, Any]:
     return {name: _describe_file(value) if isinstance(value, Path) else value for name, value in values}
 
 
-def require_apart(origin: Path, out: Path) -> None:
-    """Raise a ConfigError if one of the two folders lies in the other."""
+def require_apart(origin: Path, selection: Selection, out: Path) -> None:
+    """Raise a ConfigError if source and target lie in one another, or a list lies in the target, which is replaced."""
     source, target = origin.resolve(), out.resolve()
     if source.is_relative_to(target) or target.is_relative_to(source):
         raise ConfigError(f"--out {out} and the source {origin} lie in one another; choose another folder to write")
+    for name, value in vars(selection).items():
+        if isinstance(value, Path) and value.resolve().is_relative_to(target):
+            raise ConfigError(f"--{name} {value} lies in --out, whose files are replaced; copy it to another place")
 
 
 def _name(path: Path) -> str:

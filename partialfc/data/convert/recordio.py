@@ -13,16 +13,9 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
+from partialfc.data.convert.image_root import too_large
 from partialfc.data.convert.recordio_file import Described, RecordFile
-from partialfc.data.convert.source import (
-    MAX_IMAGE_BYTES,
-    TOO_LARGE,
-    Record,
-    Skipped,
-    Source,
-    Unreadable,
-    sample_key,
-)
+from partialfc.data.convert.source import Record, Skipped, Source, Unreadable, sample_key
 from partialfc.data.convert.source_files import file_state, open_file
 from partialfc.errors import DataUnavailable, InvalidData
 from partialfc.files import read_bounded
@@ -61,7 +54,7 @@ class RecordIO(Source):
         """Return the source for a ``.rec``, or for a folder with one.
 
         Raises:
-            InvalidData: the folder has none, or several and no ``train.rec``.
+            InvalidData: it is no file, or the folder has none, or several and no ``train.rec``.
         """
         if path.is_dir():
             found = sorted(path.glob("*.rec"))
@@ -70,6 +63,8 @@ class RecordIO(Source):
             if not found:
                 raise InvalidData(f"{path}: expected a file train.rec, or a single .rec; or name the .rec itself")
             path = found[0]
+        if not path.is_file():
+            raise InvalidData(f"{path} is no file; expected a .rec, or a folder with one")
         index, about = path.with_suffix(".idx"), path.with_name("property")
         return cls(path, index if index.exists() else None, about if about.exists() else None)
 
@@ -144,7 +139,7 @@ class RecordIO(Source):
         """Yield the encoded images, byte for byte."""
         with RecordFile(self.records) as file:
             for record in records:
-                yield TOO_LARGE if record.size > MAX_IMAGE_BYTES else file.image(record.offset, record.size)
+                yield too_large(record.size) or file.image(record.offset, record.size)
 
     def _lines(self, index: BufferedReader, start: int) -> Iterator[tuple[int, str, int]]:
         """Yield each line that begins at byte ``start`` or later: its byte, its key and the place of its record."""

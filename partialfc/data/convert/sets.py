@@ -16,7 +16,7 @@ from partialfc.data.convert.plan import SetPlan
 from partialfc.data.convert.shards import Bad, ShardJob, ShardResult, read_result
 from partialfc.data.convert.source import Source
 from partialfc.data.writer import complete_dataset
-from partialfc.errors import ConfigError, DataError
+from partialfc.errors import ConfigError, InvalidData
 
 _MAX_SHARDS = 150_000  # in an index of 32 MiB
 
@@ -99,6 +99,6 @@ class SetInProgress:
             samples[labels[bad.identity]] -= 1
         entries = [result.entry for _, result in sorted(self.results.items()) if result.entry]
         if not entries:
-            raise DataError(f"{self.job.folder}: none of the images could be used")
+            raise InvalidData(f"{self.job.folder}: none of the images could be used")
         classes = ({"id": i, "name": name, "samples": int(samples[i])} for i, name in enumerate(self.plan.names))
         complete_dataset(self.job.folder, entries, classes, {**extra, "num_bad": len(self.bad())})

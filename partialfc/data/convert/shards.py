@@ -76,15 +76,15 @@ class ShardResult:
 
 
 def read_result(job: ShardJob, number: int) -> ShardResult | None:
-    """Return what a shard has become; None if it is not finished."""
+    """Return what a shard has become; None if it is not finished, or damaged since: it can be written again."""
     try:
         content = read_json(_result_path(job, number), _MAX_RESULT_BYTES)
         entry = content["entry"]
         if entry and (job.folder / entry["url"]).stat().st_size != entry["nbytes"]:
             return None
-    except FileNotFoundError:
+        return ShardResult(entry, [Bad(*bad) for bad in content["bad"]])
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
-    return ShardResult(entry, [Bad(*bad) for bad in content["bad"]])
 
 
 def write_shard(job: ShardJob, number: int) -> ShardResult:

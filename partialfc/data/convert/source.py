@@ -10,7 +10,6 @@ from typing import Any, Protocol
 
 MAX_KEY_BYTES = 95  # with an extension, it fits into the name field of a tar header
 EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")  # of files that count as images
-MAX_IMAGE_BYTES = 512 << 20  # more than any image that the trainer takes by default
 MAX_SIZE = (1 << 32) - 1  # of a record
 
 _CONTROLS = re.compile(r"[%\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -42,9 +41,6 @@ class Unreadable:
     """The place of a record whose image cannot be used."""
 
     reason: str
-
-
-TOO_LARGE = Unreadable(f"has more than {MAX_IMAGE_BYTES:,} bytes, more than an image can have")
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,16 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from partialfc.data.convert.fields import Fields, identity_text
-from partialfc.data.convert.source import (
-    MAX_IMAGE_BYTES,
-    MAX_SIZE,
-    TOO_LARGE,
-    Record,
-    Skipped,
-    Source,
-    Unreadable,
-    sample_key,
-)
+from partialfc.data.convert.image_root import too_large
+from partialfc.data.convert.source import MAX_SIZE, Record, Skipped, Source, Unreadable, sample_key
 from partialfc.data.convert.source_files import file_state, open_file
 from partialfc.data.convert.webdataset_samples import Wanted, labelled_images
 from partialfc.data.open_files import OpenFiles
@@ -95,7 +87,7 @@ class WebDatasetTars(Source):
         files = OpenFiles(self._files)
         try:
             for record in records:
-                yield TOO_LARGE if record.size > MAX_IMAGE_BYTES else self._image(files, record)
+                yield too_large(record.size) or self._image(files, record)
         finally:
             files.close()
 

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from partialfc.data.index import INDEX
 from partialfc.data.writer import check_target, remove_dataset
-from partialfc.errors import DataError
+from partialfc.errors import ConfigError, DataError
 from partialfc.files import FileLock, read_json, write_atomically
 
 VERIFICATION, PROTOCOL, BAD = "verification", "protocol.json", "bad.csv"
@@ -29,7 +29,8 @@ class Workspace:
         overwrite: clear what is there of an earlier data set or an unfinished one; other files stay.
 
     Raises:
-        DataError: the folder holds something else, another job, or another process works there.
+        ConfigError: the folder holds something else, or another job.
+        DataError: another process works there.
     """
 
     def __init__(self, out: Path, job: dict[str, Any], overwrite: bool) -> None:
@@ -57,7 +58,7 @@ class Workspace:
             begun = any(self.folder.glob("shards-*/*.json"))
             if found is not None and begun and not overwrite:
                 differing = ", ".join(sorted(name for name in job if found.get(name) != job[name]))
-                raise DataError(
+                raise ConfigError(
                     f"{self.out} holds an unfinished conversion with other options or another source ({differing}); "
                     "give the same ones to go on with it, or pass --overwrite to begin anew"
                 )

@@ -189,7 +189,7 @@ def test_images_that_are_all_bad_are_no_data_set(tmp_path: Path) -> None:
     source = write_folders(tmp_path / "in", {"a": 2})
     for path in source.rglob("*.png"):
         path.write_bytes(b"no image")
-    with pytest.raises(DataError, match="none of the images could be used"):
+    with pytest.raises(InvalidData, match="none of the images could be used"):
         run(source, tmp_path / "out", max_bad=1.0)
     assert not (tmp_path / "out" / "index.json").exists()
 
@@ -244,11 +244,35 @@ def test_a_changed_source_is_not_gone_on_with(tmp_path: Path, monkeypatch: pytes
     source = write_folders(tmp_path / "in", IDENTITIES)
     stop_after(monkeypatch, 1, source, tmp_path / "out", samples_per_shard=5)
     (source / "ada" / "new.png").write_bytes(picture(99))
-    with pytest.raises(DataError, match=r"other options or another source \(source\)"):
+    with pytest.raises(ConfigError, match=r"other options or another source \(source\)"):
         run(source, tmp_path / "out", samples_per_shard=5)
-    with pytest.raises(DataError, match=r"\(images, samples_per_shard, source\)"):
+    with pytest.raises(ConfigError, match=r"\(images, samples_per_shard, source\)"):
         run(source, tmp_path / "out", samples_per_shard=6, decode=True)
     assert run(source, tmp_path / "out", samples_per_shard=5, overwrite=True).num_samples == 24
+
+
+DAMAGED = [
+    ("listing/listing.json", b"{"),
+    ("listing/listing.json", b"[]"),
+    ("listing/rows", b"short"),
+    ("listing/texts", b""),
+    ("listing/names", None),
+    ("shards-training/*.json", b""),
+    ("shards-training/*.json", b'{"entry": null}'),
+]
+
+
+@pytest.mark.parametrize(("name", "damage"), DAMAGED)
+def test_what_a_crash_of_the_machine_has_damaged_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, damage: bytes | None
+) -> None:
+    source = write_folders(tmp_path / "in", IDENTITIES)
+    run(source, tmp_path / "whole", samples_per_shard=5)
+    stop_after(monkeypatch, 2, source, tmp_path / "out", samples_per_shard=5)
+    (file, *_) = sorted((tmp_path / "out" / ".convert").glob(name))
+    file.unlink() if damage is None else file.write_bytes(damage)
+    run(source, tmp_path / "out", samples_per_shard=5)
+    assert content(tmp_path / "out") == content(tmp_path / "whole")
 
 
 def test_before_a_shard_is_finished_other_options_are_no_obstacle(

@@ -42,6 +42,7 @@ def test_source_and_target_must_not_lie_in_one_another(tmp_path: Path, source: P
         ("none", None, "none does not exist"),
         ("file", None, "file is in none of the formats recordio, "),
         ("file", "folders", "file is not a folder"),
+        ("none", "recordio", "none is no file; expected a "),
         ("file", "recordio", "byte 0: expected a record"),
         ("empty", None, "found none"),
         ("empty", "recordio", r"expected a file train\.rec"),
@@ -61,10 +62,31 @@ def test_a_source_that_is_not_what_it_says_is_refused(
     assert not (tmp_path / "out" / "index.json").exists()
 
 
+@pytest.mark.parametrize("name", ["a\0b", "x" * 5000])
+def test_a_name_that_no_class_can_have_is_refused_with_its_sample(tmp_path: Path, name: str) -> None:
+    (tmp_path / "faces.csv").write_text(f"path,identity\na.png,ada\nb.png,{name}\n")
+    with pytest.raises(InvalidData, match="sample 'b': an identity's name must be 1 to 4,096 bytes"):
+        run(tmp_path / "faces.csv", tmp_path / "out")
+
+
+def test_a_table_with_an_endless_header_is_refused_in_a_short_line(tmp_path: Path) -> None:
+    (tmp_path / "faces.csv").write_text("x" * 1_000_000)
+    with pytest.raises(InvalidData, match=r"a column path, file, .*was expected") as error:
+        run(tmp_path / "faces.csv", tmp_path / "out")
+    assert len(str(error.value)) < 2000
+
+
+def test_more_processes_than_any_machine_has_are_refused(tmp_path: Path, source: Path) -> None:
+    result = CliRunner().invoke(app, ["convert", str(source), "--out", str(tmp_path / "out"), "--workers", "100000"])
+    assert result.exit_code == 2
+    assert "--workers" in result.output
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_folder_in_use_is_left_alone_and_replaced_on_request(tmp_path: Path, source: Path) -> None:
     run(FIXTURES / "faces_a", tmp_path / "out", holdout=2)
     before = content(tmp_path / "out")
-    with pytest.raises(DataError, match="is not empty; choose another folder, or pass --overwrite"):
+    with pytest.raises(ConfigError, match="is not empty; choose another folder, or pass --overwrite"):
         run(source, tmp_path / "out")
     assert content(tmp_path / "out") == before
     (tmp_path / "out" / "mine.txt").write_text("keep")
@@ -93,7 +115,7 @@ def test_a_source_that_cannot_be_read_costs_no_earlier_data_set(tmp_path: Path, 
 
 def test_a_file_in_place_of_the_target_is_refused(tmp_path: Path, source: Path) -> None:
     (tmp_path / "out").write_text("mine")
-    with pytest.raises(DataError, match="out is not a folder"):
+    with pytest.raises(ConfigError, match="out is not a folder"):
         run(source, tmp_path / "out", overwrite=True)
 
 

@@ -171,6 +171,14 @@ def test_a_file_that_the_permissions_forbid_is_a_bad_image(tmp_path: Path, monke
     assert "a/001,permission denied" in (tmp_path / "out" / "bad.csv").read_text()
 
 
+def test_a_file_larger_than_any_image_is_a_bad_image_and_not_read(tmp_path: Path) -> None:
+    source = write_folders(tmp_path / "in", {"a": 3})
+    with (source / "a" / "001.png").open("r+b") as file:
+        file.truncate(1 << 33)
+    assert run(source, tmp_path / "out", max_bad=0.5).num_bad == 1
+    assert "bytes, more than an image can have" in (tmp_path / "out" / "bad.csv").read_text()
+
+
 def test_many_identities_are_listed_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = write_folders(tmp_path / "in", {f"{i:02d}": 1 for i in range(12)})
     run(root, tmp_path / "one")

@@ -13,7 +13,7 @@ from PIL import Image
 from partialfc.data.convert.pair_set import convert_pairs, is_pair_set
 from partialfc.data.dataset import TarDataset
 from partialfc.data.pairs import read_pairs
-from partialfc.errors import ConfigError, DataError, InvalidData
+from partialfc.errors import ConfigError, InvalidData
 from partialfc.evaluate.sets import open_set
 from tests.harness.data_sets import png
 from tests.harness.running import partialfc
@@ -123,7 +123,7 @@ def test_a_bin_takes_no_folder_of_images_and_a_full_folder_is_left_alone(tmp_pat
         convert_pairs(FIXTURES / "val_py2.bin", tmp_path / "set", images=tmp_path)
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "precious").write_text("precious")
-    with pytest.raises(DataError, match="is not empty"):
+    with pytest.raises(ConfigError, match="is not empty"):
         convert_pairs(FIXTURES / "val_py2.bin", tmp_path / "set")
     convert_pairs(FIXTURES / "val_py2.bin", tmp_path / "set", overwrite=True)
     assert (tmp_path / "set" / "precious").exists()

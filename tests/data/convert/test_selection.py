@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -14,7 +15,7 @@ from partialfc.data.convert import choice
 from partialfc.data.convert.cleaning import read_exclusions, read_merges
 from partialfc.errors import ConfigError, InvalidData
 from partialfc.evaluate.sets import open_set
-from tests.harness.converting import class_names, picture, run, samples, write_folders
+from tests.harness.converting import class_names, content, picture, run, samples, write_folders
 from tests.harness.data_sets import write_table
 from tests.harness.recordio_files import record, write_rec
 
@@ -201,6 +202,28 @@ def test_no_class_of_an_earlier_set_is_set_aside(tmp_path: Path, source: Path) -
         run(source, tmp_path / "out", holdout=1, classes=table)
 
 
-def test_nothing_left_is_no_data_set(tmp_path: Path, source: Path) -> None:
+@pytest.mark.parametrize("limits", [{"min_samples": 12}, {"exclude": "*"}, {"exclude": "*", "max_samples": 1}])
+def test_nothing_left_is_no_data_set(tmp_path: Path, source: Path, limits: dict[str, Any]) -> None:
+    if "exclude" in limits:
+        everybody = "".join(f"{path.name}\n" for path in source.iterdir())
+        limits = limits | {"exclude": written(tmp_path, f"identity\n{everybody}")}
     with pytest.raises(InvalidData, match="nothing is left to train on"):
-        run(source, tmp_path / "out", min_samples=12)
+        run(source, tmp_path / "out", **limits)
+
+
+def test_a_table_without_classes_is_no_earlier_set(tmp_path: Path, source: Path) -> None:
+    (tmp_path / "old.jsonl").touch()
+    with pytest.raises(InvalidData, match=r"old\.jsonl is empty; expected the classes of an earlier set"):
+        run(source, tmp_path / "out", classes=tmp_path / "old.jsonl")
+
+
+@pytest.mark.parametrize(("option", "name"), [("classes", "classes.jsonl"), ("exclude", "bad.csv")])
+def test_a_list_in_the_folder_to_be_replaced_is_refused_and_nothing_lost(
+    tmp_path: Path, source: Path, option: str, name: str
+) -> None:
+    run(source, tmp_path / "out")
+    (tmp_path / "out" / "bad.csv").write_text("key,reason\n")
+    before = content(tmp_path / "out")
+    with pytest.raises(ConfigError, match=rf"--{option} .*{name} lies in --out, whose files are replaced; copy it"):
+        run(source, tmp_path / "out", overwrite=True, **{option: tmp_path / "out" / name})
+    assert content(tmp_path / "out") == before
