@@ -100,7 +100,7 @@ def test_a_set_that_takes_the_place_of_an_unfinished_one_counts_as_finished(tmp_
     with pytest.raises(DataError, match="without finish"), DatasetWriter(tmp_path / "out") as writer:
         writer.write("half", b"image", "png", 0)
     run(source, tmp_path / "out")
-    with pytest.raises(DataError, match="is not empty"):
+    with pytest.raises(ConfigError, match="is not empty"):
         DatasetWriter(tmp_path / "out")
     assert class_names(tmp_path / "out") == ["ada", "ben"]
 
