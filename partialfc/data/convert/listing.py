@@ -7,7 +7,7 @@ import mmap
 import shutil
 import zlib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -102,7 +102,13 @@ def make_listing(source: Source, folder: Path, pool: Pool, progress: Progress) -
         open_new(folder / _TEXTS) as texts,
         progress("listing, parts", len(parts)) as advance,
     ):
-        for (_, _, stem), left_out in zip(tasks, pool.map(_list_part, tasks), strict=True):
+
+        def show(records: int) -> None:
+            advance(0, note=f"{records:,} images")
+
+        # A single part, which may be all of a large file, is listed here, where its progress can be seen.
+        listed = pool.map(_list_part, tasks) if len(tasks) > 1 else (_list_part(*task, show) for task in tasks)
+        for (_, _, stem), left_out in zip(tasks, listed, strict=True):
             records, size = _append(stem, rows, texts, numbers)
             num_records, num_bytes = num_records + records, num_bytes + size
             skipped.update(left_out)
@@ -129,8 +135,14 @@ def describe_skipped(skipped: dict[str, int]) -> str:
     return "; ".join(f"{count:,} × {reason}" for reason, count in skipped.items())
 
 
-def _list_part(source: Source, part: Any, stem: Path) -> dict[str, int]:
-    """Write rows, texts and names of a part's records; identities are numbered as they occur in the part."""
+def _list_part(
+    source: Source, part: Any, stem: Path, show: Callable[[int], None] = lambda records: None
+) -> dict[str, int]:
+    """Write rows, texts and names of a part's records; identities are numbered as they occur in the part.
+
+    Args:
+        show: called now and then with the number of records so far.
+    """
     skipped: Counter[str] = Counter()
     numbers: dict[str, int] = {}
     chunk = list[tuple[int, ...]]()
@@ -152,6 +164,7 @@ def _list_part(source: Source, part: Any, stem: Path) -> dict[str, int]:
             if len(chunk) == _CHUNK:
                 rows.write(np.array(chunk, ROW).tobytes())
                 chunk.clear()
+                show(rows.tell() // ROW.itemsize)
         rows.write(np.array(chunk, ROW).tobytes())
     _write_names(stem.with_suffix(".names"), numbers)
     return dict(skipped)
