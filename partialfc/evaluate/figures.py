@@ -17,7 +17,7 @@ def draw_roc(curves: dict[str, Scores], path: Path, title: str) -> None:
 
     figure = Figure(figsize=(6.4, 4.4), dpi=150, layout="constrained")
     axes = figure.subplots()
-    lowest = 1.0
+    lowest = 0.1  # the axis spans a decade, or more
     for name, scores in curves.items():
         far, tar = scores.roc()
         shown = far > 0  # on a logarithmic axis
@@ -34,7 +34,8 @@ def draw_roc(curves: dict[str, Scores], path: Path, title: str) -> None:
     axes.set_ylabel("true accept rate (TAR)")
     axes.set_title(_as_text(title), fontsize=10)
     axes.grid(True, which="major", alpha=0.35)
-    axes.legend(loc="lower right", fontsize=8)
+    if axes.lines:
+        axes.legend(loc="lower right", fontsize=8)
     image = io.BytesIO()
     figure.savefig(image, format="png")
     write_atomically(path, image.getvalue())

@@ -9,7 +9,7 @@ import pytest
 from partialfc.evaluate.figures import draw_roc
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # of axes and a legend without curves
+@pytest.mark.filterwarnings("error")  # a figure without curves is no reason for one
 def test_a_link_in_place_of_a_figure_is_replaced_and_not_followed(tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("precious")
     (tmp_path / "roc.png").symlink_to(tmp_path / "precious")
