@@ -15,7 +15,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from partialfc.errors import DataError, DataUnavailable, InvalidData
+
 _POLL_SECONDS = 0.2
+# Of disks, file servers and processes in trouble; not every system has all of them.
+_PASSING_NAMES = "EIO ESTALE ETIMEDOUT EREMOTEIO ENOTCONN ECONNRESET EHOSTDOWN EMFILE ENFILE ENOMEM EAGAIN EBUSY EINTR"
+_PASSING = frozenset(getattr(errno, name) for name in _PASSING_NAMES.split() if hasattr(errno, name))
 
 
 def open_regular(path: Path | str) -> io.BufferedReader:
@@ -35,6 +40,14 @@ def open_regular(path: Path | str) -> io.BufferedReader:
     except BaseException:
         os.close(descriptor)
         raise
+
+
+def unreadable(path: Path | str, error: OSError) -> DataError:
+    """Return the error to raise for a file of a data set that cannot be read: :class:`DataUnavailable` if the next
+    start may find it well (a disk or a file server in trouble, too many open files), else :class:`InvalidData`.
+    """
+    kind = DataUnavailable if error.errno in _PASSING else InvalidData
+    return kind(f"{path} cannot be read: {error.strerror or error}")
 
 
 def read_bounded(path: Path | str, limit: int) -> bytes:

@@ -1,8 +1,9 @@
-"""The file lock between processes, and the atomic write."""
+"""The file lock between processes, the atomic write, and what an unreadable file means."""
 
 from __future__ import annotations
 
 import errno
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from partialfc import files
-from partialfc.files import FileLock, write_atomically
+from partialfc.errors import DataError, DataUnavailable, InvalidData
+from partialfc.files import FileLock, unreadable, write_atomically
 
 _HOLD = (
     "import sys, pathlib; from partialfc.files import FileLock\n"
@@ -78,3 +80,20 @@ def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path, monkeypatch
             write_atomically(path, "another")
     assert path.read_text(encoding="utf-8") == "éé"
     assert [found.name for found in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"),
+    [
+        (errno.EIO, DataUnavailable),
+        (errno.ESTALE, DataUnavailable),
+        (errno.EMFILE, DataUnavailable),
+        (errno.EACCES, InvalidData),
+        (errno.ENOENT, InvalidData),
+        (errno.EFBIG, InvalidData),
+    ],
+)
+def test_what_the_next_start_may_find_well_is_worth_one(number: int, kind: type[DataError]) -> None:
+    error = unreadable("data/index.json", OSError(number, os.strerror(number)))
+    assert type(error) is kind
+    assert str(error) == f"data/index.json cannot be read: {os.strerror(number)}"

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from partialfc.errors import InvalidData
-from partialfc.files import open_regular
+from partialfc.files import open_regular, unreadable
 
 _MAX_LINE_BYTES = 1 << 16
 
@@ -21,7 +21,7 @@ def read_classes(table: Path) -> Iterator[dict[str, Any]]:
     """Yield the classes of a table, in the order of their ids. Ten million take about half a minute.
 
     Raises:
-        InvalidData: the table cannot be read, or a line is not a class with its ``id`` and ``name``.
+        InvalidData, DataUnavailable: the table cannot be read, or a line is not a class with its ``id`` and ``name``.
     """
     decode = json.JSONDecoder().raw_decode  # json.loads takes twice as long for a line
     number = 0
@@ -46,7 +46,7 @@ def read_classes(table: Path) -> Iterator[dict[str, Any]]:
         reason = "nested too deeply" if isinstance(error, RecursionError) else error
         raise InvalidData(f"{table}: line {number + 1} is not JSON: {reason}") from error
     except OSError as error:
-        raise InvalidData(f"{table} cannot be read: {error.strerror}") from error
+        raise unreadable(table, error) from error
 
 
 def class_line(entry: Mapping[str, Any]) -> bytes:

@@ -12,7 +12,7 @@ from reprlib import repr as shortened
 from typing import Any
 
 from partialfc.errors import InvalidData
-from partialfc.files import open_regular, read_json
+from partialfc.files import open_regular, read_json, unreadable
 
 INDEX, CLASSES = "index.json", "classes.jsonl"
 
@@ -36,7 +36,7 @@ def read_index(folder: Path | str) -> dict[str, Any]:
     """Read ``index.json`` of a data set folder and check its fields, not the shards.
 
     Raises:
-        InvalidData: it is missing, cannot be read, or a field is wrong.
+        InvalidData, DataUnavailable: it is missing, cannot be read, or a field is wrong.
     """
     path = Path(folder) / INDEX
     try:
@@ -46,7 +46,7 @@ def read_index(folder: Path | str) -> dict[str, Any]:
     except NotADirectoryError as error:
         raise InvalidData(f"{folder} is a file; expected a data set folder with {INDEX}; {_MADE}") from error
     except OSError as error:
-        raise InvalidData(f"{path} cannot be read: {error.strerror}") from error
+        raise unreadable(path, error) from error
     except ValueError as error:
         raise InvalidData(f"{path} cannot be read: {error}") from error
     if not isinstance(index, dict) or not isinstance(index.get("shardlist"), list):
@@ -105,8 +105,10 @@ def find_shard(path: Path) -> Shard:
         found = path.stat()
     except FileNotFoundError as error:
         raise InvalidData(f"{path.parent}: shard {path.name} is missing") from error
-    except (OSError, ValueError) as error:
-        raise InvalidData(f"{path} cannot be read: {getattr(error, 'strerror', error)}") from error
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except ValueError as error:
+        raise InvalidData(f"{path} cannot be read: {error}") from error
     if not stat.S_ISREG(found.st_mode):
         raise InvalidData(f"{path} is not a regular file")
     return Shard(path, found.st_size, found.st_mtime_ns, found.st_ino)
@@ -151,7 +153,7 @@ def checked_digest(folder: Path, index: dict[str, Any]) -> str:
             raise InvalidData(f"{folder} is not a complete data set folder: {CLASSES} is missing") from error
         return content_digest(lines, ())
     except OSError as error:
-        raise InvalidData(f"{folder / CLASSES} cannot be read: {error.strerror}") from error
+        raise unreadable(folder / CLASSES, error) from error
     if named and digest != named:
         raise InvalidData(
             f"{folder / INDEX}: the digest is {shortened(named)}, but {CLASSES} and the sha256 of the shards give "

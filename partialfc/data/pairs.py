@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from partialfc.data.text_lines import text_lines
 from partialfc.errors import InvalidData
-from partialfc.files import open_regular, write_atomically
+from partialfc.files import open_regular, unreadable, write_atomically
 from partialfc.options import describe_unknown
 
 PAIRS = "pairs.csv"
@@ -96,7 +96,7 @@ def parse_pairs(path: Path) -> Iterator[Pair]:
                     )
                 yield _parse_row([row[column] for column in columns], f"{path}: line {rows.line_num}")
     except OSError as error:
-        raise InvalidData(f"{path} cannot be read: {error.strerror}") from error
+        raise unreadable(path, error) from error
     except csv.Error as error:
         raise InvalidData(f"{path}: line {rows.line_num} is not CSV: {error}") from error
 

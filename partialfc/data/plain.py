@@ -11,6 +11,7 @@ from partialfc.data.index import CLASSES, INDEX
 from partialfc.data.urls import expand, is_pattern
 from partialfc.data.writer import UNFINISHED
 from partialfc.errors import InvalidData
+from partialfc.files import unreadable
 
 DataPath = Path | str | Sequence[Path | str]  # of one set: what data.train takes
 
@@ -79,4 +80,4 @@ def _tars_in(folder: Path) -> list[Path]:
     try:
         return sorted(folder / name for name in os.listdir(folder) if name.endswith(".tar") and name[0] != ".")
     except OSError as error:
-        raise InvalidData(f"{folder} cannot be read: {error.strerror}") from error
+        raise unreadable(folder, error) from error
