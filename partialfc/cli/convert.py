@@ -22,7 +22,7 @@ def convert_command(
     out: Annotated[Path, typer.Option(help="folder to write the data set to")],
     format: Annotated[
         str | None,
-        typer.Option(help="recordio, manifest, parquet, webdataset or folders; default: by what SOURCE looks like"),
+        typer.Option(help="recordio, folders, manifest, parquet, webdataset or pairs; default: told by its looks"),
     ] = None,
     images: Annotated[Path | None, typer.Option(help="folder of the images that a table or a list names")] = None,
     image_field: Annotated[str | None, typer.Option(help="column of the images; in tars their extension")] = None,
@@ -49,7 +49,7 @@ def convert_command(
 
     Stopped, the same command goes on.
     """
-    from partialfc.data.convert.detect import SourceOptions, open_source, origin_of
+    from partialfc.data.convert.detect import PAIRS, SourceOptions, open_source, origin_of
     from partialfc.data.convert.images import ImageSettings
     from partialfc.data.convert.pair_set import is_pair_set
     from partialfc.data.convert.pipeline import Options, convert
@@ -68,16 +68,16 @@ def convert_command(
         images=images, image_field=image_field, label_field=label_field, key_field=key_field, split=split
     )
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    if format is None and is_pair_set(source):
+    if format == PAIRS or (format is None and is_pair_set(source)):
         if selection != Selection() or reading != SourceOptions(images=images):
             raise ConfigError(
-                f"{source} is a set of pairs, converted as a whole: it takes --images, --resize and --fit"
+                f"{source} is a set of pairs: it is converted as a whole, without a choice of its records"
             )
         _convert_pairs(source, out, images, settings, overwrite)
         return
     options = Options(selection=selection, images=settings, samples_per_shard=samples_per_shard, max_bad=max_bad)
-    opened = open_source(source, format, reading)
     try:
+        opened = open_source(source, format, reading)
         report = convert(opened, origin_of(source), out, options, workers, overwrite, console_progress)
     except KeyboardInterrupt:
         fail(Interrupted("stopped; finished shards stay, and the same command goes on from there"), STOPPED)
@@ -95,7 +95,10 @@ def convert_command(
 def _convert_pairs(source: Path, out: Path, images: Path | None, settings: ImageSettings, overwrite: bool) -> None:
     from partialfc.data.convert.pair_set import convert_pairs
 
-    report = convert_pairs(source, out, images, settings, overwrite, console_progress)
+    try:
+        report = convert_pairs(source, out, images, settings, overwrite, console_progress)
+    except KeyboardInterrupt:
+        fail(Interrupted("stopped; nothing is complete yet, and the same command starts again"), STOPPED)
     log(
         f"{out}: {report.pairs:,} pairs in {report.folds} folds, {report.genuine:,} of the same identity; "
         f"{report.stored:,} images" + (f" ({report.images:,} with equal ones)" if report.stored < report.images else "")

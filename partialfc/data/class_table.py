@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,11 @@ def read_classes(table: Path) -> Iterator[dict[str, Any]]:
         raise InvalidData(f"{table}: line {number + 1} is not JSON: {reason}") from error
     except OSError as error:
         raise InvalidData(f"{table} cannot be read: {error.strerror}") from error
+
+
+def class_line(entry: Mapping[str, Any]) -> bytes:
+    """Return a class as a line of a table."""
+    return json.dumps(entry, ensure_ascii=False).encode() + b"\n"
 
 
 def _is_class(entry: Any, number: int) -> bool:

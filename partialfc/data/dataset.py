@@ -27,6 +27,7 @@ from partialfc.data.index import (
 )
 from partialfc.data.index_cache import beside, open_index
 from partialfc.data.offsets import IndexedSet
+from partialfc.data.open_files import OpenFiles
 from partialfc.data.plain import DataPath, describe, list_shards, set_folder
 from partialfc.data.writer import DatasetWriter
 from partialfc.errors import DataUnavailable, InvalidData
@@ -60,11 +61,11 @@ class TarDataset:
 
     def __init__(self, source: DataPath, progress: Progress = no_progress) -> None:
         folder = set_folder(source)
-        self._files: dict[int, int] = {}  # shard -> file descriptor
         if folder is None:
             self._open_plain(source, progress)
         else:
             self._open_folder(folder, progress)
+        self._files = OpenFiles([shard.path for shard in self.shards])
         self.num_classes: int = self.index["num_classes"]
         self.num_samples: int = self.index["num_samples"]
 
@@ -123,7 +124,7 @@ class TarDataset:
         """
         entry = self._samples[i]
         try:
-            data = os.pread(self._file(entry.shard), entry.size, entry.offset)
+            data = os.pread(self._files.descriptor(entry.shard), entry.size, entry.offset)
         except OSError as error:
             raise DataUnavailable(f"{self.describe(i)} cannot be read: {error.strerror}") from error
         if len(data) != entry.size:
@@ -160,19 +161,6 @@ class TarDataset:
         require_class_table(self.class_table, self.num_classes)
         return list(read_classes(self.class_table))
 
-    def _file(self, shard: int) -> int:
-        if shard not in self._files:
-            self._files[shard] = os.open(self.shards[shard].path, os.O_RDONLY | os.O_CLOEXEC)
-        return self._files[shard]
-
     def close(self) -> None:
         """Close the shards; reading opens them again."""
-        while self._files:
-            os.close(self._files.popitem()[1])
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": {}}
-
-    def __del__(self) -> None:
-        if "_files" in self.__dict__:
-            self.close()
+        self._files.close()

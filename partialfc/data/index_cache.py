@@ -10,11 +10,12 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
+from partialfc.data.class_table import class_line
 from partialfc.data.index import CLASSES
 from partialfc.data.indexing import Classes, write_index
 from partialfc.data.offsets import OFFSETS, IndexedSet, SampleIndex, load_index
@@ -31,7 +32,7 @@ _QUIET_SECONDS = 30.0  # of waiting, before a line says so
 def beside(shards: Sequence[Path]) -> Path:
     """Return the folder beside the first shard for the index of a set without a folder of its own."""
     folder = shards[0].parent
-    names = "\n".join(os.path.relpath(shard, folder) for shard in shards)
+    names = "\n".join(shard.name if shard.parent == folder else os.path.relpath(shard, folder) for shard in shards)
     return folder / f"partialfc-index-{_short_digest(names)}"
 
 
@@ -48,12 +49,15 @@ def open_index(indexed: IndexedSet, folder: Path, needs_table: bool, progress: P
         InvalidData: a shard is damaged or hostile.
         DataUnavailable: a shard cannot be read, no folder can be written, or another process does not finish the index.
     """
-    folders = [folder, *_user_cache(indexed)]
-    for place in folders:
+    index = _load(folder, indexed, needs_table)
+    if index is not None:
+        return index
+    elsewhere = _user_cache(indexed)
+    for place in elsewhere:
         index = _load(place, indexed, needs_table)
         if index is not None:
             return index
-    for place in folders:
+    for place in (folder, *elsewhere):
         with suppress(OSError):
             return _make(place, indexed, needs_table, progress)
     try:
@@ -87,7 +91,7 @@ def _temporary_folder() -> Path:
 
 
 def _load(folder: Path, indexed: IndexedSet, needs_table: bool) -> SampleIndex | None:
-    if needs_table and not (folder / CLASSES).is_file():
+    if needs_table and not os.path.isfile(folder / CLASSES):
         return None
     return load_index(folder / OFFSETS, indexed)
 
@@ -100,8 +104,10 @@ def _make(folder: Path, indexed: IndexedSet, needs_table: bool, progress: Progre
     lock = FileLock(folder / _LOCK)
     try:
         _wait_for(lock, indexed)
-        index = _load(folder, indexed, needs_table) if lock.waited else None
+        index = _load(folder, indexed, needs_table)  # another process may just have made it
         if index is None:
+            if not lock.unsupported:  # else they may be another process's, which is at work
+                _remove_leftovers(folder)
             _write(folder, indexed, needs_table, progress, alive=lambda: _touch(lock.path))
             index = _load(folder, indexed, needs_table)
         if index is None:
@@ -111,6 +117,12 @@ def _make(folder: Path, indexed: IndexedSet, needs_table: bool, progress: Progre
         with suppress(OSError):
             lock.path.unlink()
         lock.release()
+
+
+def _remove_leftovers(folder: Path) -> None:
+    for path in folder.glob(f".{OFFSETS}.*"):
+        if path.name != _LOCK:
+            path.unlink()
 
 
 def _touch(path: Path) -> None:
@@ -138,14 +150,14 @@ def _wait_for(lock: FileLock, indexed: IndexedSet) -> None:
 
 
 def _write(folder: Path, indexed: IndexedSet, needs_table: bool, progress: Progress, alive: Callable[[], None]) -> None:
-    name = f".{OFFSETS}.{socket.gethostname()}-{os.getpid()}"
-    temporary, table = folder / name, folder / f"{name}.classes"
+    temporary = folder / f".{OFFSETS}.{socket.gethostname()}-{os.getpid()}"
+    table = temporary.with_name(f"{temporary.name}.classes")
     try:
         # Renamed, not synced to the disk: an index that a crash tears is found to be damaged, and made again.
         classes = write_index(temporary, indexed, progress, alive)
         if needs_table:
             with open_new(table) as file:
-                _write_table(file, classes)
+                file.writelines(map(class_line, _table(classes)))
             table.replace(folder / CLASSES)
         temporary.replace(folder / OFFSETS)
     finally:
@@ -154,8 +166,7 @@ def _write(folder: Path, indexed: IndexedSet, needs_table: bool, progress: Progr
                 path.unlink()
 
 
-def _write_table(file: BinaryIO, classes: Classes) -> None:
-    names = classes.names
+def _table(classes: Classes) -> Iterator[dict[str, Any]]:
     for number, samples in enumerate(classes.samples.tolist()):
-        entry = {"id": number, "name": str(number) if names is None else names[number], "samples": samples}
-        file.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
+        name = str(number) if classes.names is None else classes.names[number]
+        yield {"id": number, "name": name, "samples": samples}

@@ -29,14 +29,13 @@ from partialfc.data.offsets import (
     stamps_of,
 )
 from partialfc.data.pool import Pool
-from partialfc.data.samples import walk_samples
+from partialfc.data.samples import class_id, walk_samples
 from partialfc.data.tar import BLOCK
 from partialfc.errors import DataUnavailable, InvalidData
 from partialfc.files import open_new
 from partialfc.tracking.console import Progress
 
 _ALONE_BYTES = 1 << 28  # of shards that one process walks before others would have started
-_MAX_DIGITS = 18
 _MAX_NAME_BYTES = 255
 _LARGEST = 2**32 - 1
 _PIECE = 1 << 20  # samples, or bytes
@@ -76,15 +75,15 @@ def read_shard(path: Path, num_classes: int | None) -> ShardEntries:
         for key, label, offset, size in walk_samples(path):
             if max(offset // BLOCK, size) > _LARGEST:
                 raise InvalidData(f"{path}: sample {key!r} is larger than 4 GiB, or begins after 2 TiB")
-            is_id = label.isdigit() and len(label) <= _MAX_DIGITS
-            if num_classes is not None and not (is_id and int(label) < num_classes):
+            number = class_id(label)
+            if num_classes is not None and (number is None or number >= num_classes):
                 raise InvalidData(
                     f"{path}: sample {key!r} has label {label[:40].decode(errors='replace')}, "
                     f"but the data set has classes 0..{num_classes - 1}"
                 )
-            if labels and is_id == bool(names):
+            if labels and (number is None) != bool(names):
                 raise InvalidData(f"{path}: sample {key!r} has label {label[:40]!r}: {_MIXED}")
-            labels.append(int(label) if is_id else names.setdefault(label, len(names)))
+            labels.append(names.setdefault(label, len(names)) if number is None else number)
             places.append(offset // BLOCK)
             places.append(size)
             keys += key.encode()

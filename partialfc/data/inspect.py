@@ -5,27 +5,26 @@ from __future__ import annotations
 import json
 import statistics
 from collections import Counter
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
 from partialfc.data.class_table import class_names
 from partialfc.data.dataset import TarDataset
 from partialfc.data.decode import BadImage, open_image, require_plausible_size, to_8_bits
+from partialfc.data.offsets import Integers
 from partialfc.tracking.console import format_bytes, printable
 
-MAX_PIXELS = 178_956_970  # Pillow's own limit
+_MAX_PIXELS = 178_956_970  # Pillow's own limit
 _LOOKED_AT = 1000  # images, of which sizes and modes are counted
 _BAR = 40  # characters
 _CLASSES, _IMAGES, _SIDE, _MARGIN, _TEXT = 12, 8, 96, 6, 22  # of the sheet; the last three in pixels
 _PAPER, _INK, _MISSING = (250, 250, 250), (30, 30, 30), (225, 225, 225)
 _PIECE = 1 << 24  # labels
-
-Integers = npt.NDArray[np.int64]
 
 
 def count_samples(dataset: TarDataset) -> Integers:
@@ -71,14 +70,10 @@ def _samples_per_class(counts: Integers) -> list[str]:
     buckets = np.where(counts > 0, np.frexp(counts)[1], 0)  # 0: none; k: 2**(k-1) … 2**k - 1
     numbers = np.bincount(buckets)
     rows = []
-    for bucket, number in enumerate(numbers.tolist()):
-        if bucket == 0 and not number:
-            continue
+    for bucket in range(np.flatnonzero(numbers)[0], len(numbers)):
         first, last = (2 ** (bucket - 1), 2**bucket - 1) if bucket else (0, 0)
-        rows.append((f"{first:,}" if first == last else f"{first:,}–{last:,}", number))
+        rows.append((f"{first:,}" if first == last else f"{first:,}–{last:,}", int(numbers[bucket])))
     width, longest = max(len(name) for name, _ in rows), max(number for _, number in rows)
-    while rows and not rows[0][1]:
-        del rows[0]
     bars = [f"  {name:>{width}}  {'█' * -(-_BAR * number // longest):<{_BAR}}  {number:,}" for name, number in rows]
     return [f"samples per class: {words}; classes by their samples:", *bars]
 
@@ -114,10 +109,13 @@ def _images(dataset: TarDataset, draw: np.random.Generator) -> list[str]:
 
 
 def _look(dataset: TarDataset, index: int) -> _Look:
-    size = dataset.num_bytes(index)
-    require_plausible_size(size, MAX_PIXELS)
-    with open_image(dataset.read(index), MAX_PIXELS) as image:
-        return _Look(f"{image.width}×{image.height}", f"{image.format} {image.mode}", size)
+    with _open(dataset, index) as image:
+        return _Look(f"{image.width}×{image.height}", f"{image.format} {image.mode}", dataset.num_bytes(index))
+
+
+def _open(dataset: TarDataset, index: int) -> AbstractContextManager[Image.Image]:
+    require_plausible_size(dataset.num_bytes(index), _MAX_PIXELS)
+    return open_image(dataset.read(index), _MAX_PIXELS)
 
 
 def draw_sheet(dataset: TarDataset, counts: Integers, file: Path, seed: int = 0) -> int:
@@ -178,8 +176,7 @@ def _samples_of(dataset: TarDataset, label: int) -> Integers:
 def _thumbnail(dataset: TarDataset, index: int) -> Image.Image | None:
     """Return an image that fits into its place on the sheet; None of one that cannot be used."""
     try:
-        require_plausible_size(dataset.num_bytes(index), MAX_PIXELS)
-        with open_image(dataset.read(index), MAX_PIXELS) as image:
+        with _open(dataset, index) as image:
             small = to_8_bits(image).convert("RGB")
     except BadImage:
         return None

@@ -33,13 +33,14 @@ import numpy.typing as npt
 from partialfc.data.index import Shard
 from partialfc.data.tar import BLOCK
 from partialfc.errors import DataUnavailable
-from partialfc.files import open_regular
+from partialfc.files import open_regular, parse_json
 
 OFFSETS = "samples.index"
 FORMAT = "partialfc samples 1"
 HEADER_BYTES = 4096
 SAMPLES_A_CHECK = 1024
 _CHECKED_AT_OPEN = 1 << 20  # samples of a set that is small enough to be checked at once: some 20 ms
+_UNUSABLE = (ValueError, KeyError, TypeError, OSError, OverflowError)  # what an index of any content may raise
 
 Integers = npt.NDArray[np.int64]
 
@@ -117,14 +118,15 @@ class SampleIndex:
         counts: samples of each shard.
 
     Raises:
-        ValueError, OSError: the file is damaged, missing, or of another set.
+        ValueError, KeyError, TypeError, OverflowError: the file is damaged, or of another set.
+        OSError: it cannot be read.
     """
 
     def __init__(self, path: Path, indexed: IndexedSet) -> None:
         self.path, self._indexed = path, indexed
         with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
-            header = json.loads(file.read(HEADER_BYTES))
+            header = parse_json(file.read(HEADER_BYTES))
             layout = Layout(len(indexed.shards), int(header["num_samples"]), int(header["key_bytes"]))
             ends = layout.ends()
             if header["format"] != FORMAT or min(layout) < 0 or size != ends[-1]:
@@ -142,10 +144,10 @@ class SampleIndex:
         self.counts: Integers = stamps[:, 0].copy()
         if not np.array_equal(stamps, stamps_of(indexed.shards, self.counts.tolist())):
             raise ValueError("the shards have changed")
-        if indexed.num_samples is not None and self.counts.tolist() != list(indexed.num_samples):
-            raise ValueError("of other numbers of samples")
+        expected = self.counts.tolist() if indexed.num_samples is None else list(indexed.num_samples)
         if (
-            (self.counts < 0).any()
+            self.counts.tolist() != expected
+            or (self.counts < 0).any()
             or self.counts.sum() != self.num_samples
             or indexed.num_classes not in (None, self.num_classes)
         ):
@@ -252,7 +254,7 @@ class SampleIndex:
     def __setstate__(self, state: tuple[Path, IndexedSet]) -> None:
         try:
             self.__init__(*state)  # type: ignore[misc]
-        except (ValueError, KeyError, TypeError, OSError) as error:
+        except _UNUSABLE as error:
             raise DataUnavailable(f"{state[0]}: the index was replaced or removed while it was in use") from error
 
 
@@ -265,5 +267,5 @@ def load_index(path: Path, indexed: IndexedSet) -> SampleIndex | None:
     """Return the index in a file; None if it is missing, damaged, or of other shards."""
     try:
         return SampleIndex(path, indexed)
-    except (ValueError, KeyError, TypeError, OSError, RecursionError, OverflowError):  # whatever is wrong: make it anew
+    except _UNUSABLE:  # whatever is wrong: make it anew
         return None

@@ -8,11 +8,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from reprlib import repr as shortened
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from partialfc.data.text_lines import text_lines
 from partialfc.errors import InvalidData
 from partialfc.files import open_regular, write_atomically
 from partialfc.options import describe_unknown
@@ -81,7 +82,7 @@ def parse_pairs(path: Path) -> Iterator[Pair]:
     """
     try:
         with open_regular(path) as file:
-            rows = csv.reader(_lines(file, path), strict=True)
+            rows = csv.reader(text_lines(file, path, _MAX_LINE_BYTES), strict=True)
             header = [name.strip() for name in next(rows, [])]
             columns = _find_columns(header, path)
             for row in rows:
@@ -98,18 +99,6 @@ def parse_pairs(path: Path) -> Iterator[Pair]:
         raise InvalidData(f"{path} cannot be read: {error.strerror}") from error
     except csv.Error as error:
         raise InvalidData(f"{path}: line {rows.line_num} is not CSV: {error}") from error
-
-
-def _lines(file: BinaryIO, path: Path) -> Iterator[str]:
-    number = 0
-    while line := file.readline(_MAX_LINE_BYTES + 1):
-        number += 1
-        if len(line) > _MAX_LINE_BYTES:
-            raise InvalidData(f"{path}: line {number} is longer than {_MAX_LINE_BYTES:,} bytes")
-        try:
-            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            raise InvalidData(f"{path}: line {number} is not UTF-8") from error
 
 
 def _find_columns(header: Sequence[str], path: Path) -> list[int]:

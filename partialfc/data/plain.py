@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,7 +23,7 @@ def set_folder(source: DataPath) -> Path | None:
     if not isinstance(source, (str, Path)):
         return None
     path = Path(source)
-    if path.is_dir():
+    if os.path.isdir(path):
         is_of_ours = any(os.path.lexists(path / name) for name in (INDEX, CLASSES, UNFINISHED))  # if incomplete
         return path if is_of_ours or not _tars_in(path) else None
     return None if path.suffix == ".tar" or is_pattern(str(source)) else path
@@ -31,8 +32,8 @@ def set_folder(source: DataPath) -> Path | None:
 def exists(source: DataPath) -> bool:
     """Return True if a set is there, as far as its first file says."""
     if isinstance(source, (str, Path)) and not is_pattern(str(source)):
-        return Path(source).exists()
-    return any(path.exists() for path in list_shards(source)[:1])
+        return os.path.exists(source)
+    return os.path.exists(list_shards(source)[0])
 
 
 def list_shards(source: DataPath) -> list[Path]:
@@ -46,8 +47,8 @@ def list_shards(source: DataPath) -> list[Path]:
     found = [shard for part in parts for shard in _shards_of(part)]
     if not found:
         raise InvalidData(f"{describe(source)}: no shards; expected a data set folder, or .tar files")
-    if len(set(found)) < len(found):
-        twice = next(shard for number, shard in enumerate(found) if shard in found[:number])
+    twice, times = Counter(found).most_common(1)[0]
+    if times > 1:
         raise InvalidData(f"{describe(source)}: shard {twice} is listed twice")
     return found
 
@@ -56,14 +57,16 @@ def describe(source: DataPath) -> str:
     """Return a set's name for messages."""
     if isinstance(source, (str, Path)):
         return str(source)
-    return str(source[0]) + (f" and {len(source) - 1} more" if len(source) > 1 else "") if source else "[]"
+    if len(source) < 2:
+        return str(source[0]) if source else "[]"
+    return f"{source[0]} and {len(source) - 1} more"
 
 
 def _shards_of(part: Path | str) -> list[Path]:
-    paths = [Path(part)] if Path(part).exists() else [Path(name) for name in expand(str(part))]
+    paths = [Path(part)] if os.path.exists(part) else [Path(name) for name in expand(str(part))]
     found: list[Path] = []
     for path in paths:
-        if not path.is_dir():
+        if not os.path.isdir(path):
             found.append(path)
         elif os.path.lexists(path / INDEX):
             raise InvalidData(f"{path} is a data set folder of its own; a list gives the shards of one set")

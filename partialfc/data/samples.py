@@ -16,6 +16,8 @@ from partialfc.files import open_regular
 READ_EXTENSIONS = frozenset((*IMAGE_EXTENSIONS, "jpeg"))
 MAX_LABEL_BYTES = 1024
 
+_MAX_DIGITS = 18  # of an int64
+
 
 class Sample(NamedTuple):
     """An image and its class in a shard."""
@@ -24,6 +26,11 @@ class Sample(NamedTuple):
     label: bytes  # content of the .cls, without white space around it
     offset: int  # of the image
     size: int
+
+
+def class_id(label: bytes) -> int | None:
+    """Return the class id that a label gives in decimal; None if it is a name."""
+    return int(label) if label.isdigit() and len(label) <= _MAX_DIGITS else None
 
 
 def split_name(name: str) -> tuple[str, str] | None:

@@ -14,7 +14,6 @@ from typing import BinaryIO, NamedTuple, NoReturn
 from zlib import adler32
 
 from partialfc.errors import DataError, InvalidData
-from partialfc.files import open_regular
 
 BLOCK = 512
 MAX_NAME_BYTES = 4096
@@ -74,17 +73,6 @@ class Member(NamedTuple):
     size: int
 
 
-def walk_members(path: Path) -> Iterator[Member]:
-    """Yield the regular members of a tar in order; nothing in the archive is trusted.
-
-    Raises:
-        OSError: the file cannot be read.
-        InvalidData: as :meth:`TarReader.members`.
-    """
-    with open_regular(path) as file:
-        yield from TarReader(file, path).members()
-
-
 class TarReader:
     """Reader of a tar's members, from an open file.
 
@@ -120,12 +108,7 @@ class TarReader:
             if offset + size > self.num_bytes:
                 self._refuse(position, f"truncated: its member reaches to byte {offset + size}, the file ends before")
             if kind != b"0" and kind in b"xgL":
-                if size > _MAX_EXTENDED:
-                    self._refuse(position, f"an extended header of {size:,} bytes; up to {_MAX_EXTENDED:,} are read")
-                content = self.read(offset, size)
-                new_name, new_size = (
-                    (content.partition(b"\0")[0], None) if kind == b"L" else self._pax(content, kind, position)
-                )
+                new_name, new_size = self._extended(kind, size, position)
                 if None not in (name, new_name) and name != new_name:
                     self._refuse(position, "two extended headers give different names")
                 name = new_name if name is None else name
@@ -135,14 +118,8 @@ class TarReader:
                     size = self._large_size(size, pax_size, position)
                 member = Member(self._name(header, name, position), offset, size)
                 name = pax_size = None
-                is_folder = member.name[-1] == "/"
-                if kind in (b"0", b"\0") and not is_folder:
+                if self._is_file(member, kind, position):
                     yield member
-                elif kind != b"5" and not (kind == b"\0" and is_folder):  # as old tars mark a folder
-                    what = _REFUSED.get(kind, f"of the unknown type {kind!r}")
-                    self._refuse(position, f"member {member.name!r} is {what}; only regular files are accepted")
-                elif size:
-                    self._refuse(position, f"folder {member.name!r} has {size:,} bytes of content")
             position = offset + size + -size % BLOCK
         self._refuse(self.num_bytes, "truncated: the archive has no end; two blocks of zeros were expected")
 
@@ -202,6 +179,25 @@ class TarReader:
             self._refuse(position, f"member name {name[:100]!r} is longer than {MAX_NAME_BYTES} bytes or holds a NUL")
         return name
 
+    def _is_file(self, member: Member, kind: bytes, position: int) -> bool:
+        """Return True for a file, False for a folder; anything else is refused."""
+        ends_in_slash = member.name[-1] == "/"
+        if kind == b"5" or (kind == b"\0" and ends_in_slash):  # the latter is a folder in old tars
+            if member.size:
+                self._refuse(position, f"folder {member.name!r} has {member.size:,} bytes of content")
+            return False
+        if kind not in (b"0", b"\0") or ends_in_slash:
+            what = _REFUSED.get(kind, f"of the unknown type {kind!r}")
+            self._refuse(position, f"member {member.name!r} is {what}; only regular files are accepted")
+        return True
+
+    def _extended(self, kind: bytes, size: int, position: int) -> tuple[bytes | None, int | None]:
+        """Return the name and the size that an extended header gives to the member after it."""
+        if size > _MAX_EXTENDED:
+            self._refuse(position, f"an extended header of {size:,} bytes; up to {_MAX_EXTENDED:,} are read")
+        content = self.read(position + BLOCK, size)
+        return (content.partition(b"\0")[0], None) if kind == b"L" else self._pax(content, kind, position)
+
     def _pax(self, content: bytes, kind: bytes, position: int) -> tuple[bytes | None, int | None]:
         """Return the path and size that a PAX header gives, of records ``LENGTH KEY=VALUE\\n``."""
         found: dict[bytes, bytes] = {}
@@ -211,7 +207,7 @@ class TarReader:
             length = content[start:space]
             stop = start + int(length) if space > start and length.isdigit() else 0
             key, equals, value = content[space + 1 : stop - 1].partition(b"=")
-            if not space < stop <= end or content[stop - 1] != 0x0A or not equals:
+            if not start < space < stop <= end or content[stop - 1] != 0x0A or not equals:
                 self._refuse(position, f"damaged PAX header: no record at its byte {start}")
             start = stop
             if key.startswith(b"GNU.sparse."):

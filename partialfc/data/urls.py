@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 
 from partialfc.errors import ConfigError
+from partialfc.options import shorten
 
 _MAX_NAMES = 1_000_000
 _RANGE = re.compile(r"(\d{1,18})\.\.(\d{1,18})")
@@ -25,7 +26,10 @@ def expand(text: str) -> list[str]:
     Raises:
         ConfigError: braces do not match or hold neither list nor range, there are too many names, or one is a URL.
     """
-    names = [name for part in text.split("::") for name in _bounded(_expand(part, text), text)]
+    try:
+        names = [name for part in text.split("::") for name in _bounded(_expand(part, text), text)]
+    except RecursionError:
+        raise ConfigError(f"{shorten(text)}: too many braces") from None
     for name in names:
         if not name:
             raise ConfigError(f"{text}: a name between '::' is empty")

@@ -19,7 +19,7 @@ from partialfc.data.decode import BadImage, open_image, require_plausible_size
 from partialfc.data.index import CLASSES, checked_digest, find_shard, read_index
 from partialfc.data.plain import DataPath, describe, list_shards, set_folder
 from partialfc.data.pool import Pool
-from partialfc.data.samples import Sample, walk_samples
+from partialfc.data.samples import Sample, class_id, walk_samples
 from partialfc.errors import DataUnavailable, InvalidData
 from partialfc.files import open_regular
 from partialfc.tracking.console import Progress, no_progress
@@ -34,9 +34,9 @@ class Problems:
     found: list[str] = field(default_factory=list)
     count: int = 0
 
-    def add(self, problem: object, count: int = 1) -> None:
+    def add(self, problem: object) -> None:
         """Add a problem."""
-        self.count += count
+        self.count += 1
         if len(self.found) < _KEPT:
             self.found.append(str(problem))
 
@@ -47,7 +47,7 @@ class Problems:
 
 
 @dataclass
-class Verification:
+class SetFindings:
     """What was looked at, and found."""
 
     problems: Problems = field(default_factory=Problems)
@@ -68,7 +68,7 @@ class ShardFindings:
 
 def verify(
     source: DataPath, max_pixels: int, workers: int | None = None, progress: Progress = no_progress
-) -> Verification:
+) -> SetFindings:
     """Read all of a set: sizes and digests of its shards, labels, class table and its counts, and decode every image.
 
     Args:
@@ -77,16 +77,16 @@ def verify(
 
     Raises:
         ConfigError: a pattern is malformed.
-        DataUnavailable: a file cannot be read this time.
+        DataUnavailable: a file cannot be read this time; all else that is wrong is among the problems.
     """
-    result = Verification()
+    result = SetFindings()
     try:
-        plan = _plan(source, result.problems)
+        expected = _expect(source, result.problems)
     except InvalidData as error:
         result.problems.add(error)
         return result
-    counts = np.zeros(plan.num_classes or 0, dtype=np.int64)
-    tasks = [(path, entry, plan.num_classes, max_pixels) for path, entry in plan.shards]
+    counts = np.zeros(expected.num_classes or 0, dtype=np.int64)
+    tasks = [(path, entry, expected.num_classes, max_pixels) for path, entry in expected.shards]
     with progress(f"verifying {describe(source)}", len(tasks)) as advance, Pool(workers) as pool:
         found: ShardFindings
         for found in pool.map(verify_shard, tasks):
@@ -97,13 +97,13 @@ def verify(
             for label, number in found.labels.items():
                 counts[label] += number
             advance(1, f"{result.problems.count:,} problems" if result.problems.count else "")
-    if plan.table is not None:
-        _check_table(plan.table, counts, result.num_samples == plan.num_samples, result.problems)
+    if expected.table is not None:
+        _check_table(expected.table, counts, result.num_samples == expected.num_samples, result.problems)
     return result
 
 
 @dataclass(frozen=True)
-class _Plan:
+class _Expected:
     """What is to be looked at, and what the index says; None: there is none."""
 
     shards: list[tuple[Path, dict[str, Any]]]  # with their entries in the index
@@ -112,11 +112,11 @@ class _Plan:
     table: Path | None = None
 
 
-def _plan(source: DataPath, problems: Problems) -> _Plan:
+def _expect(source: DataPath, problems: Problems) -> _Expected:
     folder = set_folder(source)
     if folder is None:
         TarDataset(source)  # which finds labels of two kinds
-        return _Plan([(path, {}) for path in list_shards(source)])
+        return _Expected([(path, {}) for path in list_shards(source)])
     index = read_index(folder)
     shards = []
     for entry in index["shardlist"]:
@@ -129,7 +129,7 @@ def _plan(source: DataPath, problems: Problems) -> _Plan:
     except InvalidData as error:
         problems.add(error)
     has_table = "digest" in index or os.path.lexists(folder / CLASSES)  # an evaluation set needs none
-    return _Plan(shards, index["num_classes"], index["num_samples"], folder / CLASSES if has_table else None)
+    return _Expected(shards, index["num_classes"], index["num_samples"], folder / CLASSES if has_table else None)
 
 
 def verify_shard(path: Path, entry: dict[str, Any], num_classes: int | None, max_pixels: int) -> ShardFindings:
@@ -145,10 +145,12 @@ def verify_shard(path: Path, entry: dict[str, Any], num_classes: int | None, max
             for sample in walk_samples(path):
                 number += 1
                 where = f"{path}: sample {sample.key!r}"
-                if num_classes is not None and not _is_class(sample.label, num_classes):
-                    problems.add(f"{where} has label {sample.label[:40]!r}, not one of 0..{num_classes - 1}")
-                elif num_classes is not None:
-                    labels[int(sample.label)] += 1
+                if num_classes is not None:
+                    label = class_id(sample.label)
+                    if label is None or label >= num_classes:
+                        problems.add(f"{where} has label {sample.label[:40]!r}, not one of 0..{num_classes - 1}")
+                    else:
+                        labels[label] += 1
                 try:
                     _decode(file, sample, max_pixels)
                 except BadImage as error:
@@ -167,10 +169,6 @@ def _decode(file: BufferedReader, sample: Sample, max_pixels: int) -> None:
     require_plausible_size(sample.size, max_pixels)
     with open_image(os.pread(file.fileno(), sample.size, sample.offset), max_pixels) as image:
         image.load()
-
-
-def _is_class(label: bytes, num_classes: int) -> bool:
-    return label.isdigit() and len(label) < 19 and int(label) < num_classes
 
 
 def _check_bytes(file: BufferedReader, path: Path, entry: dict[str, Any], problems: Problems) -> int:

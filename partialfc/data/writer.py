@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from partialfc.data.class_table import class_line
 from partialfc.data.index import CLASSES, INDEX, content_digest
 from partialfc.data.offsets import OFFSETS
 from partialfc.data.pairs import PAIRS
@@ -140,7 +141,6 @@ class DatasetWriter:
             raise DataError(f"{len(entries)} classes were given to finish(), but a sample has label {largest}")
         table = ({"id": i, **entry, "samples": self._samples_of_class[i]} for i, entry in enumerate(entries))
         digest = complete_dataset(self.folder, self._shards, table, extra or {})
-        (self.folder / UNFINISHED).unlink()
         self.finished = True
         return digest
 
@@ -192,7 +192,7 @@ def complete_dataset(
     try:
         with open_new(temporary) as file:
             for entry in classes:
-                file.write(json.dumps(entry, ensure_ascii=False).encode() + b"\n")
+                file.write(class_line(entry))
                 num_classes += 1
             file.flush()
             os.fsync(file.fileno())
@@ -212,6 +212,7 @@ def complete_dataset(
         "digest": digest,
     }
     write_atomically(folder / INDEX, json.dumps(index, ensure_ascii=False, indent=1).encode())
+    (folder / UNFINISHED).unlink(missing_ok=True)
     return digest
 
 

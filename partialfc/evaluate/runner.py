@@ -150,7 +150,7 @@ def _verify(
     if found.pairs is not None:
         cosines = cosines_of_pairs(embeddings, found.pairs, interrupted)
         yield found.folder.name, scores_of_pairs(cosines, found.pairs.same), _accuracy(cosines, found.pairs)
-    labels = torch.from_numpy(found.dataset.labels).to(embeddings.device)
+    labels = torch.tensor(found.dataset.labels).to(embeddings.device)
     for protocol in found.protocols:
         yield (
             protocol.name,

@@ -162,7 +162,7 @@ def test_a_dataset_travels_to_another_process_without_open_files(tmp_path: Path)
     data = TarDataset(write_folder(tmp_path / "d"))
     assert data.read(3) == png(3)
     copy = pickle.loads(pickle.dumps(data))
-    assert copy._files == {}
+    assert copy._files._files == {}
     assert copy.read(20) == png(20)
     data.close()
     assert data.read(3) == png(3)

@@ -143,8 +143,10 @@ def test_one_process_makes_the_index_and_the_others_wait_for_it(
 def test_a_process_that_dies_while_indexing_is_followed_by_a_waiting_one(tmp_path: Path) -> None:
     folder = write_samples(tmp_path / "d", [0, 1])
     with hold(folder, 60, "") as other:
+        (folder / f".{OFFSETS}.there-1").write_text("half an index")
         threading.Timer(0.3, other.kill).start()
         assert TarDataset(folder).labels.tolist() == [0, 1]
+    assert not list(folder.glob(".samples*"))
 
 
 def test_a_process_that_stops_while_indexing_is_not_waited_for_forever(

@@ -6,18 +6,25 @@ import io
 import subprocess
 import tarfile
 import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from partialfc.data.tar import END_OF_ARCHIVE, walk_members
+from partialfc.data.tar import END_OF_ARCHIVE, Member, TarReader
 from partialfc.errors import InvalidData
+from partialfc.files import open_regular
 from tests.harness.tars import entry, header, make_tar, pax, pax_record, write_tar
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
 LONG = "folder/" + "x" * 180 + "é"
+
+
+def walk_members(path: Path) -> Iterator[Member]:
+    with open_regular(path) as file:
+        yield from TarReader(file, path).members()
 
 
 def read(path: Path) -> list[tuple[str, bytes]]:
@@ -107,6 +114,8 @@ HOSTILE = {
     "PAX not records": ([entry(b"no records", kind=b"x"), entry(b"")], "damaged PAX header"),
     "PAX record too long": ([entry(b"99 path=a\n", kind=b"x"), entry(b"")], "damaged PAX header"),
     "PAX record of length 0": ([entry(b"0 path=a\n", kind=b"x"), entry(b"")], "damaged PAX header"),
+    "PAX with a length that never ends": ([entry(b"123456789 path=a\n", kind=b"x"), entry(b"")], "damaged PAX header"),
+    "PAX with a record and a bare end": ([entry(pax(path="a") + b"nospace=\n", kind=b"x"), entry(b"")], "damaged PAX"),
     "PAX without an equals sign": ([entry(b"7 path\n", kind=b"x"), entry(b"")], "damaged PAX header"),
     "PAX at the end": ([entry(pax(path="a.png"), kind=b"x")], "ends after an extended header"),
     "global path": ([entry(pax(path="a.png"), kind=b"g"), entry(b"")], "all members"),
@@ -210,3 +219,19 @@ def test_random_bytes_give_an_error_with_their_place(
     path.write_bytes(b"".join(blocks))
     with pytest.raises(InvalidData, match=r"header at byte \d+"):
         list(walk_members(path))
+
+
+@settings(max_examples=50, deadline=None)
+@given(records=st.lists(st.text(" 0123456789=\npath", max_size=14).map(str.encode), max_size=4))
+def test_any_text_in_a_pax_header_ends_in_an_error_or_what_tarfile_reads(
+    tmp_path_factory: pytest.TempPathFactory, records: list[bytes]
+) -> None:
+    body = b"".join(records)
+    with_comment = pax(comment="x") + body  # so that what follows is not at the beginning
+    for content in (body, with_comment):
+        path = with_end(tmp_path_factory.getbasetemp() / "pax.tar", entry(content, kind=b"x"), entry(b"abc"))
+        try:
+            found = read(path)
+        except InvalidData:
+            continue
+        assert found == members_of_tarfile(path.read_bytes())

@@ -43,6 +43,8 @@ def test_webdataset_expands_to_the_same_names() -> None:
         ("a{0..99999999}", "more than"),
         ("{0..9999}{0..9999}", "more than"),
         ("{0..999999}::{0..999999}", "more than"),
+        ("{" * 5000 + "a,b" + "}" * 5000, "too many braces|expected a range"),
+        ("{1..1}" * 3000, "too many braces"),
         ("a::::b", "is empty"),
         ("https://host/a-{0..1}.tar", "only local files"),
         ("pipe:cat a.tar", "only local files"),

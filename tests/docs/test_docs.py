@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from partialfc import PartialFC, losses, models
 from partialfc.config import WandbConfig, parse_config
+from partialfc.data.dataset import TarDataset
 from tests.harness.ranks import Ranks
 
 ROOT = Path(__file__).parents[2]
@@ -202,3 +203,16 @@ def test_the_examples_of_the_tracking_page_work(tmp_path: Path) -> None:
     assert names["losses"] == {5: 0.5}
     for key in WandbConfig.model_fields:
         assert f"`{key}`" in text, key
+
+
+def test_the_example_of_a_writer_makes_a_complete_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (example,) = _examples("data.md")
+    exec(example, {"images": [("a/0001", b"first", 0), ("a/0002", b"second", 1)], "names": ["ada", "ben"]})
+    data = TarDataset("faces")
+    assert [(data.key(i), data.read(i), int(data.labels[i])) for i in range(2)] == [
+        ("a/0001", b"first", 0),
+        ("a/0002", b"second", 1),
+    ]
+    assert [entry["name"] for entry in data.classes] == ["ada", "ben"]
+    assert data.index["source"] == "our scanners"

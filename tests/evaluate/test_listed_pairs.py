@@ -20,6 +20,7 @@ from partialfc.errors import InvalidData
 from partialfc.evaluate.listed_pairs import cosines_of_pairs, fold_accuracies, scores_of_pairs
 from partialfc.evaluate.runner import describe_results
 from partialfc.evaluate.sets import open_set
+from partialfc.train.agreement import data_facts
 from tests.harness.data_sets import write_samples
 from tests.harness.ranks import Ranks
 from tests.harness.running import lines, partialfc, run
@@ -136,6 +137,16 @@ def test_a_set_has_protocols_or_pairs_but_not_both(tmp_path: Path) -> None:
     (tmp_path / "set" / "protocol.json").write_text("{}")
     with pytest.raises(InvalidData, match=r"has both protocol\.json and pairs\.csv"):
         open_set(tmp_path / "set")
+
+
+def test_ranks_whose_lists_differ_see_it_before_the_first_step(tmp_path: Path) -> None:
+    write_samples(tmp_path / "set", [0, 1, 2])
+    found = []
+    for same in (True, False):
+        write_pairs(tmp_path / "set", [Pair("s0000", "s0001", same, 0)])
+        found.append(data_facts("evaluation.sets[0]", TarDataset(tmp_path / "set")))
+    different = [key for key in found[0] if found[0][key] != found[1][key]]
+    assert different == ["evaluation.sets[0]: pairs.csv"]
 
 
 def test_a_key_of_two_samples_is_refused(tmp_path: Path) -> None:

@@ -24,9 +24,10 @@ from partialfc.config import load_config, parse_config
 from partialfc.errors import ConfigError, DamagedCheckpoint, DataError
 from partialfc.exchange import export as export_module
 from partialfc.exchange.export import export
-from partialfc.exchange.import_weights import find_shards, load_backbone, load_head
+from partialfc.exchange.head_shards import find_shards, load_head
 from partialfc.exchange.merge import merge
 from partialfc.models import BY_NAME
+from partialfc.models.weights import load_backbone
 from partialfc.runs.folder import RunFolder
 from tests.harness.checkpoints import Hostile, made, train_a_little
 from tests.harness.running import partialfc, run

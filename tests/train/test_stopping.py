@@ -184,9 +184,9 @@ def test_a_request_during_an_evaluation_is_not_kept_waiting_and_the_evaluation_i
     tmp_path: Path, when: str
 ) -> None:
     tree = write_task(tmp_path)
-    write_set(tmp_path / "large", 37, 100, seed=5)  # takes seconds to embed
+    write_set(tmp_path / "large", 37, 100 if when == "in between" else 400, seed=5)  # takes seconds to embed
     tree["evaluation"] |= {"sets": [str(tmp_path / "large")], "every": 4, "batch_size": 4}
-    tree["optim"]["epochs"] = 1 if when == "in between" else 1 / 3
+    tree["optim"] |= {"epochs": 1 if when == "in between" else 1 / 3, "warmup": 0.25}
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(tree))
     folder = tmp_path / "run"

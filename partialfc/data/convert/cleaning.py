@@ -5,11 +5,13 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from io import TextIOWrapper
 from pathlib import Path
 
+from partialfc.data.text_lines import text_lines
 from partialfc.errors import InvalidData
 from partialfc.files import open_regular
+
+_MAX_LINE_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -89,9 +91,9 @@ def _pick(
 
 def _rows(path: Path) -> Iterator[list[str]]:
     try:
-        with TextIOWrapper(open_regular(path), encoding="utf-8-sig", newline="") as file:
-            yield from filter(None, csv.reader(file, strict=True))
+        with open_regular(path) as file:
+            yield from filter(None, csv.reader(text_lines(file, path, _MAX_LINE_BYTES), strict=True))
     except OSError as error:
         raise InvalidData(f"{path} cannot be read: {error.strerror}") from error
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise InvalidData(f"{path} is not a CSV file in UTF-8: {error}") from error
+    except csv.Error as error:
+        raise InvalidData(f"{path} is not a CSV file: {error}") from error

@@ -49,6 +49,8 @@ class _Format(NamedTuple):
     options: tuple[str, ...] = ()  # that mean something
 
 
+PAIRS = "pairs"  # the format of verification sets, which are no source of records
+
 # In the order of asking: any folder may be one of identities.
 FORMATS = {
     "recordio": _Format(RecordIO.matches, lambda path, _: RecordIO.open(path)),
@@ -80,7 +82,7 @@ def open_source(path: Path, format: str | None = None, options: SourceOptions | 
     """
     options = options or SourceOptions()
     if format is not None and format not in FORMATS:
-        raise ConfigError(f"--format: {describe_unknown(format, FORMATS)}")
+        raise ConfigError(f"--format: {describe_unknown(format, [*FORMATS, PAIRS])}")
     name = format or next((name for name, each in FORMATS.items() if each.matches(path)), None)
     if name is None:
         problem = f"is in none of the formats {', '.join(FORMATS)}" if path.exists() else "does not exist"

@@ -5,12 +5,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from reprlib import repr as shortened
+from typing import NamedTuple
 
+from partialfc.data.convert.source import Skipped
 from partialfc.errors import InvalidData
 
 PATH_FIELDS = ("path", "file", "image", "filename", "file_name", "image_path", "file_path")
 BYTES_FIELDS = ("bytes", "image_bytes", "base64")
 LABEL_FIELDS = ("identity", "label", "class", "name")
+
+
+NO_IMAGE = Skipped("row without an image")
+NO_IDENTITY = Skipped("row without an identity")
+
+
+class Columns(NamedTuple):
+    """Names of the columns of a table that are taken; without one of keys, these are made."""
+
+    image: str
+    label: str
+    key: str | None
 
 
 @dataclass(frozen=True)
@@ -27,8 +41,8 @@ class Fields:
     label: str | None = None
     key: str | None = None
 
-    def resolve(self, columns: Sequence[str], where: str) -> Fields:
-        """Return the fields with the names that a table's ``columns`` have.
+    def resolve(self, columns: Sequence[str], where: str) -> Columns:
+        """Return those of a table's ``columns`` that are taken.
 
         Args:
             where: the table, for messages.
@@ -36,7 +50,7 @@ class Fields:
         Raises:
             InvalidData: a column is missing, or several could be meant.
         """
-        return Fields(
+        return Columns(
             _choose(columns, self.image, (*PATH_FIELDS, *BYTES_FIELDS), "image", where),
             _choose(columns, self.label, LABEL_FIELDS, "label", where),
             None if self.key is None else _choose(columns, self.key, (), "key", where),

@@ -14,17 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from partialfc.data.convert.image_root import too_large
-from partialfc.data.convert.source import Record, Skipped, Source, Unreadable, sample_key
+from partialfc.data.convert.source import EXTENSIONS, MAX_SIZE, Record, Skipped, Source, Unreadable, sample_key
 from partialfc.errors import DataUnavailable, InvalidData
 from partialfc.files import read_bounded
-
-EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 
 _BYTES = "utf-8", "surrogateescape"
 _LEFT_BEHIND = (b"__MACOSX", b"Thumbs.db", b"desktop.ini")
 _SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")  # as tools call parts of a data set
 _IDENTITIES_IN_PART = 256
-_MAX_BYTES = (1 << 32) - 1  # that a record can say
 _LINK = Skipped("symbolic link, which is not followed")
 _SPECIAL = Skipped("device, socket or FIFO")
 _OTHER = Skipped(f"file that is not called {', '.join(f'.{extension}' for extension in EXTENSIONS)}")
@@ -145,17 +142,20 @@ class FolderPerIdentity(Source):
                 stem = name.rpartition(".")[0]
                 key = sample_key(path if stem in stems else f"{folder}/{stem}")
                 stems.add(name if stem in stems else stem)
-                yield Record(key, identity, path, size=min(self._size(path, entry), _MAX_BYTES))
+                yield Record(key, identity, path, size=min(self._size(path, entry), MAX_SIZE))
 
-    def _entries(self, folder: str) -> list[tuple[str, os.DirEntry[str]]]:
-        """Return the entries of a folder that are not hidden, in the order of the bytes of their names."""
+    def _entries(self, folder: str) -> Iterator[tuple[str, os.DirEntry[str]]]:
+        """Yield the entries of a folder that are not hidden, in the order of the bytes of their names."""
         try:
             with os.scandir(self._native(folder)) as entries:
                 named = [(os.fsencode(entry.name), entry) for entry in entries]
         except OSError as error:
             raise self._unavailable(folder, error) from error
-        named = [(name, entry) for name, entry in named if not name.startswith(b".") and name not in _LEFT_BEHIND]
-        return [(name.decode(*_BYTES), entry) for name, entry in sorted(named, key=itemgetter(0))]
+        named.sort(key=itemgetter(0), reverse=True)
+        while named:
+            name, entry = named.pop()  # not kept: an entry that was looked at holds hundreds of bytes
+            if not name.startswith(b".") and name not in _LEFT_BEHIND:
+                yield name.decode(*_BYTES), entry
 
     def _modified(self, folder: str) -> int:
         try:

@@ -7,6 +7,7 @@ import mmap
 import shutil
 import zlib
 from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -68,7 +69,7 @@ class Listing:
 
     def names(self) -> list[str]:
         """Return the names of the identities, by number."""
-        return _split_names(self.folder / _NAMES)
+        return _read_names(self.folder / _NAMES)
 
     def records(self, numbers: npt.NDArray[np.int64]) -> list[Record]:
         """Return records by their numbers, without the name of the identity."""
@@ -101,14 +102,20 @@ def make_listing(source: Source, folder: Path, pool: Pool, progress: Progress) -
         open_new(folder / _TEXTS) as texts,
         progress("listing, parts", len(parts)) as advance,
     ):
-        for (_, _, stem), left_out in zip(tasks, pool.map(_list_part, tasks), strict=True):
+
+        def show(records: int) -> None:
+            advance(0, note=f"{records:,} images")
+
+        # A single part, which may be all of a large file, is listed here, where its progress can be seen.
+        listed = pool.map(_list_part, tasks) if len(tasks) > 1 else (_list_part(*task, show) for task in tasks)
+        for (_, _, stem), left_out in zip(tasks, listed, strict=True):
             records, size = _append(stem, rows, texts, numbers)
             num_records, num_bytes = num_records + records, num_bytes + size
             skipped.update(left_out)
             advance(note=f"{num_records:,} images")
     if not num_records:
         raise InvalidData(f"{source.kind}: no images were found{': ' if skipped else ''}{describe_skipped(skipped)}")
-    (folder / _NAMES).write_bytes("".join(f"{name}\0" for name in numbers).encode())
+    _write_names(folder / _NAMES, numbers)
     for name in _FILES:
         sync_to_disk(folder / name)  # before the summary, which says that they are complete
     summary = {"records": num_records, "identities": len(numbers), "bytes": num_bytes, "skipped": skipped}
@@ -128,8 +135,14 @@ def describe_skipped(skipped: dict[str, int]) -> str:
     return "; ".join(f"{count:,} × {reason}" for reason, count in skipped.items())
 
 
-def _list_part(source: Source, part: Any, stem: Path) -> dict[str, int]:
-    """Write rows, texts and names of a part's records; identities are numbered as they occur in the part."""
+def _list_part(
+    source: Source, part: Any, stem: Path, show: Callable[[int], None] = lambda records: None
+) -> dict[str, int]:
+    """Write rows, texts and names of a part's records; identities are numbered as they occur in the part.
+
+    Args:
+        show: called now and then with the number of records so far.
+    """
     skipped: Counter[str] = Counter()
     numbers: dict[str, int] = {}
     chunk = list[tuple[int, ...]]()
@@ -151,8 +164,9 @@ def _list_part(source: Source, part: Any, stem: Path) -> dict[str, int]:
             if len(chunk) == _CHUNK:
                 rows.write(np.array(chunk, ROW).tobytes())
                 chunk.clear()
+                show(rows.tell() // ROW.itemsize)
         rows.write(np.array(chunk, ROW).tobytes())
-    stem.with_suffix(".names").write_bytes("".join(f"{name}\0" for name in numbers).encode())
+    _write_names(stem.with_suffix(".names"), numbers)
     return dict(skipped)
 
 
@@ -171,7 +185,7 @@ def _check_name(record: Record, kind: str) -> None:
 
 def _append(stem: Path, rows: BinaryIO, texts: BinaryIO, numbers: dict[str, int]) -> tuple[int, int]:
     """Move a part's files to the end of the whole; return the number of its records and the sum of their sizes."""
-    names = _split_names(stem.with_suffix(".names"))
+    names = _read_names(stem.with_suffix(".names"))
     known = np.array([numbers.setdefault(name, len(numbers)) for name in names], dtype=np.uint32)
     num_records, num_bytes, place = 0, 0, texts.tell()
     with open(stem.with_suffix(".rows"), "rb") as file:
@@ -188,5 +202,9 @@ def _append(stem: Path, rows: BinaryIO, texts: BinaryIO, numbers: dict[str, int]
     return num_records, num_bytes
 
 
-def _split_names(path: Path) -> list[str]:
+def _write_names(path: Path, names: Iterable[str]) -> None:
+    path.write_bytes("".join(f"{name}\0" for name in names).encode())
+
+
+def _read_names(path: Path) -> list[str]:
     return path.read_bytes().decode().split("\0")[:-1]

@@ -12,19 +12,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from partialfc.data.convert.fields import BYTES_FIELDS, Fields, identity_text, require_key
+from partialfc.data.convert.fields import BYTES_FIELDS, NO_IDENTITY, NO_IMAGE, Fields, identity_text, require_key
 from partialfc.data.convert.image_root import ImageRoot
 from partialfc.data.convert.rows import Csv, Format, JsonLines, Row, TextRows
 from partialfc.data.convert.source import Record, Skipped, Source, Unreadable, sample_key
+from partialfc.data.convert.source_files import file_state, open_file
 from partialfc.errors import DataUnavailable, InvalidData
-from partialfc.files import open_regular
 
 CSV_SUFFIXES, JSON_SUFFIXES = (".csv", ".tsv"), (".jsonl", ".ndjson")
 
 _PART_BYTES = 64 << 20
 _DATA_URL = "data:"
-_NO_IMAGE = Skipped("row without an image")
-_NO_IDENTITY = Skipped("row without an identity")
 
 
 @dataclass(frozen=True)
@@ -53,22 +51,19 @@ class Manifest(Source):
         """Return name, size and time of the table, and the columns that are taken; image files are not looked at."""
         found = self._format()
         self._root().require()
-        with self._open() as file:
-            status = os.fstat(file.fileno())
-        return [self.path.name, status.st_size, status.st_mtime_ns, str(self.images), repr(found)]
+        return [*file_state(self.path, self.path.parent), str(self.images), repr(found)]
 
     def parts(self) -> Sequence[tuple[int, int]]:
         """Return ranges of bytes; a CSV is one, since line breaks between quotation marks end no row."""
         found = self._format()
-        with self._open() as file:
-            size = os.fstat(file.fileno()).st_size
+        _, size, _ = file_state(self.path, self.path.parent)
         step = _PART_BYTES if found.splits else max(1, size)
         return [(start, min(start + step, size)) for start in range(found.start, size, step)]
 
     def list_part(self, part: tuple[int, int]) -> Iterator[Record | Skipped]:
         """Yield the rows that begin in a range of bytes."""
         found, root, (start, stop) = self._format(), self._root(), part
-        with self._open() as file:
+        with open_file(self.path) as file:
             text = TextRows(file, self.path, start, stop)
             if start > found.start:
                 text.skip_started()
@@ -76,7 +71,7 @@ class Manifest(Source):
                 try:
                     identity = identity_text(row.label)
                     if identity is None or row.image in (None, ""):
-                        yield _NO_IDENTITY if identity is None else _NO_IMAGE
+                        yield NO_IDENTITY if identity is None else NO_IMAGE
                         continue
                     key = self._key(row, _is_path(row.image, found), root, text.row_start)
                 except ValueError as error:
@@ -86,7 +81,7 @@ class Manifest(Source):
     def read(self, records: Sequence[Record]) -> Iterator[bytes | Unreadable]:
         """Yield the images."""
         found, root = self._format(), self._root()
-        with self._open() as file:
+        with open_file(self.path) as file:
             for record in records:
                 image = self._row(found, file.fileno(), record).image
                 if _is_path(image, found):
@@ -115,12 +110,6 @@ class Manifest(Source):
 
     def _root(self) -> ImageRoot:
         return ImageRoot(self.images or self.path.parent)
-
-    def _open(self) -> Any:
-        try:
-            return open_regular(self.path)
-        except OSError as error:
-            raise DataUnavailable(f"{self.path} cannot be read: {error.strerror}") from error
 
 
 def _is_path(image: Any, found: Format) -> bool:

@@ -37,7 +37,10 @@ Fields = tuple[int, list[str]]  # number of a line, and its fields
 
 
 def is_pair_list(path: Path) -> bool:
-    """Return True if a file begins as a list of pairs, or a folder is a protocol of CFP."""
+    """Return True if a file begins as a list of pairs, or a folder is a protocol of CFP.
+
+    A text must also be named as one, such as ``pairs_CALFW.txt``: lines such as ``image.jpg 3`` may list anything.
+    """
     if path.is_dir():
         return _is_cfp(path)
     try:
@@ -45,8 +48,8 @@ def is_pair_list(path: Path) -> bool:
             start = file.read(_START)
     except OSError:
         return False
-    if _is_csv(start):
-        return True
+    if _is_csv(start) or "pair" not in path.name.lower():
+        return _is_csv(start)
     lines = start.decode("utf-8-sig", "replace").splitlines()[: 3 if len(start) < _START else 2]
     rows = [_split(line) for line in lines if line.strip()]
     rows = rows[1:] if rows and _is_header(rows[0]) else rows
@@ -54,7 +57,7 @@ def is_pair_list(path: Path) -> bool:
 
 
 def _is_cfp(folder: Path) -> bool:
-    return any(folder.glob("*/same.txt"))
+    return (folder / "01" / "same.txt").is_file()  # any other way would walk through folders by the million
 
 
 def _is_csv(start: bytes) -> bool:
@@ -71,7 +74,11 @@ def read_pair_list(path: Path) -> list[Pair]:
         InvalidData: it cannot be read, or a line is not a pair; the message names the line.
     """
     if path.is_dir():
-        pairs = list(_read_cfp(path))
+        if not _is_cfp(path):
+            raise InvalidData(
+                f"{path} is no list of pairs; of folders, only a protocol of CFP is: Protocol/Split/FP or FF"
+            )
+        pairs = list(_read_cfp(path.absolute()))
     else:
         try:
             content = read_bounded(path, _MAX_BYTES)

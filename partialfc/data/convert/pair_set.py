@@ -11,6 +11,7 @@ from pathlib import Path
 from partialfc.data.convert.images import ImageSettings, prepare
 from partialfc.data.convert.pair_bin import read_pair_bin
 from partialfc.data.convert.pair_lists import is_pair_list, read_pair_list
+from partialfc.data.convert.provenance import describe_source
 from partialfc.data.convert.source import Unreadable, sample_key
 from partialfc.data.dataset import DatasetWriter
 from partialfc.data.pairs import Pair, folds_in_order, write_pairs
@@ -103,8 +104,9 @@ def convert_pairs(
                 writer.write(keys[name], data, extension, labels[name])
                 advance()
             write_pairs(out, pairs)
-            about = {"source": {"kind": found.kind, "name": source.absolute().name}}
-            writer.finish([{"name": keys[name]} for name in classes], about)
+            recorded = {"images": {"resize": settings.resize, "fit": settings.fit}}
+            extra = {"source": describe_source(found.kind, source), "options": recorded}
+            writer.finish([{"name": keys[name]} for name in classes], extra)
     except OSError as error:
         raise DataUnavailable(f"{error.filename or out} cannot be written: {error.strerror}") from error
     return PairReport(
@@ -139,7 +141,7 @@ def _open_bin(source: Path) -> _Source:
 
 def _open_list(source: Path, images: Path | None) -> _Source:
     pairs = read_pair_list(source)
-    root = images or (source.parents[2] if source.is_dir() else source.parent)
+    root = images or (source.absolute().parents[2] if source.is_dir() else source.parent)
     places: dict[str, Path] = {}
 
     def read(name: str) -> bytes:

@@ -17,17 +17,15 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from partialfc.data.convert.fields import Fields, identity_text, require_key
-from partialfc.data.convert.found_files import file_states, files_below, has_file_below
+from partialfc.data.convert.fields import NO_IDENTITY, NO_IMAGE, Fields, identity_text, require_key
 from partialfc.data.convert.image_root import ImageRoot, too_large
 from partialfc.data.convert.parquet_file import ParquetTable, open_table
 from partialfc.data.convert.source import Record, Skipped, Source, Unreadable, sample_key
+from partialfc.data.convert.source_files import file_state, files_below, has_file_below
 from partialfc.errors import InvalidData
 
 _SUFFIX = ".parquet"
 _UNLABELLED = -1  # in Hugging Face's test sets
-_NO_IDENTITY = Skipped("row without an identity")
-_NO_IMAGE = Skipped("row without an image")
 
 # Hugging Face names files train-00000-of-00005.parquet, or puts them into train/.
 _PIECE_OF_SPLIT = re.compile(r"(?:^|/)([\w.]+)-\d+-of-\d+[^/]*$")
@@ -70,7 +68,7 @@ class Parquet(Source):
         self._root.require()
         with self._table(self._first) as table:
             taken = [table.image.name, table.label, table.key, self._split, str(self.images)]
-        states = json.dumps(list(file_states(self._files, self._folder))).encode()
+        states = json.dumps([file_state(path, self._folder) for path in self._files]).encode()
         return [len(self._files), hashlib.sha256(states).hexdigest(), taken]
 
     def parts(self) -> Sequence[int]:
@@ -97,11 +95,11 @@ class Parquet(Source):
         path = ""
         if not table.image.content:
             if not values[table.image.name]:
-                return _NO_IMAGE
+                return NO_IMAGE
             path = self._root.relative(values[table.image.name])
         identity = _identity(values[table.label], table.class_names)
         if identity is None:
-            return _NO_IDENTITY
+            return NO_IDENTITY
         key = os.path.splitext(path)[0] or place
         if table.key is not None:
             key = require_key(values[table.key])

@@ -11,8 +11,9 @@ from reprlib import repr as shortened
 from typing import Any
 
 from partialfc.data.convert.fields import PATH_FIELDS, Fields
+from partialfc.data.convert.source_files import open_file
 from partialfc.errors import DataUnavailable, InvalidData, MissingDependency
-from partialfc.files import open_regular, parse_json
+from partialfc.files import parse_json
 
 _BUFFER_BYTES = 1 << 20  # read of a column at a time, not the column of a whole row group
 _BATCH_BYTES = 32 << 20
@@ -58,7 +59,6 @@ class ParquetTable:
         self.num_row_groups: int = self._file.num_row_groups
         self.image = self._image_column(fields.image)
         chosen = Fields(self.image.name, fields.label, fields.key).resolve(self.schema.names, str(path))
-        assert chosen.label is not None
         self.label, self.key = chosen.label, chosen.key
 
     @contextmanager
@@ -175,11 +175,7 @@ def open_table(path: Path, fields: Fields) -> Iterator[ParquetTable]:
         DataUnavailable: it cannot be read.
         MissingDependency: pyarrow is not installed.
     """
-    try:
-        file = open_regular(path)
-    except OSError as error:
-        raise DataUnavailable(f"{path} cannot be read: {error.strerror}") from error
-    with file:
+    with open_file(path) as file:
         yield ParquetTable(path, file, fields)
 
 

@@ -163,11 +163,11 @@ class _Interpreter:
             raise Refusal("a number is damaged")
         return int(line)
 
-    def _text(self, encoded: bytes) -> str:
+    def _text(self, encoded: bytes, encoding: str = "utf-8") -> str:
         try:
-            return encoded.decode("utf-8", "surrogatepass")
+            return encoded.decode(encoding)
         except UnicodeDecodeError:
-            raise Refusal("a text is not UTF-8") from None
+            raise Refusal("a text is damaged") from None
 
     def _top(self) -> Any:
         if len(self._stack) <= (self._marks[-1] if self._marks else 0):
@@ -197,9 +197,6 @@ class _Interpreter:
             raise Refusal("it is damaged: it refers to a value that is not there")
         self._stack.append(self._memo[key])
 
-    def _mark(self) -> None:
-        self._marks.append(len(self._stack))
-
     def _append(self, values: list[Any]) -> None:
         target = self._top()
         if type(target) is not list:
@@ -215,9 +212,6 @@ class _Interpreter:
             self.at -= len(number) + 1
             self._stack.append(self._line_number())
 
-    def _long1(self) -> None:
-        self._stack.append(int.from_bytes(self._take(self._number(1)), "little", signed=True))
-
     def _quoted(self) -> None:
         line = self._line().strip()
         if len(line) < 2 or line[:1] != line[-1:] or line[:1] not in (b"'", b'"'):
@@ -226,12 +220,6 @@ class _Interpreter:
             self._stack.append(codecs.escape_decode(line[1:-1])[0])
         except ValueError:
             raise Refusal("a quoted text is damaged") from None
-
-    def _unicode(self) -> None:
-        try:
-            self._stack.append(self._line().decode("raw-unicode-escape"))
-        except UnicodeDecodeError:
-            raise Refusal("a text is damaged") from None
 
     def _name(self, module: Any, name: Any) -> None:
         texts = [part if isinstance(part, str) else "?" for part in (module, name)]
@@ -291,7 +279,7 @@ class _Interpreter:
 
 
 _OTHERS = {
-    ord("("): _Interpreter._mark,
+    ord("("): lambda self: self._marks.append(len(self._stack)),
     ord("t"): lambda self: self._stack.append(tuple(self._pop_to_mark())),
     ord("l"): lambda self: self._stack.append(self._pop_to_mark()),
     ord("a"): lambda self: self._append([self._pop()]),
@@ -301,9 +289,9 @@ _OTHERS = {
     0x94: lambda self: self._put(len(self._memo)),
     ord("I"): _Interpreter._int,
     ord("L"): lambda self: self._stack.append(self._line_number()),
-    0x8A: _Interpreter._long1,
+    0x8A: lambda self: self._stack.append(int.from_bytes(self._take(self._number(1)), "little", signed=True)),
     ord("S"): _Interpreter._quoted,
-    ord("V"): _Interpreter._unicode,
+    ord("V"): lambda self: self._stack.append(self._text(self._line(), "raw-unicode-escape")),
     ord("c"): _Interpreter._global,
     0x93: lambda self: self._name(*self._pop_many(2)),
     ord("R"): _Interpreter._reduce,

@@ -104,7 +104,7 @@ def convert(
         ]
         _require_space(out, _bytes_to_write(origin, source, listing, sets), options.images)
         _write_shards(sets, options.max_bad, out, pool, progress)
-        extra = {"source": describe_source(source, origin), "options": recorded}
+        extra = {"source": describe_source(source.kind, origin), "options": recorded}
         if plan.verification:
             write_atomically(out / VERIFICATION / PROTOCOL, json.dumps(_ALL_PAIRS, indent=1))
         for each in reversed(sets):  # the training set last: its index completes the whole

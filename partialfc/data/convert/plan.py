@@ -14,11 +14,11 @@ from partialfc.data.class_table import class_names
 from partialfc.data.convert.choice import NONE, Choice
 from partialfc.data.convert.cleaning import Exclusions, Merges, read_exclusions, read_merges
 from partialfc.data.convert.listing import Listing
+from partialfc.data.samples import class_id
 from partialfc.errors import ConfigError, InvalidData
 
 Indices = npt.NDArray[np.int64]
 
-_MAX_DIGITS = 18  # of a name that counts as a number
 _SHOWN = 5  # names in a remark
 
 
@@ -142,10 +142,10 @@ def _hold_out(names: list[str], counts: Indices, old: dict[str, int], number: in
     return chosen
 
 
-def _place_of_name(name: str) -> tuple[bool, int, bytes]:
-    """Return what sorts names: numbers by size, then all others by their bytes."""
-    is_number = name.isascii() and name.isdigit() and len(name) <= _MAX_DIGITS
-    return not is_number, int(name) if is_number else 0, name.encode()
+def _place_of_name(name: str) -> tuple[bool, int, str]:
+    """Return what sorts names: numbers by size, then all others by their code points, and so by their UTF-8 bytes."""
+    number = class_id(name.encode())
+    return number is None, number or 0, name
 
 
 def _old_classes(table: Path | None) -> dict[str, int]:

@@ -9,19 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from partialfc.data.convert.plan import Selection
-from partialfc.data.convert.source import Source
 from partialfc.errors import ConfigError, InvalidData
 from partialfc.files import open_regular, read_bounded
 
 _LICENCES = ("LICENSE", "LICENCE", "COPYING", "README-LICENSE", "README-LICENCE")
 _SUFFIXES = ("", ".txt", ".md")
 _MAX_LICENCE_BYTES = 64 << 10
-_PIECE = 1 << 20
 
 
-def describe_source(source: Source, origin: Path) -> dict[str, Any]:
+def describe_source(kind: str, origin: Path) -> dict[str, Any]:
     """Return kind and name of a source and, if a file beside its data has one, the text of its licence."""
-    about = {"kind": source.kind, "name": _name(origin)}
+    about = {"kind": kind, "name": _name(origin)}
     licence = _find_licence(origin if origin.is_dir() else origin.parent)
     return about if licence is None else about | {"licence": licence}
 
@@ -52,11 +50,9 @@ def _name(path: Path) -> str:
 
 
 def _describe_file(path: Path) -> dict[str, str]:
-    digest = hashlib.sha256()
     try:
         with open_regular(path) as file:
-            while piece := file.read(_PIECE):
-                digest.update(piece)
+            digest = hashlib.file_digest(file, "sha256")
     except OSError as error:
         raise InvalidData(f"{path} cannot be read: {error.strerror}") from error
     return {"name": _name(path), "sha256": digest.hexdigest()}

@@ -6,7 +6,6 @@ records, without an image: one that names the range of images, and one for each 
 
 from __future__ import annotations
 
-import os
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,10 +13,12 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
+from partialfc.data.convert.image_root import too_large
 from partialfc.data.convert.recordio_file import Described, RecordFile
 from partialfc.data.convert.source import Record, Skipped, Source, Unreadable, sample_key
+from partialfc.data.convert.source_files import file_state, open_file
 from partialfc.errors import DataUnavailable, InvalidData
-from partialfc.files import open_regular, read_bounded
+from partialfc.files import read_bounded
 
 _PART_BYTES = 1 << 20  # of an .idx: some 50,000 records
 _PIECE = 1 << 20
@@ -69,24 +70,25 @@ class RecordIO(Source):
 
     def fingerprint(self) -> Any:
         """Return name, size and time of modification of each file."""
-        stamps = [_stamp(path) for path in (self.records, self.index, self.about) if path]
-        for name, size, _ in stamps:
+        folder = self.records.parent
+        states = [file_state(path, folder) for path in (self.records, self.index, self.about) if path]
+        for name, size, _ in states:
             if size == 0:
-                raise InvalidData(f"{self.records.with_name(name)} is empty")
-        return stamps
+                raise InvalidData(f"{folder / name} is empty")
+        return states
 
     def parts(self) -> Sequence[tuple[int, int]]:
         """Return ranges of bytes in the ``.idx``, or a single empty one for a walk through the ``.rec``."""
         if self.index is None:
             return [(0, 0)]
-        size = _stamp(self.index)[1]
+        _, size, _ = file_state(self.index, self.index.parent)
         return [(start, min(start + _PART_BYTES, size)) for start in range(0, size, _PART_BYTES)]
 
     def num_records(self) -> int | None:
         """Return the number of images that InsightFace's header record tells, if there is one."""
         if self.index is None:
             return None
-        with _opened(self.index) as index, RecordFile(self.records) as records:
+        with open_file(self.index) as index, RecordFile(self.records) as records:
             begin = _find_key_0(index)
             if begin < 0:
                 return None
@@ -120,7 +122,7 @@ class RecordIO(Source):
                 for number, (place, found) in enumerate(records.walk()):
                     yield _record(str(number), place, found)
                 return
-            with _opened(self.index) as index:
+            with open_file(self.index) as index:
                 expected = None if part[0] else 0
                 for begin, key, place in self._lines(index, part[0]):
                     if expected not in (None, place):
@@ -137,7 +139,7 @@ class RecordIO(Source):
         """Yield the encoded images, byte for byte."""
         with RecordFile(self.records) as file:
             for record in records:
-                yield file.image(record.offset, record.size)
+                yield too_large(record.size) or file.image(record.offset, record.size)
 
     def _lines(self, index: BufferedReader, start: int) -> Iterator[tuple[int, str, int]]:
         """Yield each line that begins at byte ``start`` or later: its byte, its key and the place of its record."""
@@ -173,16 +175,3 @@ def _find_key_0(index: BufferedReader) -> int:
         begin += len(piece)
         before = piece[-2:]
     return -1
-
-
-def _opened(path: Path) -> BufferedReader:
-    try:
-        return open_regular(path)
-    except OSError as error:
-        raise DataUnavailable(f"{path} cannot be read: {error.strerror}") from error
-
-
-def _stamp(path: Path) -> tuple[str, int, int]:
-    with _opened(path) as file:
-        status = os.fstat(file.fileno())
-    return path.name, status.st_size, status.st_mtime_ns

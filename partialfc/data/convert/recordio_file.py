@@ -16,8 +16,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import NoReturn, Self
 
+from partialfc.data.convert.source_files import open_file
 from partialfc.errors import DataUnavailable, InvalidData
-from partialfc.files import open_regular
 
 _MAGIC = 0xCED7230A
 _MAGIC_BYTES = _MAGIC.to_bytes(4, "little")
@@ -52,11 +52,8 @@ class RecordFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            self._file = open_regular(path)
-            self.size = os.fstat(self._file.fileno()).st_size
-        except OSError as error:
-            raise DataUnavailable(f"{path} cannot be read: {error.strerror}") from error
+        self._file = open_file(path)
+        self.size = os.fstat(self._file.fileno()).st_size
 
     def __enter__(self) -> Self:
         return self

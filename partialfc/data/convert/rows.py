@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -104,8 +103,6 @@ class Csv:
             except csv.Error as error:
                 raise text.invalid(error) from error
         chosen = fields.resolve(columns, f"{path}: in its first line")
-        assert chosen.image is not None
-        assert chosen.label is not None
         return cls(
             image_field=chosen.image,
             start=text.position,
@@ -158,15 +155,15 @@ class JsonLines:
             text = TextRows(file, path, start, size)
             columns = list(next(_objects(text), {}))
         chosen = fields.resolve(columns, f"{path}: in its first row")
-        assert chosen.image is not None
-        assert chosen.label is not None
         return cls(chosen.image, start, chosen.label, chosen.key)
 
     def rows(self, text: TextRows) -> Iterator[Row]:
+        """Yield the rows; raises as :meth:`Csv.rows`."""
         return map(self._row, _objects(text))
 
     def parse(self, row: str) -> Row:
-        return self._row(json.loads(row))
+        """Return one row from its text."""
+        return self._row(parse_json(row))
 
     def _row(self, values: dict[str, Any]) -> Row:
         key = None if self.key_field is None else values.get(self.key_field)

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 MAX_KEY_BYTES = 95  # with an extension, it fits into the name field of a tar header
+EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")  # of files that count as images
+MAX_SIZE = (1 << 32) - 1  # of a record
 
 _CONTROLS = re.compile(r"[%\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -31,7 +33,7 @@ class Record:
     path: str = ""
     file: int = 0  # below 2**32
     offset: int = 0  # below 2**63
-    size: int = 0  # below 2**32
+    size: int = 0  # up to MAX_SIZE
 
 
 @dataclass(frozen=True, slots=True)

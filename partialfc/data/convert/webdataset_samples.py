@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-from partialfc.data.convert.folders import EXTENSIONS
-from partialfc.data.convert.source import Skipped
+from partialfc.data.convert.source import EXTENSIONS, Skipped
 from partialfc.data.samples import split_name
 from partialfc.data.tar import Member, TarReader
 from partialfc.errors import InvalidData
@@ -19,7 +18,7 @@ _NO_SAMPLE = Skipped("member of a tar that belongs to no sample")
 _NO_IMAGE = Skipped("sample without an image")
 
 
-class Pair(NamedTuple):
+class LabelledImage(NamedTuple):
     """An image and the member that tells its class."""
 
     key: str
@@ -28,7 +27,7 @@ class Pair(NamedTuple):
 
 
 class Wanted(NamedTuple):
-    """Which members make a pair.
+    """Which members are taken.
 
     Attributes:
         label: last part of the label's extension: ``cls``, ``txt``, ``json``.
@@ -47,7 +46,7 @@ class Wanted(NamedTuple):
         return extension == self.label or _stem_and_type(extension)[1] == self.label
 
 
-def pairs(tar: TarReader, wanted: Wanted) -> Iterator[Pair | Skipped]:
+def labelled_images(tar: TarReader, wanted: Wanted) -> Iterator[LabelledImage | Skipped]:
     """Yield the images of a tar with their labels. Only samples whose members lie apart take memory, until they meet.
 
     Raises:
@@ -75,8 +74,8 @@ def pairs(tar: TarReader, wanted: Wanted) -> Iterator[Pair | Skipped]:
 
 def _complete(
     key: str, members: dict[str, Member], wanted: Wanted, tar: TarReader, waiting: dict[str, dict[str, Member]]
-) -> Iterator[Pair]:
-    """Yield the pairs of a sample, or keep its members."""
+) -> Iterator[LabelledImage]:
+    """Yield the images of a sample that have labels, or keep its members."""
     images = {_stem_and_type(extension)[0]: each for extension, each in members.items() if wanted.is_image(extension)}
     labels = {_stem_and_type(extension)[0]: each for extension, each in members.items() if wanted.is_label(extension)}
     num_images = sum(map(wanted.is_image, members))
@@ -86,9 +85,9 @@ def _complete(
     if together:
         for stem in images:
             if stem in together:
-                yield Pair(f"{key}.{stem}" if len(together) > 1 and stem else key, images[stem], labels[stem])
+                yield LabelledImage(f"{key}.{stem}" if len(together) > 1 and stem else key, images[stem], labels[stem])
     elif len(images) == 1 and len(labels) == 1:
-        yield Pair(key, *images.values(), *labels.values())
+        yield LabelledImage(key, *images.values(), *labels.values())
     elif images and labels:
         raise InvalidData(_too_many(key, members, tar))
     else:

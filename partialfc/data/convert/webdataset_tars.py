@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,21 +12,20 @@ from pathlib import Path
 from typing import Any
 
 from partialfc.data.convert.fields import Fields, identity_text
-from partialfc.data.convert.found_files import file_states
 from partialfc.data.convert.image_root import too_large
-from partialfc.data.convert.source import Record, Skipped, Source, Unreadable, sample_key
-from partialfc.data.convert.webdataset_samples import Pair, Wanted, pairs
+from partialfc.data.convert.source import MAX_SIZE, Record, Skipped, Source, Unreadable, sample_key
+from partialfc.data.convert.source_files import file_state, open_file
+from partialfc.data.convert.webdataset_samples import Wanted, labelled_images
+from partialfc.data.open_files import OpenFiles
 from partialfc.data.plain import list_shards
 from partialfc.data.samples import MAX_LABEL_BYTES, split_name
 from partialfc.data.tar import Member, TarReader
 from partialfc.data.urls import is_pattern
 from partialfc.errors import DataUnavailable, InvalidData
-from partialfc.files import open_regular, parse_json
+from partialfc.files import parse_json
 
 _MAX_JSON_BYTES = 1 << 20
-_MAX_SIZE = (1 << 32) - 1  # that a record can say
-_LOOKED_AT = 1000  # members of the first tar that show where labels are
-_MAX_OPEN_FILES = 64
+_LOOKED_AT = 1000  # members of the first tar, at least, that show where labels are
 _NO_IDENTITY = Skipped("sample without an identity")
 
 
@@ -61,8 +59,8 @@ class WebDatasetTars(Source):
         if missing is not None:
             raise InvalidData(f"{missing} does not exist")
         paths = [Path(os.path.abspath(path)) for path in self._files]
-        states = list(file_states(paths, Path(os.path.commonpath([path.parent for path in paths]))))
-        return [states, *self._wanted, self._json_field]
+        base = Path(os.path.commonpath([path.parent for path in paths]))
+        return [[file_state(path, base) for path in paths], *self._wanted, self._json_field]
 
     def parts(self) -> Sequence[int]:
         """Return the numbers of the tars."""
@@ -71,48 +69,40 @@ class WebDatasetTars(Source):
     def list_part(self, part: int) -> Iterator[Record | Skipped]:
         """Yield the samples of a tar."""
         with self._tar(part) as tar:
-            for pair in pairs(tar, self._wanted):
-                if isinstance(pair, Skipped):
-                    yield pair
+            for found in labelled_images(tar, self._wanted):
+                if isinstance(found, Skipped):
+                    yield found
                     continue
-                identity = self._identity(tar, pair)
+                identity = self._identity(tar, found.label)
                 if identity is None:
                     yield _NO_IDENTITY
                 else:
                     # Archives of the current folder have names such as ./a.jpg.
-                    key = "/".join(name for name in pair.key.split("/") if name != ".")
-                    size = min(pair.image.size, _MAX_SIZE)
-                    yield Record(sample_key(key), identity, file=part, offset=pair.image.offset, size=size)
+                    key = "/".join(name for name in found.key.split("/") if name != ".")
+                    size = min(found.image.size, MAX_SIZE)
+                    yield Record(sample_key(key), identity, file=part, offset=found.image.offset, size=size)
 
     def read(self, records: Sequence[Record]) -> Iterator[bytes | Unreadable]:
         """Yield the images."""
-        files: OrderedDict[int, Any] = OrderedDict()
+        files = OpenFiles(self._files)
         try:
             for record in records:
-                if refused := too_large(record.size):
-                    yield refused
-                    continue
-                if record.file not in files:
-                    if len(files) == _MAX_OPEN_FILES:
-                        files.popitem(last=False)[1].close()
-                    files[record.file] = _open(self._files[record.file])
-                yield self._image(files[record.file].fileno(), record)
+                yield too_large(record.size) or self._image(files, record)
         finally:
-            for file in files.values():
-                file.close()
+            files.close()
 
-    def _image(self, descriptor: int, record: Record) -> bytes:
+    def _image(self, files: OpenFiles, record: Record) -> bytes:
         path = self._files[record.file]
         try:
-            data = os.pread(descriptor, record.size, record.offset)
+            data = os.pread(files.descriptor(record.file), record.size, record.offset)
         except OSError as error:
             raise DataUnavailable(f"{path} cannot be read: {error.strerror}") from error
         if len(data) < record.size:
             raise InvalidData(f"{path}: ends before sample {record.key!r}; was it changed meanwhile?")
         return data
 
-    def _identity(self, tar: TarReader, pair: Pair) -> str | None:
-        member, json_field = pair.label, self._json_field
+    def _identity(self, tar: TarReader, member: Member) -> str | None:
+        json_field = self._json_field
         most = MAX_LABEL_BYTES if json_field is None else _MAX_JSON_BYTES
         where = f"{tar.path}: {member.name!r} at byte {member.offset}"
         if member.size > most:
@@ -135,23 +125,26 @@ class WebDatasetTars(Source):
     @cached_property
     def _wanted(self) -> Wanted:
         """What the first members of the first tar, and the options, tell of images and labels."""
+        found = set[str]()
         with self._tar(0) as tar:
-            found = {extension for member in islice(tar.members(), _LOOKED_AT) for extension in _extension(member)}
-        types = {extension.rpartition(".")[2] for extension in found}
-        label = self.fields.label
-        if label is None:
-            label = next((type for type in ("cls", "txt") if type in types), None)
-        elif label.lower() in found | types:
-            label = label.lower()
-        elif "json" in types:
-            label = "json"
-        else:
-            label = None
+            for number, member in enumerate(tar.members(), start=1):
+                found.update(_extension(member))
+                if number >= _LOOKED_AT and self._label_among(found):  # labels may lie behind all images
+                    break
+        label = self._label_among(found)
         if label is None:
             have = ", ".join("." + extension for extension in sorted(found)[:20]) or "none"
             expected = f".{self.fields.label} or .json" if self.fields.label else ".cls or .txt"
             raise InvalidData(f"{self._files[0]}: no labels: expected {expected}, found {have}; see --label-field")
         return Wanted(label, self.fields.image.lower() if self.fields.image else None)
+
+    def _label_among(self, extensions: set[str]) -> str | None:
+        """Return the last part of the extension of the labels; None if there are none."""
+        types = {extension.rpartition(".")[2] for extension in extensions}
+        label = self.fields.label
+        if label is None:
+            return next((type for type in ("cls", "txt") if type in types), None)
+        return label.lower() if label.lower() in extensions | types else "json" if "json" in types else None
 
     @property
     def _json_field(self) -> str | None:
@@ -160,7 +153,7 @@ class WebDatasetTars(Source):
     @contextmanager
     def _tar(self, number: int) -> Iterator[TarReader]:
         path = self._files[number]
-        with _open(path) as file:
+        with open_file(path) as file:
             try:
                 yield TarReader(file, path)
             except OSError as error:
@@ -170,10 +163,3 @@ class WebDatasetTars(Source):
 def _extension(member: Member) -> list[str]:
     parts = split_name(member.name)
     return [] if parts is None else [parts[1]]
-
-
-def _open(path: Path) -> Any:
-    try:
-        return open_regular(path)
-    except OSError as error:
-        raise DataUnavailable(f"{path} cannot be read: {error.strerror}") from error

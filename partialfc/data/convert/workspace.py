@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from partialfc.data.index import INDEX
-from partialfc.data.writer import remove_dataset
+from partialfc.data.writer import check_target, remove_dataset
 from partialfc.errors import ConfigError, DataError
 from partialfc.files import FileLock, read_json, write_atomically
 
@@ -36,10 +36,7 @@ class Workspace:
     def __init__(self, out: Path, job: dict[str, Any], overwrite: bool) -> None:
         self.out = out
         self.folder = out / _FOLDER
-        if out.exists() and not out.is_dir():
-            raise ConfigError(f"{out} is not a folder")
-        if not overwrite and not self.folder.is_dir() and out.is_dir() and any(out.iterdir()):
-            raise ConfigError(f"{out} is not empty; choose another folder, or pass --overwrite")
+        check_target(out, overwrite or self.folder.is_dir())
         self.listing = self.folder / "listing"
         self.listing.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(self.folder / _LOCK)
@@ -54,8 +51,8 @@ class Workspace:
 
     def _begin(self, job: dict[str, Any], overwrite: bool) -> None:
         found = self._found_job()
-        if found is None and not overwrite and (self.out / INDEX).exists():
-            raise ConfigError(f"{self.out} is not empty; choose another folder, or pass --overwrite")
+        if found is None and (self.out / INDEX).exists():  # complete, whatever is left of the workspace
+            check_target(self.out, overwrite)
         self.resumed = found == job and not overwrite
         if not self.resumed:
             begun = any(self.folder.glob("shards-*/*.json"))

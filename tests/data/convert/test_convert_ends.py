@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from partialfc.cli.data import app
 from partialfc.data.convert import pipeline
+from partialfc.data.writer import DatasetWriter
 from partialfc.errors import ConfigError, DataError, DataUnavailable, InvalidData
 from tests.harness.converting import FIXTURES, class_names, content, run, write_folders
 from tests.harness.recordio_files import write_rec
@@ -93,6 +94,15 @@ def test_a_folder_in_use_is_left_alone_and_replaced_on_request(tmp_path: Path, s
     assert class_names(tmp_path / "out") == ["ada", "ben"]
     run(source, tmp_path / "fresh")
     assert content(tmp_path / "out") == content(tmp_path / "fresh") | {"mine.txt": b"keep"}
+
+
+def test_a_set_that_takes_the_place_of_an_unfinished_one_counts_as_finished(tmp_path: Path, source: Path) -> None:
+    with pytest.raises(DataError, match="without finish"), DatasetWriter(tmp_path / "out") as writer:
+        writer.write("half", b"image", "png", 0)
+    run(source, tmp_path / "out")
+    with pytest.raises(ConfigError, match="is not empty"):
+        DatasetWriter(tmp_path / "out")
+    assert class_names(tmp_path / "out") == ["ada", "ben"]
 
 
 def test_a_source_that_cannot_be_read_costs_no_earlier_data_set(tmp_path: Path, source: Path) -> None:

@@ -90,9 +90,13 @@ def _write_cfp(root: Path) -> Path:
     return protocol / "Split"
 
 
-def test_a_protocol_of_cfp_is_a_folder_of_folds(tmp_path: Path) -> None:
+def test_a_protocol_of_cfp_is_a_folder_of_folds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     split = _write_cfp(tmp_path)
     assert is_pair_list(split / "FP")
+    monkeypatch.chdir(split)
+    assert read_pair_list(Path("FP")) == read_pair_list(split / "FP"), "named from within"
+    with pytest.raises(InvalidData, match=r"is no list of pairs; of folders, only a protocol of CFP is"):
+        read_pair_list(split)
     pairs = read_pair_list(split / "FP")
     assert [pair.fold for pair in pairs] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     assert pairs[0] == Pair("Data/Images/001/frontal/01.jpg", "Data/Images/001/profile/01.jpg", True, 0)
@@ -132,6 +136,7 @@ def test_what_is_no_list_of_pairs_is_refused_with_its_line(tmp_path: Path, text:
 )
 def test_other_files_are_not_taken_for_lists(tmp_path: Path, text: str) -> None:
     assert not is_pair_list(_written(tmp_path, text))
+    assert not is_pair_list(_written(tmp_path, "a.jpg 1\nb.jpg 1\n", "train.txt")), "images and labels"
     assert not is_pair_list(tmp_path)
     assert not is_pair_list(tmp_path / "nothing")
 

@@ -56,7 +56,12 @@ def _write_lfw(root: Path) -> Path:
 
 
 def test_the_images_of_a_list_are_stored_once_under_their_names(tmp_path: Path) -> None:
-    report = convert_pairs(_write_lfw(tmp_path / "lfw"), tmp_path / "set")
+    list_file = _write_lfw(tmp_path / "lfw")
+    (tmp_path / "lfw" / "LICENSE").write_text("for research")
+    report = convert_pairs(list_file, tmp_path / "set")
+    assert json.loads((tmp_path / "set" / "index.json").read_text())["source"] == {
+        **{"kind": "pair-list", "name": "pairs.txt", "licence": "for research"},
+    }
     dataset = TarDataset(tmp_path / "set")
     assert dataset.keys == [
         *("Ann/Ann_0001", "Ann/Ann_0002", "Bob/Bob_0001", "Bob/Bob_0002", "Cid/Cid_0001", "Ann/Ann_0003"),
@@ -145,10 +150,10 @@ def test_the_command_converts_pairs_and_refuses_options_that_would_change_the_be
     assert "15 pairs in 10 folds, 8 of the same identity; 22 images (30 with equal ones)" in done.stdout
     choice = partialfc("data", "convert", source, "--out", tmp_path / "other", "--min-samples", 2)
     assert choice.returncode == 2
-    assert "is a set of pairs, converted as a whole" in choice.stderr
-    lists = _write_lfw(tmp_path / "lfw").rename(tmp_path / "pairs.txt")
-    done = partialfc("data", "convert", lists, "--images", tmp_path / "lfw", "--out", tmp_path / "lfw-set")
+    assert "is a set of pairs: it is converted as a whole" in choice.stderr
+    lists = _write_lfw(tmp_path / "lfw").rename(tmp_path / "list.txt")
+    words = ["--images", tmp_path / "lfw", "--out", tmp_path / "lfw-set"]
+    unnamed = partialfc("data", "convert", lists, *words)
+    assert unnamed.returncode == 2, "what is not named a list of pairs may be any list"
+    done = partialfc("data", "convert", lists, *words, "--format", "pairs")
     assert done.returncode == 0, done.stderr
-    no_list = partialfc("data", "convert", tmp_path / "lfw", "--images", tmp_path, "--out", tmp_path / "other")
-    assert no_list.returncode == 2
-    assert "--images means nothing for" in no_list.stderr

@@ -101,7 +101,7 @@ def test_merges_end_where_following_them_does_and_circles_are_refused(
         ("name\nada\n", "expected the column key or identity, got name"),
         ("identity\n''\n\n,\n", "row 2: expected identity, got ','"),
         ('key,note\n"",x\n', "row 1: expected key, note, got ',x'"),
-        ('identity\n"ada\n', "not a CSV file in UTF-8"),
+        ('identity\n"ada\n', "is not a CSV file: "),
     ],
 )
 def test_a_list_that_is_none_is_refused(tmp_path: Path, text: str, message: str) -> None:
@@ -117,8 +117,11 @@ def test_lists_that_cannot_be_read_or_contradict_themselves_are_refused(tmp_path
     with pytest.raises(InvalidData, match="expected the columns identity and into, got identity"):
         read_merges(written(tmp_path, "identity\na\n"))
     (tmp_path / "latin").write_bytes(b"identity\ncaf\xe9\n")
-    with pytest.raises(InvalidData, match="not a CSV file in UTF-8"):
+    with pytest.raises(InvalidData, match="line 2 is not UTF-8"):
         read_exclusions(tmp_path / "latin")
+    (tmp_path / "long").write_text("identity\n" + "a" * 70_000)
+    with pytest.raises(InvalidData, match="line 2 is longer than 65,536 bytes"):
+        read_exclusions(tmp_path / "long")
 
 
 def test_small_classes_are_left_out_after_merging(tmp_path: Path, source: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import random
+import resource
 import tarfile
 import tracemalloc
 from pathlib import Path
@@ -16,7 +17,6 @@ import webdataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from partialfc.data.convert import webdataset_tars
 from partialfc.data.convert.fields import Fields
 from partialfc.data.convert.source import Record, Skipped, Unreadable, sample_key
 from partialfc.data.convert.webdataset_tars import WebDatasetTars
@@ -207,8 +207,15 @@ def test_a_tar_that_shrinks_meanwhile_is_noticed(tmp_path: Path) -> None:
         list(source.read(found))
 
 
+@pytest.mark.parametrize("label", [None, "cls"])
+def test_labels_may_lie_behind_more_images_than_are_looked_at(tmp_path: Path, label: str | None) -> None:
+    images = [(f"k{i}.jpg", b"i") for i in range(1200)]
+    write_tar(tmp_path / "set.tar", [*images, *((f"k{i}.cls", b"1") for i in range(1200))], tarfile.USTAR_FORMAT)
+    assert len(listed(WebDatasetTars(tmp_path, Fields(label=label)))) == 1200
+
+
 def test_many_tars_are_read_with_few_open_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(webdataset_tars, "_MAX_OPEN_FILES", 2)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (4, 4))
     for i in range(5):
         write_tar(tmp_path / f"{i}.tar", [(f"k{i}.jpg", bytes([i])), (f"k{i}.cls", b"1")], tarfile.USTAR_FORMAT)
     source = WebDatasetTars(tmp_path)

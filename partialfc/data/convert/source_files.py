@@ -1,13 +1,13 @@
-"""Files of one kind below a folder, in a fixed order."""
+"""Files of a source: those of one kind below a folder, how they are opened, and by what a change of one is noticed."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
-from typing import Any
 
 from partialfc.errors import DataUnavailable, InvalidData
+from partialfc.files import open_regular
 
 _MAX_LOOKED_AT = 1000
 
@@ -53,18 +53,29 @@ def has_file_below(folder: Path, suffix: str) -> bool:
     return False
 
 
-def file_states(paths: list[Path], base: Path) -> Iterator[Any]:
-    """Yield name, size and time of each file.
+def open_file(path: Path) -> BufferedReader:
+    """Open a regular file for reading.
 
     Raises:
-        DataUnavailable: one cannot be looked at.
+        DataUnavailable: it cannot be opened or is not a regular file.
     """
-    for path in paths:
-        try:
-            status = os.stat(path)
-        except OSError as error:
-            raise DataUnavailable(f"{path} cannot be read: {error.strerror}") from error
-        yield [os.path.relpath(path, base), status.st_size, status.st_mtime_ns]
+    try:
+        return open_regular(path)
+    except OSError as error:
+        raise DataUnavailable(f"{path} cannot be read: {error.strerror}") from error
+
+
+def file_state(path: Path, base: Path) -> tuple[str, int, int]:
+    """Return a file's path relative to ``base``, its size in bytes and its time of modification in nanoseconds.
+
+    Raises:
+        DataUnavailable: it cannot be looked at.
+    """
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise DataUnavailable(f"{path} cannot be read: {error.strerror}") from error
+    return os.path.relpath(path, base), status.st_size, status.st_mtime_ns
 
 
 def _has_suffix(name: str, suffix: str) -> bool:
