@@ -84,6 +84,11 @@ class TarDataset:
         self.shards = [find_shard(path) for path in paths]
         names = content_digest((shard.path.name for shard in self.shards), ())
         self._samples = open_index(IndexedSet(describe(source), self.shards, names), beside(paths), True, progress)
+        if not self._samples.num_samples:
+            raise InvalidData(
+                f"{describe(source)}: no samples; expected images with a .cls of the same name (`partialfc data "
+                "convert` takes other forms)"
+            )
         self.class_table = self._samples.path.with_name(CLASSES)
         shardlist = [
             {"url": shard.path.name, "nsamples": count, "nbytes": shard.num_bytes}

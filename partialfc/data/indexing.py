@@ -183,11 +183,6 @@ def _collect(
             key_bytes += len(entries.keys)
             advance(1 if indexed.num_samples is None else len(labels))
             alive()
-    if indexed.num_samples is None and not sum(counts):
-        raise InvalidData(
-            f"{indexed.name}: no samples; expected images with a .cls of the same name (`partialfc data convert` takes "
-            "other forms)"
-        )
     num_classes = indexed.num_classes if indexed.num_classes is not None else (len(places) or largest + 1)
     _require_dense(indexed, num_classes, sum(counts))
     return counts, list(places) or None, num_classes

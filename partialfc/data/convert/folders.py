@@ -20,6 +20,7 @@ from partialfc.files import read_bounded
 
 _BYTES = "utf-8", "surrogateescape"
 _LEFT_BEHIND = (b"__MACOSX", b"Thumbs.db", b"desktop.ini")
+_SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")  # as tools call parts of a data set
 _IDENTITIES_IN_PART = 256
 _LINK = Skipped("symbolic link, which is not followed")
 _SPECIAL = Skipped("device, socket or FIFO")
@@ -101,6 +102,11 @@ class FolderPerIdentity(Source):
         names = [name for name, entry in self._entries("") if entry.is_dir(follow_symlinks=False)]
         if not names:
             raise InvalidData(f"{self.root}: expected a folder for each identity, found none (links are not followed)")
+        if len(names) > 1 and all(name.lower() in _SPLITS for name in names):
+            raise InvalidData(
+                f"{self.root}: its folders are called {', '.join(names)}: splits, not identities; give one of them, "
+                f"such as {self.root / names[0]}"
+            )
         known = set(names)
         for name in names:
             if _shown(name) != name and _shown(name) in known:

@@ -138,6 +138,15 @@ def test_two_folders_that_would_be_one_identity_are_refused(tmp_path: Path) -> N
         FolderPerIdentity(tmp_path).parts()
 
 
+def test_splits_above_the_identities_are_not_taken_for_these(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        write_folders(tmp_path / "in" / split, {"ada": 2, "ben": 1})
+    with pytest.raises(InvalidData, match=r"called train, val: splits, not identities; .* such as .*in/train$"):
+        run(tmp_path / "in", tmp_path / "out")
+    run(tmp_path / "in" / "train", tmp_path / "out")
+    assert class_names(tmp_path / "out") == ["ada", "ben"]
+
+
 def test_images_without_identity_folders_are_no_source(tmp_path: Path) -> None:
     with pytest.raises(InvalidData, match="expected a folder for each identity, found none"):
         run(touch(tmp_path / "in", "1.jpg", "2.jpg"), tmp_path / "out")
