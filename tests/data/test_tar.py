@@ -7,6 +7,7 @@ import subprocess
 import tarfile
 import tracemalloc
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -186,7 +187,8 @@ def require_error_or_the_members_of_tarfile(path: Path, archive: bytes) -> None:
         place = str(error)
     else:
         place = f"{path}: header at byte "
-        assert found == members_of_tarfile(archive)
+        with suppress(tarfile.ReadError):  # it reads modes, owners and times, too, which may be damaged
+            assert found == members_of_tarfile(archive)
     assert place.startswith(f"{path}: header at byte ")
 
 
