@@ -75,7 +75,7 @@ def kill_a_rank_again_and_again(task: Path, folder: Path, kills: int, seed: int,
 
 
 def test_a_rank_that_is_killed_comes_back_with_the_others(task: Path, tmp_path: Path) -> None:
-    kill_a_rank_again_and_again(task, tmp_path / "run", 2, 1)
+    kill_a_rank_again_and_again(task, tmp_path / "run", 1, 1)
     assert_undisturbed(task, tmp_path / "run", 3, SUMMED_IN_ANOTHER_ORDER)
 
 
