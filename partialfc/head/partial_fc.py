@@ -33,14 +33,19 @@ _INITIAL_STD = 0.01
 
 @dataclass(frozen=True)
 class HeadOutput:
-    """The result of a call. All but ``active_rows`` are equal on all ranks, and all but ``loss`` are detached."""
+    """The result of a call. All but ``num_active`` are equal on all ranks, and all but ``loss`` are detached."""
 
     loss: Tensor  # []: mean over the valid samples of the global batch, center loss included
     softmax_loss: Tensor  # []
     center_loss: Tensor  # []: its weight included; 0 without one
     target_cosine: Tensor  # []: mean cosine between an embedding and its own class
     num_samples: Tensor  # [] int64: samples of the global batch whose label is not -1
-    active_rows: int  # classes of this rank's shard that took part
+    num_active: Tensor  # [] int64: classes of this rank's shard that took part
+
+    @property
+    def active_rows(self) -> int:
+        """Classes of this rank's shard that took part. To read it, the host may have to wait for a GPU."""
+        return int(self.num_active)
 
 
 class PartialFC(nn.Module):
@@ -199,7 +204,7 @@ class PartialFC(nn.Module):
             softmax.center_loss,
             softmax.target_cosine,
             softmax.num_samples,
-            shard.active.count,
+            shard.active.number,
         )
 
     def _begin(self, embeddings: Tensor, labels: Tensor, step: int | None) -> LocalBatch:
