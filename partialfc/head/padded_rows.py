@@ -22,21 +22,28 @@ _MOST_SPARE = 0.25
 
 
 @dataclass(frozen=True)
-class Padding:
-    """The places at the end of a list of sorted rows [n] that are left over. They repeat the last row."""
+class ListSize:
+    """Size of a list of sampled rows and of those of a batch."""
 
     start: int  # all places up to this one, itself included, hold rows of their own
-    used: Tensor  # [] int64: number of places that hold rows of their own
-    unused: Tensor  # [n − start] bool: left over, of the places from ``start`` on
-    fits: Tensor  # [] bool: the list holds all rows, and as many as it should
+    places: int
+    batch: int  # places for rows of the batch, among them
 
 
 @dataclass(frozen=True)
-class ListSize:
-    """Size of a list of rows."""
+class Padding:
+    """The places at the end of a list of sorted rows that are left over. They repeat the last row."""
 
-    start: int  # see Padding
-    places: int
+    size: ListSize
+    sample: object  # equal for lists that hold the same random sample
+    used: Tensor  # [] int64: number of places that hold rows of their own
+    unused: Tensor  # [size.places − start] bool: left over, of the places from ``start`` on
+    fits: Tensor  # [] bool: the list holds all rows, and as many as it should
+
+    @property
+    def start(self) -> int:
+        """The first place after which there may be such places."""
+        return self.size.start
 
 
 def list_size(classes: int, rate: float, batch: int) -> ListSize | None:
@@ -56,16 +63,17 @@ def list_size(classes: int, rate: float, batch: int) -> ListSize | None:
     start, places = math.floor(expected - deviation), math.ceil(expected + deviation) + batch + 1
     if places - expected > _MOST_SPARE * expected or places >= classes:
         return None
-    return ListSize(start, places)
+    return ListSize(start, places, batch)
 
 
-def list_rows(chosen: Tensor, size: ListSize) -> tuple[Tensor, Padding]:
+def list_rows(chosen: Tensor, size: ListSize, sample: object) -> tuple[Tensor, Padding]:
     """Return the positions of the true values of ``chosen`` [rows] bool, sorted, in a list [size.places] int64.
 
-    Their number must lie in (size.start, size.places); :attr:`Padding.fits` says whether it does.
+    Their number must lie in (size.start, size.places); :attr:`Padding.fits` says whether it does. For ``sample``, see
+    :class:`Padding`.
     """
     rows = torch.nonzero_static(chosen, size=size.places, fill_value=-1)[:, 0]
     end = rows[size.start :]
     unused = end < 0
     end.masked_fill_(unused, end.max())
-    return rows, Padding(size.start, size.places - unused.sum(), unused, unused[-1] & ~unused[0])
+    return rows, Padding(size, sample, size.places - unused.sum(), unused, unused[-1] & ~unused[0])

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from partialfc import CenterLoss, PartialFC, RowAdagrad, RowAdamW, RowSGD
-from partialfc.head import padded_rows
+from partialfc.head import padded_rows, step_state
 from partialfc.head.optim import working_rows
-from partialfc.head.optim.sparse_grads import mark_sorted
+from partialfc.head.optim.sparse_grads import mark_sorted, padding_of
 from partialfc.head.padded_rows import ListSize, Padding, list_rows, list_size
 from partialfc.head.softmax import sampling
 from tests.harness.loss_cases import LOSSES, make_loss
@@ -28,8 +28,8 @@ CLASSES, DIM, BATCH, RATE = 6000, 8, 20, 0.4
 def test_a_list_holds_the_chosen_rows_then_repeats_the_last_and_tells_if_they_do_not_fit(
     chosen: list[bool], start: int, more: int
 ) -> None:
-    size = ListSize(start, start + more)
-    rows, padding = list_rows(torch.tensor(chosen), size)
+    size = ListSize(start, start + more, batch=0)
+    rows, padding = list_rows(torch.tensor(chosen), size, "a sample")
     expected = [row for row, one in enumerate(chosen) if one]
     fits = start < len(expected) < size.places
     assert bool(padding.fits) == fits
@@ -126,6 +126,32 @@ def _drawn(seed: int) -> int:
     return int(sampling._draw(0, CLASSES, RATE, seed, 0, torch.device("cpu"), spare=0).sum())
 
 
+@pytest.mark.parametrize("micro_batches", [2, 5, 300])
+def test_lists_of_micro_batches_merge_into_one_without_a_question_to_the_device(
+    padded: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch, micro_batches: int
+) -> None:
+    def accumulate(loss: str, yes: bool) -> PartialFC:
+        padded(yes)
+        monkeypatch.setattr(step_state, "torch_appends", lambda parameter: yes)
+        head = trained_head(loss, memory_budget_mb=5)
+        for number in range(micro_batches):
+            head(*batch_of(number)).loss.backward()
+        return head
+
+    mine, other = accumulate("softmax", True), accumulate("softmax", False)
+    for parameter, expected in ((mine.weight, other.weight), (mine.bias, other.bias)):
+        torch.testing.assert_close(parameter.grad.to_dense(), expected.grad.to_dense(), rtol=1e-9, atol=1e-12)
+    padding, places = padding_of(mine.weight.grad), mine.weight.grad._nnz()
+    if micro_batches == 300:  # their classes could be all of the shard's
+        assert padding is None
+    else:
+        assert padding is not None
+        assert places == list_size(CLASSES, RATE, micro_batches * BATCH).places
+    RowSGD(mine.parameters(), lr=0.5).step()
+    RowSGD(other.parameters(), lr=0.5).step()
+    torch.testing.assert_close(mine.weight, other.weight, rtol=1e-9, atol=1e-12)
+
+
 ROWS = {
     "sgd": lambda weight: RowSGD([weight], lr=0.1, weight_decay=0.1),
     "sgd, decayed": lambda weight: RowSGD([weight], lr=0.1, unsampled_rows="decayed"),
@@ -149,7 +175,7 @@ def gradient(weight: Tensor, step: int, left_over: int) -> Tensor:
         rows = torch.cat((rows, rows[-1:].expand(left_over)))
         values = torch.cat((values, torch.zeros(left_over, DIM)))
         unused = torch.arange(7, 10 + left_over) >= 10
-        mark_sorted(rows, Padding(7, torch.tensor(10), unused, torch.tensor(True)))
+        mark_sorted(rows, Padding(ListSize(7, len(rows), 0), step, torch.tensor(10), unused, torch.tensor(True)))
     else:
         mark_sorted(rows)
     return torch.sparse_coo_tensor(rows[None], values, weight.shape, check_invariants=False)

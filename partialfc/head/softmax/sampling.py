@@ -65,7 +65,7 @@ def active_rows(
     if size is None:
         active, padding = taken[:-1].nonzero()[:, 0], None  # the one place where the host waits for the device
     else:
-        active, padding = list_rows(taken[:-1], size)
+        active, padding = list_rows(taken[:-1], size, (start, stop, rate, seed, step))
     count = len(active)
     if not correct:
         return ActiveRows(active, count, padding=padding)
