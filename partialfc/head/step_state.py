@@ -16,7 +16,6 @@ from functools import partial
 from typing import Any, Protocol
 from weakref import ref
 
-import torch
 from torch import Tensor, nn
 
 from partialfc.head.center_loss import CenterLoss
@@ -71,12 +70,8 @@ class StepState:
         self.loss_statistics: Tensor | None = None  # [k] float64, their sum
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {
-            "_reached": [],
-            "_behind": None,
-            "_backward": None,
-            "_accumulators": [],
-        }  # a copy has no graphs
+        of_graphs: dict[str, Any] = {"_reached": [], "_behind": None, "_backward": None, "_accumulators": []}
+        return self.__dict__ | of_graphs  # a copy has none
 
     @property
     def number(self) -> int:
