@@ -51,19 +51,27 @@ def list_size(classes: int, rate: float, batch: int) -> ListSize | None:
 
     Args:
         classes: each in the sample with probability ``rate``, independently.
-        rate: in (0, 1).
+        rate: in (0, 1].
         batch: number of samples.
 
     Returns:
         None if too large a part of the list could be left over.
     """
-    expected, variance = classes * rate, classes * rate * (1.0 - rate)
-    # Bernstein's inequality for a sum of independent numbers in [0, 1].
-    deviation = _CERTAINTY / 3.0 + math.sqrt((_CERTAINTY / 3.0) ** 2 + 2.0 * _CERTAINTY * variance)
-    start, places = math.floor(expected - deviation), math.ceil(expected + deviation) + batch + 1
+    expected, places = classes * rate, most_rows(classes, rate, batch) + 1
     if places - expected > _MOST_SPARE * expected or places >= classes:
         return None
-    return ListSize(start, places, batch)
+    return ListSize(math.floor(expected - _deviation(classes, rate)), places, batch)
+
+
+def most_rows(classes: int, rate: float, batch: int) -> int:
+    """Return the most rows of a random sample of ``classes`` and those of a batch, as for :func:`list_size`."""
+    return min(classes, math.ceil(classes * rate + _deviation(classes, rate)) + batch)
+
+
+def _deviation(classes: int, rate: float) -> float:
+    """Return how far the size of a sample may be from what is expected, after Bernstein's inequality."""
+    variance = classes * rate * (1.0 - rate)
+    return _CERTAINTY / 3.0 + math.sqrt((_CERTAINTY / 3.0) ** 2 + 2.0 * _CERTAINTY * variance)
 
 
 def list_rows(chosen: Tensor, size: ListSize, sample: object) -> tuple[Tensor, Padding]:

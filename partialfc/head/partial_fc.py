@@ -20,7 +20,7 @@ from partialfc.head.optim.sparse_grads import all_finite, squared_norm
 from partialfc.head.ownership import owned_samples
 from partialfc.head.partition import ClassPartition
 from partialfc.head.random import RandomStream, normal_rows, stream_key
-from partialfc.head.sample_rate import SampleRate, rate_at
+from partialfc.head.sample_rate import SampleRate, largest_rate, rate_at
 from partialfc.head.softmax.products import Precision, Products, default_precision
 from partialfc.head.softmax.sampling import active_rows
 from partialfc.head.softmax.sharded_softmax import ShardStep, sharded_softmax
@@ -238,7 +238,15 @@ class PartialFC(nn.Module):
         start, stop = self.first_class, self.first_class + len(self.weight)
         owned = owned_samples(batch.labels, start, stop)
         active = active_rows(
-            owned, start, stop, local.rate, self.seed, local.step, self.correct_sampling, self.compute_dtype
+            owned,
+            start,
+            stop,
+            local.rate,
+            self.seed,
+            local.step,
+            self.correct_sampling,
+            self.compute_dtype,
+            largest_rate(self.sample_rate, unknown=0.0),
         )
         self.apply_deferred_decay(active.rows)
         if self.weight.dtype is torch.bfloat16:

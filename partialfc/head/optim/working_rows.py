@@ -72,6 +72,8 @@ def row_pieces(parameter: Tensor, gradient: Tensor) -> Iterator[tuple[Rows, Tens
     size, stop = rows_per_piece(parameter), len(values)
     if padding is not None:
         stop = padding.start // size * size
+        if len(values) - stop > size:
+            stop = padding.start
     for start in range(0, stop, size):
         piece = slice(start, min(start + size, stop))
         yield piece if rows is None else rows[piece], values[piece]
@@ -79,7 +81,9 @@ def row_pieces(parameter: Tensor, gradient: Tensor) -> Iterator[tuple[Rows, Tens
         # Places left over repeat the last row. So that the order of writing does not matter, they get its gradient, and
         # stay in one piece with it, lest it be updated twice.
         places = torch.arange(stop, len(values), device=values.device)
-        yield rows[stop:], values.index_select(0, torch.minimum(places, padding.used - 1))
+        space = values.new_empty(max(size, len(places)) if stop else len(places), *values.shape[1:])
+        last = torch.index_select(values, 0, torch.minimum(places, padding.used - 1), out=space[: len(places)])
+        yield rows[stop:], last
 
 
 def rows_per_piece(parameter: Tensor) -> int:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from partialfc.head.ownership import OwnedSamples
-from partialfc.head.padded_rows import Padding, list_rows, list_size
+from partialfc.head.padded_rows import Padding, list_rows, list_size, most_rows
 from partialfc.head.random import RandomStream, hash64, stream_key
 from partialfc.head.transfers import host_waits_for
 
@@ -29,6 +29,7 @@ class ActiveRows:
     log_weight: Tensor | None = None  # [A]: log of a class's weight as a negative (corrected sampling)
     largest_log_weight: float = 0.0
     padding: Padding | None = None  # places at the end that hold no class of their own; None: there are none
+    room: int = 0  # places to make room for in memory, if there are more of them in other steps
 
     @property
     def number(self) -> Tensor:
@@ -41,7 +42,15 @@ class ActiveRows:
 
 
 def active_rows(
-    owned: OwnedSamples, start: int, stop: int, rate: float, seed: int, step: int, correct: bool, dtype: torch.dtype
+    owned: OwnedSamples,
+    start: int,
+    stop: int,
+    rate: float,
+    seed: int,
+    step: int,
+    correct: bool,
+    dtype: torch.dtype,
+    largest_rate: float = 0.0,
 ) -> ActiveRows:
     """Return the rows of the shard [start, stop) that take part: all, or the batch's classes and sampled negatives.
 
@@ -52,12 +61,15 @@ def active_rows(
         seed, step: of the sample.
         correct: give a class that was sampled but is not in the batch the weight 1/rate.
         dtype: of the log weights.
+        largest_rate: of all steps, as far as it is known.
 
     On a GPU the list may have places left over; else, for a shard of few classes, the host waits for its length.
     """
     if rate >= 1.0:
         return ActiveRows(None, stop - start)
     device = owned.rows.device
+    # A GPU's memory that has been divided for small buffers does not serve for larger ones: all steps have one size.
+    room = most_rows(stop - start, largest_rate, len(owned.rows)) if largest_rate and host_waits_for(device) else 0
     taken = _draw(start, stop, rate, seed, step, device, spare=1)
     taken.index_fill_(0, torch.where(owned.mask, owned.rows, stop - start), True)
     # A CPU knows their number at once, and does no work on places left over.
@@ -68,10 +80,10 @@ def active_rows(
         active, padding = list_rows(taken[:-1], size, (start, stop, rate, seed, step))
     count = len(active)
     if not correct:
-        return ActiveRows(active, count, padding=padding)
+        return ActiveRows(active, count, padding=padding, room=room)
     log_weight = torch.full((count + 1,), -math.log(rate), dtype=dtype, device=device)
     positives = torch.where(owned.mask, torch.searchsorted(active, owned.rows), count)
-    return ActiveRows(active, count, log_weight.index_fill_(0, positives, 0.0)[:-1], -math.log(rate), padding)
+    return ActiveRows(active, count, log_weight.index_fill_(0, positives, 0.0)[:-1], -math.log(rate), padding, room)
 
 
 def _draw(start: int, stop: int, rate: float, seed: int, step: int, device: torch.device, spare: int) -> Tensor:

@@ -296,7 +296,8 @@ def _weight_grad(
     """Return the sparse gradients of the weight and the bias: the negatives' chunk by chunk, plus the targets'."""
     chunks, by_sample = gradients.negatives.chunks, gradients.by_sample
     active = chunks.active
-    values = chunks.unit_embeddings.new_empty(active.count, *weight.shape[1:])  # [A, D] or [A, K, D]
+    room = max(active.room, active.count)
+    values = chunks.unit_embeddings.new_empty(room, *weight.shape[1:])[: active.count]  # [A, D] or [A, K, D]
     bias_values = chunks.unit_embeddings.new_empty(active.count) if gradients.has_bias else None  # [A]
     logit_sum_grad = None if by_sample.logit_sum is None else by_sample.logit_sum * grad_loss
     negatives = gradients.negatives.backward(by_sample.negatives * grad_loss, logit_sum_grad)
