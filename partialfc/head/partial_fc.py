@@ -74,11 +74,11 @@ class PartialFC(nn.Module):
         compute_dtype: of logits, gradients and centers, float32 or float64; default: ``weight_dtype``, for bfloat16
             float32.
         matmul_precision: of the matrix products of logits and gradients; the process's settings for TF32 do not
-            matter. ``"highest"``: float32. ``"exact"``: each number as two of 16 bits, on a GPU's 16-bit units; at
-            worst 1.2e-5 of the largest entry from float64 on an H100, where float32 was 2.2e-6. ``"fast"``: 16-bit
+            matter. ``"highest"``: float32. ``"exact"``: each number as two or three of 16 bits, on a GPU's 16-bit
+            units; within 1e-5 of the largest entry from float64, where float32 reaches half of that. ``"fast"``: 16-bit
             numbers (float16 for logits, bfloat16 for gradients), sums in float32, logits never stored in 16 bits; the
             mean loss within 5e-4, gradients within 3e-3 of their norm. Default: ``"exact"`` on NVIDIA GPUs from Ampere
-            on, where its products are four to five times as fast as those of float32 (measured on an H100),
+            on, where its products are three to four times as fast as those of float32 (after measurements on an H100),
             ``"highest"`` elsewhere; a CPU only imitates the others. With float64 always ``"highest"``.
         memory_budget_mb: MiB for logits and working copies of the weight within a step. More lets backward reuse the
             forward pass's exponentials instead of forming them again.

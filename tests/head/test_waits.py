@@ -22,7 +22,7 @@ from tests.harness.loss_cases import LOSSES
 FEW_SAMPLED, WAITS = 1, 0
 #: Operations that a step launches on the device, at most, if one chunk holds its classes: each costs the host about ten
 #: microseconds.
-LAUNCHES = {"highest": 285, "exact": 300, "fast": 285}
+LAUNCHES = {"highest": 285, "exact": 305, "fast": 285}
 
 FOUR_LOSSES = ("arcface", "curricularface", "sub-center arcface", "uce")
 STEPS = {
