@@ -184,7 +184,7 @@ def metrics(path: Path) -> Iterator[Line]:
 def flat(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Return leaves by dotted key, except times and speeds."""
     for key, value in tree.items():
-        if key == "time" or key.endswith(("seconds", "_per_s")):
+        if key in ("time", "slowest_rank") or key.endswith(("seconds", "_per_s", "_delay")):
             continue
         if isinstance(value, dict):
             yield from flat(value, f"{prefix}{key}.")
@@ -244,7 +244,9 @@ def write_set(folder: Path, classes: int, samples: int, seed: int, first: int) -
     table = [
         json.dumps({"id": label, "name": f"class {first + label}", "samples": samples}) for label in range(classes)
     ]
-    (folder / "classes.jsonl").write_text("\n".join(table) + "\n")
+    lines = "\n".join(table) + "\n"
+    (folder / "classes.jsonl").write_text(lines)
+    digest = hashlib.sha256(f"{described['sha256']}\n{lines}".encode()).hexdigest()  # as any version checks it
     index = {"shardlist": [{"url": shard.name, **described}], "num_classes": classes, "num_samples": count}
-    (folder / "index.json").write_text(json.dumps({**index, "digest": pixels.hexdigest()}))
+    (folder / "index.json").write_text(json.dumps({**index, "digest": digest}))
     return pixels.hexdigest()

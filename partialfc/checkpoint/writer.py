@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from partialfc.checkpoint.folders import REPLACED
+from partialfc.checkpoint.host_copies import HostCopies
 from partialfc.checkpoint.manifest import FORMAT, MANIFEST, describe_file, manifest_digest
 from partialfc.errors import CheckpointFailed
 from partialfc.files import sync_to_disk
@@ -139,7 +140,7 @@ class Saver:
         self._group: Group = None
         if asynchronous and dist.is_initialized():
             self._group = dist.new_group(backend="gloo", timeout=LONG_TIMEOUT)
-        self._copies: dict[str, Tensor] = {}
+        self._copies = HostCopies()
         self._thread: threading.Thread | None = None
         self._ended: list[SaveResult] = []
 
@@ -189,18 +190,13 @@ class Saver:
         self._ended.append(SaveResult(folder, error))
 
     def _copied(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return copies in host memory, in the previous save's buffers where they fit."""
-        for name, value in tensors.items():
-            local = value.to_local() if isinstance(value, DTensor) else value
-            copy = self._copies.get(name)
-            if copy is None or copy.shape != local.shape or copy.dtype != local.dtype:
-                copy = torch.empty(local.shape, dtype=local.dtype, pin_memory=local.device.type == "cuda")
-                self._copies[name] = copy
-            copy.copy_(local.detach(), non_blocking=True)
+        """Return copies in host memory, in the previous save's where they fit."""
+        local = {name: value.to_local() if isinstance(value, DTensor) else value for name, value in tensors.items()}
+        copies = self._copies.take(local)
         for device in {value.device for value in tensors.values() if value.device.type == "cuda"}:
             torch.cuda.synchronize(device)
         return {
-            name: _like(value, self._copies[name]) if isinstance(value, DTensor) else self._copies[name]
+            name: _like(value, copies[name]) if isinstance(value, DTensor) else copies[name]
             for name, value in tensors.items()
         }
 

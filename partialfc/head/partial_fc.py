@@ -20,7 +20,7 @@ from partialfc.head.optim.sparse_grads import all_finite, squared_norm
 from partialfc.head.ownership import owned_samples
 from partialfc.head.partition import ClassPartition
 from partialfc.head.random import RandomStream, normal_rows, stream_key
-from partialfc.head.sample_rate import SampleRate, rate_at
+from partialfc.head.sample_rate import SampleRate, largest_rate, rate_at
 from partialfc.head.softmax.products import Precision, Products, default_precision
 from partialfc.head.softmax.sampling import active_rows
 from partialfc.head.softmax.sharded_softmax import ShardStep, sharded_softmax
@@ -33,14 +33,19 @@ _INITIAL_STD = 0.01
 
 @dataclass(frozen=True)
 class HeadOutput:
-    """The result of a call. All but ``active_rows`` are equal on all ranks, and all but ``loss`` are detached."""
+    """The result of a call. All but ``num_active`` are equal on all ranks, and all but ``loss`` are detached."""
 
     loss: Tensor  # []: mean over the valid samples of the global batch, center loss included
     softmax_loss: Tensor  # []
     center_loss: Tensor  # []: its weight included; 0 without one
     target_cosine: Tensor  # []: mean cosine between an embedding and its own class
     num_samples: Tensor  # [] int64: samples of the global batch whose label is not -1
-    active_rows: int  # classes of this rank's shard that took part
+    num_active: Tensor  # [] int64: classes of this rank's shard that took part
+
+    @property
+    def active_rows(self) -> int:
+        """Classes of this rank's shard that took part. To read it, the host may have to wait for a GPU."""
+        return int(self.num_active)
 
 
 class PartialFC(nn.Module):
@@ -69,11 +74,11 @@ class PartialFC(nn.Module):
         compute_dtype: of logits, gradients and centers, float32 or float64; default: ``weight_dtype``, for bfloat16
             float32.
         matmul_precision: of the matrix products of logits and gradients; the process's settings for TF32 do not
-            matter. ``"highest"``: float32. ``"exact"``: each number as two of 16 bits, on a GPU's 16-bit units; at
-            worst 1.2e-5 of the largest entry from float64 on an H100, where float32 was 2.2e-6. ``"fast"``: 16-bit
+            matter. ``"highest"``: float32. ``"exact"``: each number as two or three of 16 bits, on a GPU's 16-bit
+            units; within 1e-5 of the largest entry from float64, where float32 reaches half of that. ``"fast"``: 16-bit
             numbers (float16 for logits, bfloat16 for gradients), sums in float32, logits never stored in 16 bits; the
             mean loss within 5e-4, gradients within 3e-3 of their norm. Default: ``"exact"`` on NVIDIA GPUs from Ampere
-            on, where its products are four to five times as fast as those of float32 (measured on an H100),
+            on, where its products are three to four times as fast as those of float32 (after measurements on an H100),
             ``"highest"`` elsewhere; a CPU only imitates the others. With float64 always ``"highest"``.
         memory_budget_mb: MiB for logits and working copies of the weight within a step. More lets backward reuse the
             forward pass's exponentials instead of forming them again.
@@ -199,7 +204,7 @@ class PartialFC(nn.Module):
             softmax.center_loss,
             softmax.target_cosine,
             softmax.num_samples,
-            shard.active.count,
+            shard.active.number,
         )
 
     def _begin(self, embeddings: Tensor, labels: Tensor, step: int | None) -> LocalBatch:
@@ -233,7 +238,15 @@ class PartialFC(nn.Module):
         start, stop = self.first_class, self.first_class + len(self.weight)
         owned = owned_samples(batch.labels, start, stop)
         active = active_rows(
-            owned, start, stop, local.rate, self.seed, local.step, self.correct_sampling, self.compute_dtype
+            owned,
+            start,
+            stop,
+            local.rate,
+            self.seed,
+            local.step,
+            self.correct_sampling,
+            self.compute_dtype,
+            largest_rate(self.sample_rate, unknown=0.0),
         )
         self.apply_deferred_decay(active.rows)
         if self.weight.dtype is torch.bfloat16:

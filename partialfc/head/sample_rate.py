@@ -97,8 +97,8 @@ def rate_at(sample_rate: SampleRate, step: int) -> float:
     return rate
 
 
-def largest_rate(sample_rate: SampleRate) -> float:
-    """Return the largest rate of all steps; 1 for a function of the step without an attribute ``largest``."""
+def largest_rate(sample_rate: SampleRate, unknown: float = 1.0) -> float:
+    """Return the largest rate of all steps; ``unknown`` for a function of the step without an attribute ``largest``."""
     if not callable(sample_rate):
         return float(sample_rate)
-    return float(getattr(sample_rate, "largest", 1.0))
+    return float(getattr(sample_rate, "largest", unknown))

@@ -16,11 +16,10 @@ from functools import partial
 from typing import Any, Protocol
 from weakref import ref
 
-import torch
 from torch import Tensor, nn
 
 from partialfc.head.center_loss import CenterLoss
-from partialfc.head.optim.sparse_grads import is_known_sorted
+from partialfc.head.optim.accumulation import Accumulator, torch_appends
 from partialfc.head.optim.step_hooks import add_accumulation_listener, add_step_listener, current_backward
 from partialfc.head.ownership import OwnedSamples
 from partialfc.head.softmax.sharded_softmax import SoftmaxOutput
@@ -64,13 +63,15 @@ class StepState:
         self._backward: int | None = None  # the backward that has reached a call last
         self._found_cleared = False  # it has found the gradient of the step under way cleared
         self._reached: list[_Call] = []  # by backwards and looks since the last call
+        self._accumulators: list[Accumulator] = []  # of the sparse gradients, where torch would append
         self._behind: ref[Tensor] | None = None  # the leaf that a frozen head follows
         self._deferred_check: Callable[[], None] | None = None  # raises errors that the host has not read yet
         self.samples_passed: int | Tensor = 0  # by the calls that have joined
         self.loss_statistics: Tensor | None = None  # [k] float64, their sum
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_reached": [], "_behind": None, "_backward": None}  # a copy has no graphs
+        of_graphs: dict[str, Any] = {"_reached": [], "_behind": None, "_backward": None, "_accumulators": []}
+        return self.__dict__ | of_graphs  # a copy has none
 
     @property
     def number(self) -> int:
@@ -120,6 +121,7 @@ class StepState:
             self._reached.clear()  # what has not joined by now was looked at
         add_step_listener(self)
         add_accumulation_listener(self, leaf)
+        self._merge_sums()
         call = _Call(leaf, softmax.num_samples, softmax.loss_statistics, owned, softmax.center_offsets)
         softmax.loss.register_hook(partial(self._reach, call))
 
@@ -163,8 +165,6 @@ class StepState:
         if backward != self._backward:  # its first call
             self._backward = backward
             self._found_cleared = self._under_way and self._is_cleared()
-            if self._under_way and sparse_sums_concatenate(self._head.weight.device):
-                self._merge_gradients()
         call.reached_by = backward
         if call not in self._reached:
             self._reached.append(call)
@@ -182,13 +182,13 @@ class StepState:
             if self._head.center_loss is not None and call.center_offsets is not None:
                 self._head.center_loss.accumulate(call.owned, call.center_offsets)
 
-    @torch.no_grad()
-    def _merge_gradients(self) -> None:
-        """Merge the gradients of earlier micro-batches: memory then follows the union of their rows, not the sum."""
-        for parameter in (self._head.weight, self._head.bias):
-            grad = None if parameter is None else parameter.grad
-            if parameter is not None and grad is not None and grad.is_sparse and not is_known_sorted(grad):
-                parameter.grad = grad.coalesce()
+    def _merge_sums(self) -> None:
+        """Let the gradients of micro-batches merge: memory then follows the union of their rows, not the sum."""
+        of_rows = [each for each in (self._head.weight, self._head.bias) if each is not None and each.requires_grad]
+        appended = [parameter for parameter in of_rows if torch_appends(parameter)]
+        known = [accumulator.parameter for accumulator in self._accumulators]
+        if len(known) != len(appended) or any(mine is not other for mine, other in zip(known, appended, strict=True)):
+            self._accumulators = [Accumulator(parameter) for parameter in appended]
 
     def _end(self, applied: bool) -> None:
         head = self._head
@@ -241,8 +241,3 @@ def _first_leaf(output: Tensor) -> Tensor | None:
             return leaf
         nodes += [parent for parent, _ in node.next_functions]
     return None
-
-
-def sparse_sums_concatenate(device: torch.device) -> bool:
-    """Return True where torch appends the rows of a second sparse gradient; on a CPU it merges sorted ones."""
-    return device.type != "cpu"

@@ -8,6 +8,11 @@ import torch
 from torch import Tensor
 
 
+def host_waits_for(device: torch.device) -> bool:
+    """Return True if to read a number on ``device`` is to wait for the work queued before it."""
+    return device.type == "cuda"
+
+
 def send(values: Tensor, device: torch.device) -> Tensor:
     """Copy ``values`` from the host to ``device`` without waiting; return them unchanged for a CPU."""
     if device.type != "cuda":

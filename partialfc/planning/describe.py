@@ -5,7 +5,7 @@ from __future__ import annotations
 from partialfc.config import Config
 from partialfc.head import PartialFC
 from partialfc.head.sample_rate import SampleRate, largest_rate
-from partialfc.planning.memory import configured_head_memory, slow_budget
+from partialfc.planning.memory import configured_head_memory, merging_copies, most_active_rows, slow_budget
 from partialfc.tracking.console import format_bytes
 
 
@@ -14,7 +14,8 @@ def describe_memory(config: Config, head: PartialFC) -> str:
     rate = largest_rate(head.sample_rate)
     memory = configured_head_memory(config, head)
     classes = len(head.weight)
-    step = memory.total(classes, rate, head.memory_budget_mb) - classes * memory.per_class
+    rows = most_active_rows(classes, rate, config.data.global_batch_size) * (1 + merging_copies(config, head))
+    step = rows * memory.active + head.memory_budget_mb * 2**20
     warning = slow_budget(config, classes)
     return (
         f"head memory: {memory.per_class:,} bytes per class, {format_bytes(classes * memory.per_class)} on rank 0; "

@@ -25,7 +25,13 @@ from partialfc.evaluate.runner import Evaluation
 from partialfc.head.partition import ClassPartition
 from partialfc.head.sample_rate import largest_rate
 from partialfc.planning.activation_memory import peak_activation_bytes
-from partialfc.planning.memory import backbone_memory, configured_head_memory, slow_budget
+from partialfc.planning.memory import (
+    backbone_memory,
+    configured_head_memory,
+    merging_copies,
+    most_active_rows,
+    slow_budget,
+)
 from partialfc.tracking.console import console_progress, format_bytes
 
 
@@ -38,6 +44,7 @@ class Part:
     num_bytes: float
     note: str = ""
     on_host: bool = False
+    saved: bool = False  # in checkpoints
 
 
 def dry_run(config: Config, ranks: int) -> list[str]:
@@ -50,6 +57,9 @@ def dry_run(config: Config, ranks: int) -> list[str]:
     """
     num_classes = count_classes(config)
     parts = [*_backbone_parts(config, ranks), *_head_parts(config, num_classes, ranks)]
+    if config.checkpoint.asynchronous:
+        copied = sum(part.num_bytes for part in parts if part.saved)
+        parts.append(Part("host", "checkpoint", copied, "copy of the state, not in the total", on_host=True))
     total = sum(part.num_bytes for part in parts if not part.on_host)
     width = max(len(part.name) for part in parts)
     lines = [
@@ -131,7 +141,7 @@ def _backbone_parts(config: Config, ranks: int) -> list[Part]:
     peak = _activation_bytes(config, backbone, batch, weight_dtype)
     if ranks > 1 and engine.name == "ddp":
         require_used(backbone, _has_gradient)
-    parts = [Part("backbone", name, num_bytes) for name, num_bytes in constant.items()]
+    parts = [Part("backbone", name, size, saved=name != "gradients") for name, size in constant.items()]
     frozen = 1 - trainable / parameters
     note = f"{parameters / 1e6:,.1f} M parameters" + (f", {frozen:.0%} of them frozen" if frozen > 0.005 else "")
     parts[0] = replace(parts[0], note=note)
@@ -189,12 +199,14 @@ def _head_parts(config: Config, num_classes: int, ranks: int) -> list[Part]:
         "centers": (memory.centers, ""),
     }
     gathered = config.data.global_batch_size // config.optim.accumulation * config.model.embedding_dim * 4
-    # With sampling the active rows are gathered, and so is their gradient.
-    active = min(rows, round(rate * num_classes / ranks) + config.data.global_batch_size)
+    active = most_active_rows(rows, rate, config.data.global_batch_size)
     note = f"sample rate {rate:g}: up to {active:,} active rows"
+    merged = merging_copies(config, head) * active * memory.active
+    merging = [Part("head", "accumulation", merged, "gradients of the rows while those of micro-batches are added")]
     return [
-        *(Part("head", name, each * rows, about) for name, (each, about) in constant.items() if each),
+        *(Part("head", name, each * rows, about, saved=True) for name, (each, about) in constant.items() if each),
         Part("head", "rows' gradient", active * memory.active, note),
+        *(merging if merged else []),
         Part("head", "logits", head.memory_budget_mb * 2**20, "head.memory_budget_mb"),
         Part("head", "gathered batch", 3 * gathered, "embeddings of all ranks, their gradient, their message"),
     ]

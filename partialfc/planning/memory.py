@@ -7,6 +7,7 @@ from typing import Literal
 
 from partialfc.config import Config
 from partialfc.head import PartialFC
+from partialfc.head.padded_rows import list_size
 from partialfc.head.sample_rate import largest_rate
 
 HeadOptimizer = Literal["sgd", "adamw", "adagrad"]
@@ -73,6 +74,22 @@ def head_memory(
     # The rows' gradient in float32, their indices, and with sampling the indices of the sample.
     active = numbers * 4 + 8 + (8 if sampled else 0)
     return HeadMemory(weight, state, counter, embedding_dim * 4 if center_loss else 0, active)
+
+
+def most_active_rows(classes: int, sample_rate: float, batch: int) -> int:
+    """Return the most rows of a shard of ``classes`` that a step works on, given the samples of its global batch.
+
+    Of a random sample it is an estimate, unless a GPU takes a list of a fixed length for it.
+    """
+    size = list_size(classes, sample_rate, batch)
+    return min(classes, round(sample_rate * classes) + batch) if size is None else size.places
+
+
+def merging_copies(config: Config, head: PartialFC) -> int:
+    """Return the number of gradients of the rows that exist at once, beside the sum, while micro-batches are added."""
+    if config.optim.accumulation == 1:
+        return 0
+    return 2 if largest_rate(head.sample_rate) < 1 else 1  # that of all rows is added in place
 
 
 def configured_head_memory(config: Config, head: PartialFC) -> HeadMemory:

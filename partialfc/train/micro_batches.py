@@ -43,5 +43,5 @@ def merge_outputs(outputs: list[tuple[HeadOutput, Tensor]]) -> HeadOutput:
         mean("center_loss"),
         mean("target_cosine"),
         torch.stack([out.num_samples for out, _ in outputs]).sum(0),
-        max(out.active_rows for out, _ in outputs),
+        torch.stack([out.num_active for out, _ in outputs]).amax(),
     )

@@ -17,6 +17,7 @@ from partialfc.data.dataset import TarDataset
 from partialfc.head import PartialFC
 from partialfc.runtime.collectives import all_gather_object
 from partialfc.runtime.process import ProcessContext
+from partialfc.train.loss_spikes import SpikeRule
 
 _MOST_SHOWN = 8  # sample keys of a rank, or class ids, in a message
 _ROWS_AT_ONCE = 1 << 14
@@ -31,7 +32,6 @@ class StepFlags(IntFlag):
     HEAD = 8  # the gradient of its shard, or of its centers, is not finite
     BACKBONE = 16  # its own part of the backbone's gradient is not finite
     MEAN = 32  # the mean of the ranks' parts is not finite
-    SPIKE = 64  # the loss has jumped; rank 0 decides
 
 
 _NONFINITE = StepFlags.EMBEDDINGS | StepFlags.LOSS | StepFlags.HEAD | StepFlags.BACKBONE | StepFlags.MEAN
@@ -39,9 +39,11 @@ _NONFINITE = StepFlags.EMBEDDINGS | StepFlags.LOSS | StepFlags.HEAD | StepFlags.
 
 @dataclass(frozen=True)
 class StepDecision:
-    """The flags of all ranks, equal on all ranks."""
+    """The findings of all ranks, equal on all ranks."""
 
     flags: list[StepFlags]  # by rank
+    loss: float  # of the step, as rank 0 has it
+    spike: bool  # the loss has jumped
 
     @property
     def any_rank(self) -> StepFlags:
@@ -60,11 +62,6 @@ class StepDecision:
     def nonfinite(self) -> bool:
         """True if any rank has found NaN or Inf."""
         return bool(self.any_rank & _NONFINITE)
-
-    @property
-    def spike(self) -> bool:
-        """True if rank 0 has found a jump of the loss."""
-        return StepFlags.SPIKE in self.flags[0]
 
 
 @dataclass
@@ -97,14 +94,28 @@ class StepCheck:
         flags = torch.zeros((), dtype=torch.int64, device=self.device) if self._flags is None else self._flags
         self._flags = flags | condition.long() * int(flag)
 
-    def agree(self, process: ProcessContext, host_flags: StepFlags) -> StepDecision:
-        """Exchange the findings of all ranks, with the ``host_flags`` of this one. A collective."""
+    def agree(self, process: ProcessContext, loss: Tensor, spikes: SpikeRule | None) -> StepDecision:
+        """Exchange the findings of all ranks, and their requests to stop. A collective.
+
+        This is the one place of a step where the host waits for a GPU: before it launches an update, it must know that
+        there is to be one. Meanwhile the forward and the backward pass run; the time that the device then waits for the
+        update's first kernels is that of their launch.
+
+        Args:
+            process: of this rank.
+            loss: [] of the step.
+            spikes: tells whether the loss is a spike, and takes note of it; in the same state on all ranks.
+        """
         assert self._flags is not None, "nothing has been checked"
-        flags = torch.zeros(process.world_size, dtype=torch.int64, device=self.device)
-        flags[process.rank] = self._flags | int(host_flags)
+        found = torch.zeros(process.world_size + 1, dtype=torch.float64, device=self.device)
+        found[process.rank] = self._flags | int(StepFlags.STOP if process.stop.requested else 0)
+        if process.is_first:
+            found[-1] = loss.detach()
         if process.world_size > 1:
-            dist.all_reduce(flags)
-        return StepDecision([StepFlags(value) for value in flags.tolist()])
+            dist.all_reduce(found)
+        *flags, of_step = found.tolist()
+        spike = spikes is not None and spikes.is_spike(of_step)
+        return StepDecision([StepFlags(int(value)) for value in flags], of_step, spike)
 
 
 @dataclass(frozen=True)

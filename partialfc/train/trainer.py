@@ -45,7 +45,7 @@ from partialfc.train.refusal import refusing
 from partialfc.train.run_log import RunLog
 from partialfc.train.schedule import Schedule
 from partialfc.train.slow_rank import own_phases
-from partialfc.train.step_check import StepCheck, StepDecision, StepFlags, find_faults
+from partialfc.train.step_check import StepCheck, StepDecision, find_faults
 
 _MOST_ROLL_BACKS = 3  # to one checkpoint
 _INTERRUPTED = "a second Ctrl-C ended the run; start again to resume from its newest checkpoint"
@@ -290,7 +290,7 @@ class Trainer:
             outputs.append((out, share))
         out = merge_outputs(outputs)
         check.gradients(*self.engine.finish_backward(), self.head.gradient_is_finite())
-        decision = check.agree(self.process, self._host_flags(out))
+        decision = check.agree(self.process, out.loss, self.spike_rule)
         self.clock.end("backward")
         skipped, scale_fell = self._apply_or_skip(decision)
         self.clock.end("update")
@@ -306,13 +306,6 @@ class Trainer:
         self.head_optimizer.zero_grad()
         return not applied, scale_fell
 
-    def _host_flags(self, out: HeadOutput) -> StepFlags:
-        """Return the flags of this rank that the host determines."""
-        flags = StepFlags.STOP if self.process.stop.requested else StepFlags(0)
-        if self.spike_rule and self.process.is_first and self.spike_rule.is_spike(float(out.loss.detach())):
-            flags |= StepFlags.SPIKE
-        return flags
-
     def _after_step(self, result: StepResult, batch: Batch) -> None:
         """Report a skipped step, roll back after a spike, and give up after too many skipped steps in a row.
 
@@ -326,7 +319,7 @@ class Trainer:
         self.skipped_steps += 1
         self.skipped_in_a_row += spike or not result.scale_fell  # skipping is how a loss scale finds its value
         if spike:
-            loss = float(result.out.loss.detach())
+            loss = result.decision.loss
             self.log.spike(self.step, loss, self._roll_back())
             reason, advice = f"a jump of the loss to {loss:.4g}", "Lower optim.lr, or raise optim.spike.factor"
         else:

@@ -19,7 +19,8 @@ from partialfc.head.softmax.products import Precision
 from tests.harness.loss_cases import LOSSES, make_loss
 from tests.harness.simulated_gpu import SimulatedGpu, simulated_gpu, to_cpu, to_gpu
 
-CLASSES, DIM, BATCH, STEPS = 1500, 16, 24, 3
+# With fewer classes to sample from, a list of the sampled rows would have too many places left over.
+CLASSES, CLASSES_TO_SAMPLE, DIM, BATCH, STEPS = 1500, 20_000, 16, 24, 3
 OPTIMIZERS: dict[str, Any] = {
     "sgd": lambda parameters: RowSGD(parameters, lr=0.1),
     "sgd, decayed": lambda parameters: RowSGD(parameters, lr=0.1, unsampled_rows="decayed"),
@@ -42,8 +43,12 @@ class Settings:
     bfloat16: bool = False
     micro_batches: int = 1
     memory_budget_mb: float = 0.3
-    classes: int = CLASSES
+    classes: int | None = None  # default: as many as the sample rate needs
     read_loss: bool = False  # after backward: a wait, for the record to show
+
+    @property
+    def num_classes(self) -> int:
+        return self.classes or (CLASSES_TO_SAMPLE if self.sample_rate < 1 else CLASSES)
 
 
 @dataclass
@@ -61,7 +66,7 @@ def take_steps(settings: Settings, gpu: SimulatedGpu | None) -> Tensor:
     """Return the weight after the steps, on the CPU; ``gpu`` keeps the record of the last one only."""
     generator = torch.Generator().manual_seed(5)
     head = PartialFC(
-        settings.classes,
+        settings.num_classes,
         DIM,
         make_loss(LOSSES[settings.loss]),
         sample_rate=settings.sample_rate,
@@ -79,7 +84,7 @@ def take_steps(settings: Settings, gpu: SimulatedGpu | None) -> Tensor:
             gpu.forget()
         for _ in range(settings.micro_batches):
             embeddings = torch.randn(BATCH, DIM, generator=generator)
-            labels = torch.randint(0, settings.classes, (BATCH,), generator=generator)
+            labels = torch.randint(0, settings.num_classes, (BATCH,), generator=generator)
             labels[3] = -1
             if gpu is not None:
                 embeddings, labels = to_gpu(embeddings), to_gpu(labels)

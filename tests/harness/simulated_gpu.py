@@ -151,6 +151,8 @@ class SimulatedGpu(TorchDispatchMode):
         result = _on_cpu(func, *tree_map(_value_of, args), **tree_map(_value_of, kwargs))
         if name not in _FREE:
             self.launches[_place()] += 1
+        if not func._schema.returns:
+            return None
         if mutated:  # hand back the wrapper of what was changed
             return kwargs["out"] if "out" in kwargs else args[0]
         return tree_map(lambda value: GpuTensor(value) if isinstance(value, Tensor) else value, result)
@@ -198,6 +200,8 @@ class SimulatedGpu(TorchDispatchMode):
 
 class _Event:
     """Waits for a copy of the past, not for the work queued behind it: counted apart."""
+
+    def __init__(self, enable_timing: bool = False) -> None: ...
 
     def record(self, stream: Any = None) -> None: ...
 

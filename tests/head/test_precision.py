@@ -111,6 +111,7 @@ class Errors:
     loss: float
     gradients: dict[str, float]
     worst_rows: dict[str, float]
+    largest: dict[str, float]  # relative to a gradient's largest entry
 
 
 def errors_of_a_step(task: Task, precision: Precision | None) -> Errors:
@@ -163,6 +164,7 @@ def errors_of_a_step(task: Task, precision: Precision | None) -> Errors:
         float(((out.softmax_loss - expected.softmax_loss) / expected.softmax_loss.clamp_min(1e-30)).abs()),
         {name: float((value - true).norm() / true.norm()) for name, (value, true) in gradients.items()},
         {name: worst_row(value, true) for name, (value, true) in gradients.items() if true.dim() > 1},
+        {name: float((value - true).abs().max() / true.abs().max()) for name, (value, true) in gradients.items()},
     )
 
 
@@ -198,6 +200,27 @@ def test_each_mode_keeps_its_contract(name: str, cosine: float, precision: Preci
 @pytest.mark.parametrize(("name", "cosine", "precision"), sorted(set(CASES) - set(SOME)))
 def test_each_mode_keeps_its_contract_in_every_state(name: str, cosine: float, precision: Precision) -> None:
     check(Task(name, cosine), precision)
+
+
+def check_largest(name: str, cosine: float) -> None:
+    """Check each gradient of ``exact`` to 1e-5 of its largest entry, where float32 reaches half of that."""
+    task = Task(name, cosine)
+    in_float32, exact = (errors_of_a_step(task, precision).largest for precision in ("highest", "exact"))
+    for part, error in exact.items():
+        assert error <= max(1e-5 * strain(task.spec), 2 * in_float32[part]), part
+
+
+@pytest.mark.parametrize("name", ["arcface", "softmax", "sub-center arcface", "circle", "magface"])
+@pytest.mark.parametrize("cosine", [0.9, 0.98])
+def test_exact_gradients_are_within_1e_5_of_their_largest_entry(name: str, cosine: float) -> None:
+    check_largest(name, cosine)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("cosine", COSINES)
+def test_exact_gradients_of_every_loss_are_within_1e_5_of_their_largest_entry(name: str, cosine: float) -> None:
+    check_largest(name, cosine)
 
 
 @pytest.mark.parametrize("precision", CONTRACTS)

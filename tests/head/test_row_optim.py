@@ -200,21 +200,21 @@ def test_wrong_constants_are_refused(make: Callable[[Any], Any], words: str) -> 
         make([torch.nn.Parameter(torch.zeros(2, 2))])
 
 
-def _accumulated(double_rows: bool) -> Tensor:
-    """The gradient of four micro-batches; with every row twice between them, as a GPU's sums of sparse tensors have."""
-    head = small_head(sample_rate=0.3)
-    for seed in range(4):
-        if double_rows and head.weight.grad is not None:
-            rows, halves = head.weight.grad._indices()[0], head.weight.grad._values() / 2
-            doubled = torch.cat((rows, rows))[None], torch.cat((halves, halves))
-            head.weight.grad = torch.sparse_coo_tensor(*doubled, head.weight.shape, check_invariants=True)
-        head(*small_batch(seed)).loss.backward()
-    return head.weight.grad
+@pytest.mark.parametrize("rate", [0.3, 1.0])
+def test_gradients_of_micro_batches_are_merged_where_torch_would_append_them(
+    monkeypatch: pytest.MonkeyPatch, rate: float
+) -> None:
+    def accumulated() -> Tensor:
+        head = small_head(sample_rate=rate)
+        for seed in range(4):
+            head(*small_batch(seed)).loss.backward()
+        return head.weight.grad
 
-
-def test_appended_gradients_of_micro_batches_are_merged(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain, appended = _accumulated(double_rows=False), _accumulated(double_rows=True)
-    monkeypatch.setattr(step_state, "sparse_sums_concatenate", lambda device: True)
-    merged = _accumulated(double_rows=True)
-    assert merged._nnz() == plain._nnz() < appended._nnz()
+    plain, coalesced = accumulated(), torch.Tensor.coalesce
+    monkeypatch.setattr(step_state, "torch_appends", lambda parameter: True)
+    added: list[int] = []
+    monkeypatch.setattr(torch.Tensor, "coalesce", lambda self: added.append(self._nnz()) or coalesced(self))
+    merged = accumulated()
+    assert len(added) == (3 if rate < 1 else 0), "all rows add up in place"
+    assert merged._nnz() == plain._nnz()
     torch.testing.assert_close(merged.to_dense(), plain.to_dense())

@@ -9,6 +9,7 @@ import yaml
 
 from partialfc import ConfigError
 from partialfc.config import load_config
+from partialfc.head.padded_rows import list_size
 from partialfc.planning.dry_run import count_classes, dry_run
 from tests.harness.dry_runs import sizes_of
 from tests.harness.running import partialfc
@@ -75,3 +76,26 @@ def test_a_dry_run_knows_what_deepspeed_adds_and_what_lies_in_host_memory(tmp_pa
     assert plain["backbone averaging"] == pytest.approx(plain["backbone weights"] / 8, rel=0.02)
     assert offloaded["total"] == pytest.approx(plain["total"] - plain["backbone optimizer"], rel=0.02)
     assert "in host memory" in "\n".join(table("engine.offload=cpu"))
+
+
+def test_a_dry_run_counts_places_left_over_the_sums_of_micro_batches_and_the_copy_of_a_checkpoint(
+    tmp_path: Path,
+) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(write_task(tmp_path)))
+
+    def table(*more: str) -> dict[str, float]:
+        named = ["data.train=/nowhere", "data.num_classes=200_000", "model.name=iresnet18", "evaluation.sets=[]"]
+        return sizes_of(dry_run(load_config(config, [*named, *more]), 2))
+
+    plain, twice = table("head.sample_rate=0.1"), table("head.sample_rate=0.1", "optim.accumulation=2")
+    places = list_size(100_000, 0.1, 20)
+    assert places is not None
+    assert plain["head rows' gradient"] == pytest.approx(places.places * (32 * 4 + 16), rel=0.01)
+    assert "head accumulation" not in plain
+    assert twice["head accumulation"] == pytest.approx(2 * plain["head rows' gradient"], rel=0.01)
+    whole = table("head.sample_rate=1", "optim.accumulation=2")
+    assert whole["head accumulation"] == whole["head rows' gradient"]
+    saved = ("backbone weights", "backbone optimizer", "head weights", "head optimizer (sgd)", "head centers")
+    assert plain["host checkpoint"] == pytest.approx(sum(plain[name] for name in saved), rel=0.01)
+    assert "host checkpoint" not in table("checkpoint.asynchronous=false")

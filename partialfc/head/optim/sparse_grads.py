@@ -9,21 +9,23 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-# Storages of row indices known to be sorted and unique, by address. A weak reference keeps the address from being
-# reused, but not the memory alive.
-_sorted: dict[int, StorageWeakRef] = {}
+from partialfc.head.padded_rows import Padding
+
+# Storages of row indices known to be sorted and unique up to their padding, by address. A weak reference keeps the
+# address from being reused, but not the memory alive.
+_sorted: dict[int, tuple[StorageWeakRef, Padding | None]] = {}
 
 
-def mark_sorted(rows: Tensor) -> None:
-    """Remember that ``rows`` [A] int64, of a future sparse gradient, are sorted and unique."""
-    for address in [address for address, storage in _sorted.items() if storage.expired()]:
+def mark_sorted(rows: Tensor, padding: Padding | None = None) -> None:
+    """Remember that ``rows`` [A] int64, of a future sparse gradient, are sorted and, up to ``padding``, unique."""
+    for address in [address for address, (storage, _) in _sorted.items() if storage.expired()]:
         del _sorted[address]
     storage = StorageWeakRef(rows.untyped_storage())
-    _sorted[storage.cdata] = storage
+    _sorted[storage.cdata] = storage, padding
 
 
 def is_known_sorted(gradient: Tensor) -> bool:
-    """Return True if the rows of a sparse gradient are marked as sorted and unique.
+    """Return True if the rows of a sparse gradient are marked as sorted and, up to their padding, unique.
 
     Autograd drops torch's own mark, ``is_coalesced()``, from the gradient; :func:`mark_sorted` outlives it.
     """
@@ -31,8 +33,14 @@ def is_known_sorted(gradient: Tensor) -> bool:
     return gradient.is_coalesced() or storage.cdata in _sorted
 
 
+def padding_of(gradient: Tensor) -> Padding | None:
+    """Return the places of a sparse gradient that repeat its last row, with values of 0; None: there are none."""
+    storage = StorageWeakRef(gradient._indices().untyped_storage())
+    return _sorted[storage.cdata][1] if storage.cdata in _sorted else None
+
+
 def coalesced(gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the sorted unique rows [A] of a sparse gradient and their values [A, …]."""
+    """Return the sorted rows [A] of a sparse gradient, unique up to :func:`padding_of` it, and their values [A, …]."""
     rows = gradient._indices()[0]
     # If rows are not known to be sorted, looking costs far less than sorting values, but waits for the device.
     if is_known_sorted(gradient) or bool((rows[1:] > rows[:-1]).all()):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from partialfc.head.optim.rounding import round_stochastically
-from partialfc.head.optim.sparse_grads import coalesced
+from partialfc.head.optim.sparse_grads import coalesced, padding_of
 from partialfc.head.random import stream_key
 
 # Elements of a piece: on a CPU as many as its second-level cache holds, elsewhere enough to keep the device busy.
@@ -63,15 +63,27 @@ def row_pieces(parameter: Tensor, gradient: Tensor) -> Iterator[tuple[Rows, Tens
     """Yield the ``gradient`` of ``parameter``, sparse or dense, in pieces of rows: (rows, their gradient [n, …]).
 
     Rows come as a slice where the gradient covers all of them, else as indices. Work in such pieces stays in the cache
-    and needs no memory of the parameter's size.
+    and needs no memory of the parameter's size. The last piece may hold a row repeatedly, with the same gradient.
     """
     rows, values = coalesced(gradient) if gradient.is_sparse else (None, gradient)
     if rows is not None and len(rows) == len(parameter):
         rows = None
-    size = rows_per_piece(parameter)
-    for start in range(0, len(values), size):
-        piece = slice(start, min(start + size, len(values)))
+    padding = padding_of(gradient) if gradient.is_sparse else None
+    size, stop = rows_per_piece(parameter), len(values)
+    if padding is not None:
+        stop = padding.start // size * size
+        if len(values) - stop > size:
+            stop = padding.start
+    for start in range(0, stop, size):
+        piece = slice(start, min(start + size, stop))
         yield piece if rows is None else rows[piece], values[piece]
+    if rows is not None and padding is not None:
+        # Places left over repeat the last row. So that the order of writing does not matter, they get its gradient, and
+        # stay in one piece with it, lest it be updated twice.
+        places = torch.arange(stop, len(values), device=values.device)
+        space = values.new_empty(max(size, len(places)) if stop else len(places), *values.shape[1:])
+        last = torch.index_select(values, 0, torch.minimum(places, padding.used - 1), out=space[: len(places)])
+        yield rows[stop:], last
 
 
 def rows_per_piece(parameter: Tensor) -> int:

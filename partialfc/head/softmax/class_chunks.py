@@ -59,7 +59,7 @@ class ClassChunks:
         unit_embeddings: [B, D], normalised; raw ones for a loss on raw logits.
         weight: [rows of the shard, D], or [rows of the shard, K, D].
         bias: [rows of the shard] or None.
-        active: the A rows to walk.
+        active: the A rows to walk. Logits of places without a class of their own are left out (set to −∞).
         target_rows: [B] int64: position of each sample's class among the active rows; -1 if it is not in this shard.
             These logits are left out (set to −∞).
         products: forms the matrix products.
@@ -201,6 +201,7 @@ class ClassChunks:
         if self.offset is not None:
             logits.add_(self.offset)
         self._leave_out_targets(logits, chunk)
+        self._leave_out_padding(logits, chunk)
         return Logits(logits, cosine_grads, nearest)
 
     def _raw_lengths(self, chunk: Chunk) -> Tensor | float:
@@ -297,6 +298,14 @@ class ClassChunks:
             columns = columns.clamp_max(logits.shape[1] - 1)
         inside = (self._target_chunks == chunk.index)[:, None]
         logits.scatter_(1, columns, logits.gather(1, columns).masked_fill_(inside, -torch.inf))
+
+    def _leave_out_padding(self, logits: Tensor, chunk: Chunk) -> None:
+        """Set the columns of places without a class of their own to −∞."""
+        padding = self.active.padding
+        if padding is not None and chunk.stop > padding.start:
+            first = max(chunk.start, padding.start)
+            unused = padding.unused[first - padding.start : chunk.stop - padding.start]
+            logits[:, first - chunk.start :].masked_fill_(unused, -torch.inf)
 
 
 def _of_sub_center(grads: LogitGrads, k: int) -> SplitMatrix:

@@ -162,6 +162,8 @@ def _forward(weight: Tensor, bias: Tensor | None, step: ShardStep) -> tuple[Soft
         centers = owned.of_class(step.center_loss.centers).to(embeddings.dtype)
         center_offsets = owned.only(embeddings - centers)
     stats = torch.cat((negatives.sample_stats, _target_stats(targets, center_offsets)), dim=1)
+    if step.active.padding is not None:  # too short a list would leave out classes: never silently
+        stats = stats.masked_fill(~step.active.padding.fits, torch.nan)
     step.collectives.sum(stats)
     of_negatives, of_targets = stats.tensor_split([negatives.sample_stats.shape[1]], dim=1)
 
@@ -294,7 +296,8 @@ def _weight_grad(
     """Return the sparse gradients of the weight and the bias: the negatives' chunk by chunk, plus the targets'."""
     chunks, by_sample = gradients.negatives.chunks, gradients.by_sample
     active = chunks.active
-    values = chunks.unit_embeddings.new_empty(active.count, *weight.shape[1:])  # [A, D] or [A, K, D]
+    room = max(active.room, active.count)
+    values = chunks.unit_embeddings.new_empty(room, *weight.shape[1:])[: active.count]  # [A, D] or [A, K, D]
     bias_values = chunks.unit_embeddings.new_empty(active.count) if gradients.has_bias else None  # [A]
     logit_sum_grad = None if by_sample.logit_sum is None else by_sample.logit_sum * grad_loss
     negatives = gradients.negatives.backward(by_sample.negatives * grad_loss, logit_sum_grad)
@@ -309,7 +312,7 @@ def _weight_grad(
             torch.mv(grads.by_logit.t(), negatives.sample_factors, out=bias_values[part])
 
     rows = torch.arange(len(weight), device=weight.device) if active.rows is None else active.rows
-    mark_sorted(rows)
+    mark_sorted(rows, active.padding)
     if active.count:  # else no sample has its class here
         targets = gradients.targets
         if bias_values is not None:
@@ -318,9 +321,10 @@ def _weight_grad(
             targets = targets * weight.shape[1] + gradients.nearest
         of_targets = gradients.of_targets * grad_loss.to(gradients.of_targets.dtype)
         values.view(-1, weight.shape[-1]).index_add_(0, targets, of_targets)
-    grad_bias = None if bias_values is None else _sparse(rows, bias_values, weight.shape[:1])
-    return _sparse(rows, values, weight.shape), grad_bias
+    unique = active.padding is None
+    grad_bias = None if bias_values is None else _sparse(rows, bias_values, weight.shape[:1], unique)
+    return _sparse(rows, values, weight.shape, unique), grad_bias
 
 
-def _sparse(rows: Tensor, values: Tensor, shape: torch.Size) -> Tensor:
-    return torch.sparse_coo_tensor(rows[None], values, shape, is_coalesced=True, check_invariants=False)
+def _sparse(rows: Tensor, values: Tensor, shape: torch.Size, unique: bool) -> Tensor:
+    return torch.sparse_coo_tensor(rows[None], values, shape, is_coalesced=unique, check_invariants=False)
