@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from partialfc import ConfigError, RowAdagrad, RowAdamW, RowSGD
+from partialfc.errors import DoubleBackward
 from partialfc.head import step_state
 from tests.harness.rows import small_batch, small_head, sparse
 
@@ -218,3 +219,13 @@ def test_gradients_of_micro_batches_are_merged_where_torch_would_append_them(
     assert len(added) == (3 if rate < 1 else 0), "all rows add up in place"
     assert merged._nnz() == plain._nnz()
     torch.testing.assert_close(merged.to_dense(), plain.to_dense())
+
+
+def test_a_sum_with_a_history_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_state, "torch_appends", lambda parameter: True)
+    head = small_head(sample_rate=0.3)
+    head(*small_batch(0)).loss.backward()
+    head(*small_batch(1)).loss.backward(create_graph=True)
+    assert head.weight.grad.requires_grad
+    with pytest.raises(DoubleBackward):
+        head.weight.grad.coalesce().values().sum().backward()

@@ -30,6 +30,8 @@ class Accumulator:
 
         def merge(gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
             parameter, new = leaf(), gradients[0]
+            if torch.is_grad_enabled():
+                return None  # create_graph=True: the sum has a history, which only torch can give it
             if parameter is None or parameter.grad is None or not (parameter.grad.is_sparse and new.is_sparse):
                 return None
             with torch.no_grad():
