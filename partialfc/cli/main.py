@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Annotated
 
 import typer
@@ -53,8 +54,11 @@ def main(arguments: Sequence[str] | None = None, timings: Timings | None = None)
     Exit codes: 0 finished, 1 failed (the last line says why), 2 wrong usage, config or data, 75 stopped on request with
     a checkpoint written.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):  # names and messages may have what the locale's encoding lacks
-        sys.stdout.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Names and messages may have what the locale's encoding lacks. The last step of this is to ask for the position
+        # in a file, which has become a pipe if the process was forked for the command.
+        with suppress(OSError):
+            sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app(arguments, obj=timings)
     except PartialFCError as error:

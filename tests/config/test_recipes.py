@@ -38,6 +38,7 @@ def test_a_recipe_can_be_built_and_fits_a_gpu_of_80_gb(path: Path) -> None:
     assert f"{config.data.num_classes:,} classes over {ranks} ranks" in lines[0]
     sizes = sizes_of(lines)
     total = sizes.pop("total")
+    assert sizes.pop("host checkpoint", 0) > 0 or not config.checkpoint.asynchronous, "in the memory of the host"
     assert total == pytest.approx(sum(sizes.values()), rel=0.02)
     assert total < 74 * 2**30, "room for libraries is needed, too"
     assert sizes["backbone activations"] > 2**28
