@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import weakref
 from itertools import accumulate
 from typing import Any
@@ -63,10 +64,11 @@ class _Block:
     """Bytes of host memory, pinned until :meth:`unpin` or the end of this object."""
 
     def __init__(self, num_bytes: int, pinned: bool) -> None:
-        self.memory = torch.empty(num_bytes, dtype=torch.uint8, device="cpu")
+        plain = not (pinned and num_bytes)
+        self.memory = torch.empty(num_bytes, dtype=torch.uint8, device="cpu") if plain else _unforked(num_bytes)
         #: Unpins at most once. The argument keeps the memory until then.
         self.unpin: Any = lambda: None
-        if pinned and num_bytes:
+        if not plain:
             status = int(torch.cuda.cudart().cudaHostRegister(self.memory.data_ptr(), num_bytes, 0))
             if status:
                 raise CheckpointFailed(
@@ -74,6 +76,14 @@ class _Block:
                     f"{status}); checkpoint.asynchronous=false does without the copy"
                 )
             self.unpin = weakref.finalize(self, _unpin, self.memory)
+
+
+def _unforked(num_bytes: int) -> Tensor:
+    """Return memory that forked processes, such as a loader's, do not inherit: for each, pinned pages may be copied."""
+    pages = mmap.mmap(-1, num_bytes)
+    if hasattr(mmap, "MADV_DONTFORK"):
+        pages.madvise(mmap.MADV_DONTFORK)
+    return torch.frombuffer(pages, dtype=torch.uint8)
 
 
 def _unpin(memory: Tensor) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any
 
 from partialfc.errors import ConfigError
 
@@ -67,7 +68,7 @@ class LinearRate:
 class DelayedRate:
     """A rate that begins at ``first_step``, which may be negative, instead of at step 0."""
 
-    def __init__(self, rate: Callable[[int], float], first_step: int) -> None:
+    def __init__(self, rate: Any, first_step: int) -> None:
         self.rate, self.first_step = rate, first_step
 
     def __call__(self, step: int) -> float:
@@ -75,8 +76,8 @@ class DelayedRate:
 
     @property
     def largest(self) -> float:
-        """The largest rate of all steps."""
-        return largest_rate(self.rate)
+        """The largest rate of all steps; missing where ``rate`` has none, as :func:`largest_rate` expects."""
+        return float(self.rate.largest)
 
     def __repr__(self) -> str:
         return f"{self.rate!r} from step {self.first_step} on"

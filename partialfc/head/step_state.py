@@ -186,8 +186,10 @@ class StepState:
         """Let the gradients of micro-batches merge: memory then follows the union of their rows, not the sum."""
         of_rows = [each for each in (self._head.weight, self._head.bias) if each is not None and each.requires_grad]
         appended = [parameter for parameter in of_rows if torch_appends(parameter)]
-        known = [accumulator.parameter for accumulator in self._accumulators]
-        if len(known) != len(appended) or any(mine is not other for mine, other in zip(known, appended, strict=True)):
+        known = self._accumulators
+        if len(known) != len(appended) or not all(map(Accumulator.adds_for, known, appended)):
+            for accumulator in known:
+                accumulator.remove()
             self._accumulators = [Accumulator(parameter) for parameter in appended]
 
     def _end(self, applied: bool) -> None:

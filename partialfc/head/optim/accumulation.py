@@ -28,23 +28,28 @@ class Accumulator:
         self._node: Any = get_gradient_edge(parameter).node
         leaf = ref(parameter)
 
-        def merge(gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        def merge(gradients: tuple[Tensor | None, ...]) -> tuple[Tensor, ...] | None:
             parameter, new = leaf(), gradients[0]
             if torch.is_grad_enabled():
                 return None  # create_graph=True: the sum has a history, which only torch can give it
-            if parameter is None or parameter.grad is None or not (parameter.grad.is_sparse and new.is_sparse):
+            if parameter is None or parameter.grad is None or new is None:
+                return None
+            if not (parameter.grad.is_sparse and new.is_sparse):
                 return None
             with torch.no_grad():
-                earlier, parameter.grad = parameter.grad, None  # torch then takes what it is given
-                return (add(earlier, new),)
+                total = add(parameter.grad, new)
+            parameter.grad = None  # torch then takes what it is given
+            return (total,)
 
-        self._node.register_prehook(merge)
+        self._hook = self._node.register_prehook(merge)
 
-    @property
-    def parameter(self) -> Tensor:
-        """The parameter whose gradients it adds."""
-        parameter: Tensor = self._node.variable
-        return parameter
+    def adds_for(self, parameter: Tensor) -> bool:
+        """Return True if it adds the gradients of ``parameter``: no longer once that has another device or dtype."""
+        return get_gradient_edge(parameter).node is self._node
+
+    def remove(self) -> None:
+        """Leave the gradients to torch again."""
+        self._hook.remove()
 
 
 def torch_appends(parameter: Tensor) -> bool:
