@@ -123,7 +123,7 @@ def test_the_quick_start_prints_what_readme_shows(tmp_path: Path) -> None:
     shown = [
         line for line in block("installing the packages") if not re.match(r"installing|fetching|…|\w+ .*ETA", line)
     ]
-    printed = {without_numbers(line) for line in output.splitlines()}
+    printed = {without_numbers(LOG_TIME.sub("", line)) for line in output.splitlines()}
     missing = [line for line in shown if without_numbers(line) not in printed]
     assert not missing, output
     for name in ("unseen_characters", "unseen_font"):
@@ -144,6 +144,7 @@ def test_the_quick_start_prints_what_readme_shows(tmp_path: Path) -> None:
     assert f"{found[0][2]}  (class {found[0][3]})" in scores[0], "the right character"
 
 
+LOG_TIME = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  ")
 SCORE = re.compile(r"(\d\.\d{4})  (.+)  \(class (\d+)\)")
 
 
