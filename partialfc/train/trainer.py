@@ -195,9 +195,12 @@ class Trainer:
         """Record the failure; return the error to raise, which names the rank at fault if that is known."""
         explained = error
         if isinstance(error, Exception):
-            explained = self.process.explain(self._lost_folder() or error)
+            lost = self._lost_folder()
+            explained = self.process.explain(lost or error)
             if not isinstance(explained, RankLost):
                 self.checkpoints.wait(self.config.run.timeout / 2)
+                if not lost:
+                    self.checkpoints.report(self.log.folder)
         elif isinstance(error, KeyboardInterrupt):
             explained = Interrupted(_INTERRUPTED)
         # Every other rank reports a lost one: that may be rank 0.
