@@ -201,7 +201,7 @@ def test_what_is_no_set_is_explained(tmp_path: Path) -> None:
         ([], "no shards"),
         ("x" * 5000, "cannot be read: File name too long"),
         ("x" * 5000 + ".tar", "cannot be read: File name too long"),
-        ("a\0b.tar", "cannot be read: embedded null byte"),
+        ("a\0b.tar", "cannot be read: .*embedded null"),  # Python's own words, which differ by version
         ([whole], "a data set folder of its own"),
         ([tmp_path / "d", tmp_path / "d" / "train-000.tar"], "listed twice"),
         ([tmp_path / "empty"], "no shards"),
