@@ -68,14 +68,16 @@ def convert_command(
         images=images, image_field=image_field, label_field=label_field, key_field=key_field, split=split
     )
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    options = Options(selection=selection, images=settings, samples_per_shard=samples_per_shard, max_bad=max_bad)
     if format == PAIRS or (format is None and is_pair_set(source)):
-        if selection != Selection() or reading != SourceOptions(images=images):
+        unused = options != Options(images=settings) or reading != SourceOptions(images=images) or workers is not None
+        if unused:
             raise ConfigError(
-                f"{source} is a set of pairs: it is converted as a whole, without a choice of its records"
+                f"{source} is a set of pairs: it is converted as a whole, without a choice of its records; it takes "
+                "--images, --resize, --fit and --overwrite"
             )
         _convert_pairs(source, out, images, settings, overwrite)
         return
-    options = Options(selection=selection, images=settings, samples_per_shard=samples_per_shard, max_bad=max_bad)
     try:
         opened = open_source(source, format, reading)
         report = convert(opened, origin_of(source), out, options, workers, overwrite, console_progress)

@@ -148,9 +148,10 @@ def test_the_command_converts_pairs_and_refuses_options_that_would_change_the_be
     done = partialfc("data", "convert", source, "--out", tmp_path / "set")
     assert done.returncode == 0, done.stderr
     assert "15 pairs in 10 folds, 8 of the same identity; 22 images (30 with equal ones)" in done.stdout
-    choice = partialfc("data", "convert", source, "--out", tmp_path / "other", "--min-samples", 2)
-    assert choice.returncode == 2
-    assert "is a set of pairs: it is converted as a whole" in choice.stderr
+    for option in (["--min-samples", 2], ["--max-bad", 0.5], ["--workers", 2], ["--label-field", "x"]):
+        choice = partialfc("data", "convert", source, "--out", tmp_path / "other", *option)
+        assert choice.returncode == 2, option
+        assert "is a set of pairs: it is converted as a whole" in choice.stderr
     lists = _write_lfw(tmp_path / "lfw").rename(tmp_path / "list.txt")
     words = ["--images", tmp_path / "lfw", "--out", tmp_path / "lfw-set"]
     unnamed = partialfc("data", "convert", lists, *words)
